@@ -1,0 +1,44 @@
+# make demo and make test are each enough on a machine with Python >= 3.10, a C++ compiler and a package registry.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+PYTHON_FILES = setup.py focalnet_kernels benchmarks tests
+
+.PHONY: install demo test test-slow lint format bench clean
+
+install: $(VENV)/.installed
+
+# torch first, then the package against it: its C++ kernels are built for the torch that is there
+$(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'setuptools>=70' wheel ninja
+	$(BIN)/python -m pip install --quiet 'torch>=2.10' torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m focalnet_kernels demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: install
+	$(BIN)/python -m focalnet_kernels bench $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info focalnet_kernels/*.so

@@ -1,0 +1,15 @@
+"""The command line: one file per subcommand."""
+
+from __future__ import annotations
+
+import click
+
+from .info import info
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Fast Focal Modulation: what is installed, whether it is right, how fast it is."""
+
+
+main.add_command(info)

@@ -1,0 +1,26 @@
+"""`info`: versions, backends, and why a backend is off."""
+
+from __future__ import annotations
+
+import platform
+
+import click
+import torch
+
+from .. import _native, dispatch
+from .._version import __version__
+
+
+@click.command()
+def info() -> None:
+    """Show versions and, for each backend, whether it can run here and why not."""
+    click.echo(f"focalnet_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    click.echo(f"machine: {platform.machine()}, {torch.get_num_threads()} CPU threads")
+    click.echo(f"backend asked for: {dispatch.requested_backend()}")
+    click.echo("reference: ready")
+    if _native.cpu_missing:
+        click.echo(f"cpu: off, {_native.cpu_missing}")
+    else:
+        click.echo(f"cpu: ready, instruction set {torch.ops.focalnet_kernels.cpu_isa()}")
+    for backend in ("triton", "cuda"):
+        click.echo(f"{backend}: off, not part of this version")

@@ -1,0 +1,148 @@
+"""Which backend runs an op, and why not the others.
+
+Every op lists its implementations in order of preference. An implementation says in one sentence why it cannot
+take a call, or None when it can. `select` takes the first that can; a backend that the user named must be able
+to, or the call raises. Everything here is plain Python over shapes, dtypes and devices: torch.compile sees
+constants.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ENVIRONMENT = "FOCALNET_KERNELS_BACKEND"
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+class BackendError(RuntimeError):
+    """The backend that the user named cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's way to run an op.
+
+    Args:
+        backend: its name, one of `BACKENDS` without "auto".
+        why_not: takes the op's arguments, returns None or the reason why it cannot take them.
+        forward: takes the op's arguments (see the op's `op.py`).
+        backward: likewise; None where the op recomputes through its reference.
+    """
+
+    backend: str
+    why_not: Callable[..., str | None]
+    forward: Callable
+    backward: Callable | None = None
+
+
+_implementations: dict[str, tuple[Implementation, ...]] = {}
+_requested = os.environ.get(ENVIRONMENT, "auto")
+_warned: set[str] = set()
+
+
+def register(op: str, *implementations: Implementation) -> None:
+    """Declare an op's implementations, the preferred one first."""
+    _implementations[op] = implementations
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation of `op` by that backend."""
+    return next(i for i in _implementations[op] if i.backend == backend)
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        close = difflib.get_close_matches(str(name), BACKENDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}{hint}")
+    return name
+
+
+class use_backend:
+    """Choose the backend: `use_backend("cpu")` from here on, or `with use_backend("cpu"):` for a block.
+
+    Args:
+        name: "auto" (the fastest that can run), "reference", "cpu", "triton" or "cuda". A named backend that
+            cannot run a call raises `BackendError` with the reason. The environment variable
+            FOCALNET_KERNELS_BACKEND sets the initial choice.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+
+    def __init__(self, name: str):
+        global _requested
+        _check_backend(name, "use_backend(name)")
+        self._previous, _requested = _requested, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def requested_backend() -> str:
+    """The backend in force: "auto" or a name."""
+    return _check_backend(_requested, f"environment variable {ENVIRONMENT}")
+
+
+def select(op: str, *args) -> Implementation:
+    """The implementation that runs `op` for these arguments.
+
+    Raises:
+        BackendError: the user named a backend that cannot.
+    """
+    name = requested_backend()
+    for candidate in _implementations[op]:
+        if name in ("auto", candidate.backend):
+            reason = candidate.why_not(*args)
+            if reason is None:
+                return candidate
+            if name != "auto":
+                raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+    raise BackendError(f"{op}: backend {name!r} cannot run this call: it does not implement this op")
+
+
+def warn_once(message: str) -> None:
+    """Say a thing once per process: a fallback must be heard, not repeated."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that runs, and for each other one the reason why not."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: runs on {self.backend!r}" if self.backend else f"{self.op}: cannot run"]
+        return "\n".join(lines + [f"  not {name!r}: {reason}" for name, reason in self.reasons.items()])
+
+
+def explain_call(op: str, *args) -> Explanation:
+    """As `select`, with every reason, and without raising."""
+    name, chosen, reasons = requested_backend(), None, {}
+    for candidate in _implementations[op]:
+        reason = candidate.why_not(*args)
+        if reason is None and name not in ("auto", candidate.backend):
+            reason = f"backend {name!r} was asked for"
+        if reason is None and chosen is not None:
+            reason = f"{chosen!r} is preferred"
+        if reason is None:
+            chosen = candidate.backend
+        else:
+            reasons[candidate.backend] = reason
+    for backend in BACKENDS[1:]:
+        if backend != chosen:
+            reasons.setdefault(backend, "not implemented for this op")
+    return Explanation(op, chosen, reasons)

@@ -1,0 +1,5 @@
+"""Modules: parameters, and calls to functional.py."""
+
+from .focal_modulation import FocalModulation, FocalModulation1d, FocalModulation3d
+
+__all__ = ["FocalModulation", "FocalModulation1d", "FocalModulation3d"]

@@ -1,0 +1,124 @@
+"""The focal modulation layer, with the authors' arguments, keys and layout."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..functional import focal_modulation
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class _FocalModulationNd(nn.Module):
+    ndim: int
+
+    def __init__(
+        self,
+        dim: int,
+        focal_window: int,
+        focal_level: int,
+        focal_factor: int = 2,
+        bias: bool = True,
+        proj_drop: float = 0.0,
+        use_postln_in_modulation: bool = False,
+        normalize_modulator: bool = False,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.focal_window = focal_window
+        self.focal_level = focal_level
+        self.focal_factor = focal_factor
+        self.use_postln_in_modulation = use_postln_in_modulation
+        self.normalize_modulator = normalize_modulator
+        self.kernel_sizes = [focal_factor * level + focal_window for level in range(focal_level)]
+        for level, k in enumerate(self.kernel_sizes):
+            if k < 1 or k % 2 == 0:
+                raise ValueError(
+                    f"focal_window, focal_factor: expected odd kernel sizes, got {k} at level {level + 1} "
+                    f"(focal_window={focal_window} + {level} * focal_factor={focal_factor}); "
+                    "an even one would change the map's size"
+                )
+
+        # created in the authors' order, so that a seed gives the weights that their class would draw
+        Conv = _CONV[self.ndim]
+        self.f = nn.Linear(dim, 2 * dim + focal_level + 1, bias=bias)
+        self.h = Conv(dim, dim, kernel_size=1, bias=bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.focal_layers = nn.ModuleList(
+            nn.Sequential(Conv(dim, dim, k, padding=k // 2, groups=dim, bias=False), nn.GELU())
+            for k in self.kernel_sizes
+        )
+        if use_postln_in_modulation:
+            self.ln = nn.LayerNorm(dim)
+
+    def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
+        """What `forward` hands to `functional.focal_modulation`."""
+        ln = getattr(self, "ln", None)
+        args = (
+            x,
+            self.f.weight,
+            self.f.bias,
+            tuple(layer[0].weight for layer in self.focal_layers),
+            self.h.weight,
+            self.h.bias,
+            self.proj.weight,
+            self.proj.bias,
+        )
+        if ln is None:
+            return args, {"normalize": self.normalize_modulator}
+        return args, {
+            "normalize": self.normalize_modulator,
+            "ln_weight": ln.weight,
+            "ln_bias": ln.bias,
+            "ln_eps": ln.eps,
+        }
+
+    def forward(self, x: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if x.ndim != self.ndim + 2 or x.shape[-1] != self.dim:
+            axes = ("N", "H, W", "D, H, W")[self.ndim - 1]
+            raise ValueError(f"x: expected shape (B, {axes}, C={self.dim}), got {tuple(x.shape)}")
+        args, kwargs = self.functional_arguments(x)
+        if return_gates:
+            y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
+            return self.proj_drop(y), gates, modulator
+        return self.proj_drop(focal_modulation(*args, **kwargs))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kernel_sizes={self.kernel_sizes}"
+
+
+class FocalModulation(_FocalModulationNd):
+    """Focal modulation of a map (paper, section 3.2), with the authors' constructor and state_dict keys.
+
+    Args:
+        dim: channels C.
+        focal_window: kernel size of the first level; level l has focal_window + focal_factor * (l - 1).
+        focal_level: number of levels L, 0 or more.
+        focal_factor: growth of the kernel size per level.
+        bias: whether f and h have biases.
+        proj_drop: dropout after proj.
+        use_postln_in_modulation: a LayerNorm between q * modulator and proj.
+        normalize_modulator: divide the gathered context by L + 1.
+
+    Shape:
+        (B, H, W, C) -> (B, H, W, C). `forward(x, return_gates=True)` also returns the gates (B, L+1, H, W) and the
+        modulator (B, C, H, W); nothing is kept on the module.
+
+    Raises:
+        ValueError: a level's kernel size is even, or x has another shape.
+    """
+
+    ndim = 2
+
+
+class FocalModulation1d(_FocalModulationNd):
+    """`FocalModulation` of a sequence: (B, N, C) -> (B, N, C), same arguments."""
+
+    ndim = 1
+
+
+class FocalModulation3d(_FocalModulationNd):
+    """`FocalModulation` of a volume or video: (B, D, H, W, C) -> (B, D, H, W, C), same arguments."""
+
+    ndim = 3

@@ -1,0 +1,5 @@
+"""The ops, one folder each: contract (op.py), reference, kernels."""
+
+from .focal_context.op import focal_context as focal_context
+from .focal_modulation.op import focal_modulation as focal_modulation
+from .modulate.op import modulate as modulate

@@ -1,0 +1,18 @@
+"""focal_context through the C++ kernels (csrc/cpu/focal_context_fwd.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._native_limits import why_not_cpu
+
+
+def why_not(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> str | None:
+    return why_not_cpu(ctx)
+
+
+def focal_context_fwd(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> Tensor:
+    return torch.ops.focalnet_kernels.focal_context_fwd(ctx, gates, list(weights), normalize)

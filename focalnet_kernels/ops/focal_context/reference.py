@@ -1,0 +1,26 @@
+"""focal_context in plain PyTorch: the backend of last resort, the oracle, and what we are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def focal_context_reference(
+    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False
+) -> Tensor:
+    """See `focalnet_kernels.focal_context`: same arguments, same result, differentiable to any order."""
+    spatial = list(range(2, ctx.ndim))
+    conv = _CONV[len(spatial)]
+    ctx_all = 0
+    for level, weight in enumerate(weights):
+        padding = [k // 2 for k in weight.shape[2:]]
+        ctx = F.gelu(conv(ctx, weight, padding=padding, groups=ctx.shape[1]))
+        ctx_all = ctx_all + gates[:, level : level + 1] * ctx
+    ctx_global = F.gelu(ctx.mean(dim=spatial, keepdim=True))
+    ctx_all = ctx_all + gates[:, len(weights) :] * ctx_global
+    return ctx_all / (len(weights) + 1) if normalize else ctx_all
