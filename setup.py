@@ -36,7 +36,9 @@ def cpu_library():
         depends=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
-        extra_compile_args=["/O2"] if msvc else ["-O3", "-fvisibility=hidden", "-ffp-contract=fast"],
+        extra_compile_args=["/O2"]
+        if msvc
+        else ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized"],
         py_limited_api=True,
     )
     extension.optional = BUILD == "auto"

@@ -11,7 +11,9 @@ from . import dispatch
 
 def _load(stem: str) -> str | None:
     """Load the library `stem` beside this file. None on success, otherwise the reason."""
-    files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
+    files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(
+        Path(__file__).parent.glob(f"{stem}*.pyd")
+    )
     if not files:
         return "the C++ kernels were not built (install with a C++ compiler and --no-build-isolation)"
     try:
@@ -23,4 +25,5 @@ def _load(stem: str) -> str | None:
     return None
 
 
+torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
 cpu_missing = _load("_cpu")

@@ -15,7 +15,9 @@ from .ops.focal_modulation.reference import focal_modulation_reference
 __all__ = ["explain", "focal_context", "focal_modulation", "modulate"]
 
 
-def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False) -> Tensor:
+def focal_context(
+    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False
+) -> Tensor:
     """Gather context at every focal level and mix the levels by their gates (paper, section 3.2).
 
     With ctx_0 = ctx and ctx_l = GELU(depthwise_conv_l(ctx_{l-1})):
@@ -117,7 +119,9 @@ def explain(op, *args, **kwargs) -> Explanation:
         return explain("focal_modulation", *op.functional_arguments(x)[0], **op.functional_arguments(x)[1])
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
-        raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
+        raise TypeError(
+            f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}"
+        )
     return explain_call(name, *_PREPARE[name](*args, **kwargs))
 
 

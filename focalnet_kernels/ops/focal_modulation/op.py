@@ -57,9 +57,7 @@ def focal_modulation(x: Tensor, parameters: LayerParameters, normalize: bool, ln
     """The checked op: see `focalnet_kernels.focal_modulation`."""
     implementation = dispatch.select("focal_modulation", x, parameters, normalize, ln_eps)
     if implementation.backend != "reference" and needs_grad([x, *parameters.flat()]):
-        return FocalModulationFunction.apply(
-            implementation.backend, normalize, ln_eps, x, *parameters.flat()
-        )
+        return FocalModulationFunction.apply(implementation.backend, normalize, ln_eps, x, *parameters.flat())
     return implementation.forward(x, parameters, normalize, ln_eps)
 
 

@@ -1,0 +1,275 @@
+// All focal levels of one image and one block of VL channels, streamed along T.
+//
+// Every level keeps only the rows that the next level's kernel reaches, in a ring of kt slots (a slot: M rows
+// of W vectors, zero-padded by kw/2 on both sides), so the chain stays in the first caches for any map size:
+//   input -> ring 0 -> level 1 -> GELU -> ring 1 -> level 2 -> ...    and   plane += gate * level
+// A level lags rt rows behind the one before it. Rows beyond the map are left out of the sums, columns are
+// padding.
+
+// One kernel row laid over one input row.
+struct RowTaps {
+  const float* in;  // padded row
+  const float* w;   // kw vectors
+};
+
+constexpr int TILE = VL == 16 ? 8 : 4;  // outputs held in registers
+
+template <int KW, int N>
+FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float* out) {
+  vf acc[N] = {};
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const float *in = rows[r].in, *w = rows[r].w;
+    if constexpr (KW > 0) {
+      vf tap[KW];
+#pragma GCC unroll 16
+      for (int k = 0; k < KW; ++k) tap[k] = load(w + k * VL);
+#pragma GCC unroll 32
+      for (int j = 0; j < N + KW - 1; ++j) {
+        vf x = load(in + j * VL);
+#pragma GCC unroll 16
+        for (int k = 0; k < KW; ++k)
+          if (j - k >= 0 && j - k < N) acc[j - k] += tap[k] * x;
+      }
+    } else {
+      for (int64_t k = 0; k < kw; ++k) {
+        vf tap = load(w + k * VL);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[n] += tap * load(in + (n + k) * VL);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) store(out + n * VL, acc[n]);
+}
+
+template <int KW>
+static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
+  int64_t tiles = (W + TILE - 1) / TILE;
+  for (int64_t i = 0; i < tiles; ++i) {
+    int64_t n = W / tiles + (i < W % tiles);
+    switch (n) {
+      case 1:
+        conv_tile<KW, 1>(rows, n_rows, kw, out);
+        break;
+      case 2:
+        conv_tile<KW, 2>(rows, n_rows, kw, out);
+        break;
+      case 3:
+        conv_tile<KW, 3>(rows, n_rows, kw, out);
+        break;
+      case 4:
+        conv_tile<KW, 4>(rows, n_rows, kw, out);
+        break;
+#if FK_LANES == 16
+      case 5:
+        conv_tile<KW, 5>(rows, n_rows, kw, out);
+        break;
+      case 6:
+        conv_tile<KW, 6>(rows, n_rows, kw, out);
+        break;
+      case 7:
+        conv_tile<KW, 7>(rows, n_rows, kw, out);
+        break;
+      case 8:
+        conv_tile<KW, 8>(rows, n_rows, kw, out);
+        break;
+#endif
+    }
+    out += n * VL;
+    for (int64_t r = 0; r < n_rows; ++r) rows[r].in += n * VL;
+  }
+}
+
+// out[w] = sum over rows and taps; consumes `rows`.
+static void conv_row(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
+  switch (kw) {
+    case 1:
+      return conv_row_of<1>(rows, n_rows, kw, W, out);
+    case 3:
+      return conv_row_of<3>(rows, n_rows, kw, W, out);
+    case 5:
+      return conv_row_of<5>(rows, n_rows, kw, W, out);
+    case 7:
+      return conv_row_of<7>(rows, n_rows, kw, W, out);
+    case 9:
+      return conv_row_of<9>(rows, n_rows, kw, W, out);
+    default:
+      return conv_row_of<0>(rows, n_rows, kw, W, out);
+  }
+}
+
+// The last few rows (along T) of a map, as zero-padded float rows of VL channels.
+struct Ring {
+  float* data;
+  int64_t slots, pad, row, slot;  // pad in pixels; row and slot in floats
+
+  static Ring make(float*& scratch, int64_t slots, int64_t pad, const Geometry& g) {
+    Ring r{scratch, slots, pad, (g.W + 2 * pad) * VL, 0};
+    r.slot = g.M * r.row;
+    scratch += r.floats();
+    return r;
+  }
+  int64_t floats() const { return slots * slot; }
+  void clear_padding() const {
+    for (float* p = data; p < data + floats(); p += row)
+      for (int64_t i = 0; i < pad; ++i) store(p + i * VL, vf{}), store(p + row - (i + 1) * VL, vf{});
+  }
+  FK_INLINE float* padded(int64_t t, int64_t m) const { return data + (t % slots) * slot + m * row; }
+  FK_INLINE float* at(int64_t t, int64_t m) const { return padded(t, m) + pad * VL; }
+};
+
+template <class T>
+FK_INLINE T* address(const MapView& v, int64_t b, int64_t c, int64_t t, int64_t m) {
+  return static_cast<T*>(v.data) + b * v.b + c * v.c + t * v.t + m * v.m;
+}
+
+// Row (t, m) of channels c0.. into VL-wide floats.
+template <class T>
+FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t c0, int64_t t, int64_t m,
+                        float* out) {
+  const T* p = address<T>(v, b, c0, t, m);
+  int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  for (int64_t w = 0; w < g.W; ++w) store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
+}
+
+// The kernel rows of a level that reach input row (t, m) from rows inside the map. Returns how many.
+FK_INLINE int64_t gather_rows(const Ring& in, const Level& level, const float* weights, const Geometry& g,
+                              int64_t t, int64_t m, RowTaps* rows) {
+  int64_t n = 0;
+  for (int64_t dt = 0; dt < level.kt; ++dt) {
+    int64_t ti = t + dt - level.rt();
+    if (ti < 0 || ti >= g.T) continue;
+    for (int64_t dm = 0; dm < level.km; ++dm) {
+      int64_t mi = m + dm - level.rm();
+      if (mi < 0 || mi >= g.M) continue;
+      rows[n++] = {in.padded(ti, mi), weights + (dt * level.km + dm) * level.kw * VL};
+    }
+  }
+  return n;
+}
+
+// Floats that n objects of T take, in whole cache lines: rows must stay aligned behind them.
+template <class T>
+constexpr int64_t floats_for(int64_t n) {
+  return (n * int64_t(sizeof(T)) + 63) / 64 * 16;
+}
+
+static int64_t context_fwd_scratch(const ContextForward& p) {
+  int64_t floats = floats_for<Ring>(p.L) + p.g.W * VL, most_rows = 0;
+  for (int64_t l = 0; l < p.L; ++l) {
+    const Level& level = p.levels[l];
+    floats += level.kt * p.g.M * (p.g.W + 2 * level.rw()) * VL;
+    if (level.kt * level.km > most_rows) most_rows = level.kt * level.km;
+  }
+  return floats + floats_for<RowTaps>(most_rows);
+}
+
+template <class T>
+static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
+                                  float* plane, float* sum, float* scratch) {
+  const Geometry& g = p.g;
+  const int64_t c0 = block * VL, slab = g.M * g.W * VL;
+
+  Ring* rings = reinterpret_cast<Ring*>(scratch);
+  scratch += floats_for<Ring>(p.L);
+  int64_t reach = 0, most_rows = 0;  // how far the levels see, along T
+  for (int64_t l = 0; l < p.L; ++l) {
+    const Level& level = p.levels[l];
+    rings[l] = Ring::make(scratch, level.kt, level.rw(), g);
+    rings[l].clear_padding();
+    reach += level.rt();
+    if (level.kt * level.km > most_rows) most_rows = level.kt * level.km;
+  }
+  RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
+  float* z = scratch + floats_for<RowTaps>(most_rows);
+  vf total = {};
+
+  if (p.L == 0) {
+    for (int64_t t = t0; t < t1; ++t)
+      for (int64_t m = 0; m < g.M; ++m) {
+        load_row<T>(p.ctx, g, b, c0, t, m, z);
+        vf row = {};
+        for (int64_t w = 0; w < g.W; ++w) row += load(z + w * VL);
+        total += row;
+      }
+    __builtin_memset(plane, 0, (t1 - t0) * slab * sizeof(float));
+    return store(sum, total);
+  }
+
+  int64_t from = t0 - reach < 0 ? 0 : t0 - reach, to = t1 + reach;
+  for (int64_t step = from; step < to; ++step) {
+    if (step < g.T)
+      for (int64_t m = 0; m < g.M; ++m) load_row<T>(p.ctx, g, b, c0, step, m, rings[0].at(step, m));
+
+    int64_t t = step, ahead = reach;  // ahead: rows that the later levels still need on both sides
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Level& level = p.levels[l];
+      t -= level.rt();
+      ahead -= level.rt();
+      if (t < 0 || t < t0 - ahead || t >= t1 + ahead || t >= g.T) continue;
+      const bool inside = t >= t0 && t < t1, last = l + 1 == p.L;
+      const float* weights = p.weights[l] + block * level.taps() * VL;
+      for (int64_t m = 0; m < g.M; ++m) {
+        conv_row(rows, gather_rows(rings[l], level, weights, g, t, m, rows), level.kw, g.W, z);
+        float* next = last ? z : rings[l + 1].at(t, m);
+        if (!inside) {
+          for (int64_t w = 0; w < g.W; ++w) store(next + w * VL, gelu(load(z + w * VL)));
+          continue;
+        }
+        const T* gate = address<T>(p.gates, b, l, t, m);
+        float* out = plane + ((t - t0) * g.M + m) * g.W * VL;
+        vf row = {};
+        for (int64_t w = 0; w < g.W; ++w) {
+          vf c = gelu(load(z + w * VL));
+          vf gated = c * load_scalar(gate + w * p.gates.w);
+          store(out + w * VL, l == 0 ? gated : load(out + w * VL) + gated);
+          store(next + w * VL, c);
+          row += c;
+        }
+        if (last) total += row;
+      }
+    }
+  }
+  store(sum, total);
+}
+
+template <class T>
+static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
+                                  const float* plane, const float* sum) {
+  const Geometry& g = p.g;
+  const int64_t c0 = block * VL;
+  const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  const vf mean = load(sum) / float(g.pixels()), global = gelu(mean);
+  const vf divisor = splat(p.normalize ? float(p.L + 1) : 1.0f);
+  if (p.mean && t0 == 0) store_lanes(p.mean + b * g.C + c0, n, 1, mean);
+  for (int64_t t = t0; t < t1; ++t)
+    for (int64_t m = 0; m < g.M; ++m, plane += g.W * VL) {
+      const T* gate = address<T>(p.gates, b, p.L, t, m);
+      T* out = address<T>(p.out, b, c0, t, m);
+      for (int64_t w = 0; w < g.W; ++w) {
+        vf all = load(plane + w * VL) + global * load_scalar(gate + w * p.gates.w);
+        store_lanes(out + w * p.out.w, n, p.out.c, p.normalize ? all / divisor : all);
+      }
+    }
+}
+
+static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level, const int64_t strides[4],
+                      float* packed) {
+  int64_t blocks = (C + VL - 1) / VL;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < level.kt; ++i)
+      for (int64_t j = 0; j < level.km; ++j)
+        for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
+          int64_t c0 = block * VL,
+                  offset = c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
+          int n = int(C - c0 < VL ? C - c0 : VL);
+          vf tap;
+          if (dtype == DType::f32)
+            tap = load_lanes(static_cast<const float*>(w) + offset, n, strides[0]);
+          else if (dtype == DType::bf16)
+            tap = load_lanes(static_cast<const bf16*>(w) + offset, n, strides[0]);
+          else
+            tap = load_lanes(static_cast<const f16*>(w) + offset, n, strides[0]);
+          store(packed, tap);
+        }
+}

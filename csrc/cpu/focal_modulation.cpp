@@ -1,0 +1,103 @@
+// The whole layer on the CPU, a group of images at a time so that what flows between its parts stays in
+// cache: f -> focal_context -> h, q*, LN?, proj.
+#include "cpu/tensors.h"
+
+namespace focalnet::cpu {
+
+namespace {
+
+// Images per group: enough rows to feed the matrix products and the threads, few enough to stay in cache.
+int64_t images_per_group(const Geometry& g, int lanes) {
+  const int64_t blocks = (g.C + lanes - 1) / lanes, threads = torch::stable::get_num_threads();
+  const int64_t for_cache = 6272 / std::max<int64_t>(1, g.pixels());
+  const int64_t for_threads = (2 * threads + blocks - 1) / blocks;
+  return std::max<int64_t>(1, std::min(g.B, std::max(for_cache, for_threads)));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
+    Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
+    std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights, bool normalize, double ln_eps,
+    bool save) {
+  const Kernels& k = kernels();
+  const int64_t channel = x.dim() - 1;
+  const Geometry g = geometry_of(x, 1, channel);
+  const DType dtype = dtype_of(x);
+  const int64_t tokens = g.B * g.pixels(), F = f_weight.size(0), L = int64_t(focal_weights.size());
+
+  Tensor y = torch::stable::empty_like(x);
+  Tensor projected = torch::stable::new_empty(x, {save ? tokens : 0, save ? F : 0});
+  Tensor modulator = torch::stable::new_empty(x, {save ? tokens : 0, save ? g.C : 0});
+  Tensor mean = torch::stable::new_empty(x, {save ? g.B : 0, save ? g.C : 0}, ScalarType::Float);
+  if (tokens == 0) return {y, projected, modulator, mean};
+
+  const PackedMatrix f(k, f_weight), h(k, h_weight), proj(k, proj_weight);
+  const PackedLevels levels(k, focal_weights, g.C);
+  const auto bias_f = floats_of(f_bias), bias_h = floats_of(h_bias), bias_proj = floats_of(proj_bias);
+  const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
+
+  const int64_t group = images_per_group(g, k.lanes);
+  const Buffer f_out(save ? 0 : group * g.pixels() * F * bytes_of(dtype));
+  const Buffer ctx_all(group * g.pixels() * g.C * bytes_of(dtype));
+
+  for (int64_t b0 = 0; b0 < g.B; b0 += group) {
+    Geometry part = g;
+    part.B = std::min(group, g.B - b0);
+    const int64_t row0 = b0 * g.pixels();
+    void* projected_here = save ? at_element(projected.data_ptr(), row0 * F, dtype) : f_out.data;
+    MapView in = map_of(x, 1, channel), out = map_of(y, 1, channel);
+    in.data = at_element(in.data, b0 * in.b, dtype);
+    out.data = at_element(out.data, b0 * out.b, dtype);
+    const RowBlocks blocks(part.B * g.pixels());
+
+    LinearForward to_f{};
+    to_f.dtype = dtype;
+    to_f.weight = f.packed;
+    to_f.bias = data_or_null(bias_f);
+    to_f.in = rows_of(in, part);
+    to_f.out = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
+    const int64_t linear_scratch = k.linear_scratch(to_f, blocks.size);
+    parallel(blocks.count, [&](int64_t i) {
+      k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), thread_scratch(linear_scratch));
+    });
+
+    ContextForward context{};
+    context.g = part;
+    context.dtype = dtype;
+    context.L = L;
+    context.levels = levels.levels.data();
+    context.weights = levels.weights.data();
+    context.ctx = dense_map(projected_here, dtype, part, F, g.C);
+    context.gates = dense_map(projected_here, dtype, part, F, 2 * g.C);
+    context.out = dense_map(ctx_all.data, dtype, part, g.C, 0);
+    context.normalize = normalize;
+    context.mean = save ? static_cast<float*>(mean.data_ptr()) + b0 * g.C : nullptr;
+    run_context_fwd(k, context);
+
+    ModulateForward modulate{};
+    modulate.dtype = dtype;
+    modulate.weight = h.packed;
+    modulate.bias = data_or_null(bias_h);
+    modulate.ctx_all = rows_of(context.out, part);
+    modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
+    modulate.out = rows_of(out, part);
+    if (save) {
+      void* modulator_here = at_element(modulator.data_ptr(), row0 * g.C, dtype);
+      modulate.modulator = rows_of(dense_map(modulator_here, dtype, part, g.C, 0), part);
+    }
+    modulate.proj = proj.packed;
+    modulate.proj_bias = data_or_null(bias_proj);
+    modulate.ln_weight = data_or_null(weight_ln);
+    modulate.ln_bias = data_or_null(bias_ln);
+    modulate.ln_eps = float(ln_eps);
+    const int64_t modulate_scratch = k.modulate_scratch(modulate, blocks.size);
+    parallel(blocks.count, [&](int64_t i) {
+      k.modulate_fwd(modulate, blocks.begin(i), blocks.end(i), thread_scratch(modulate_scratch));
+    });
+  }
+  return {y, projected, modulator, mean};
+}
+
+}  // namespace focalnet::cpu

@@ -1,0 +1,230 @@
+// Matrix products of token rows with a packed weight, with an epilogue on the accumulators.
+//
+//   out[m, n] = sum_k a[m, k] * w[n, k]      a tile of MR rows x NV vectors of columns stays in registers.
+//
+// The weight is packed in panels of NV * VL columns, k after k, so that the inner loop reads it in order.
+// 16-bit operands are widened to float when packed; with AVX512_BF16, bfloat16 stays as it is and two k are
+// multiplied at once (vdpbf16ps, float accumulators), panels then hold pairs of k side by side.
+
+constexpr int NV = 3;                 // vectors of columns
+constexpr int MR = VL == 16 ? 8 : 4;  // rows
+constexpr int NR = NV * VL;
+
+template <class T>
+struct Operand {
+  using type = float;
+};
+#ifdef FK_AVX512_BF16
+template <>
+struct Operand<bf16> {
+  using type = bf16;
+};
+#endif
+template <class T>
+using operand_t = typename Operand<T>::type;
+
+// k is padded to whole steps.
+template <class CT>
+constexpr int64_t KSTEP = sizeof(CT) == 2 ? 2 : 1;
+template <class CT>
+FK_INLINE int64_t padded_k(int64_t K) {
+  return (K + KSTEP<CT> - 1) / KSTEP<CT> * KSTEP<CT>;
+}
+
+FK_INLINE void multiply(vf* acc, float a, const float* w) { *acc += load(w) * a; }
+
+template <int N, class CT>
+FK_INLINE void tile_product(const CT* const* a, const CT* panel, int64_t K, vf (*acc)[N]) {
+  for (int64_t k = 0; k < K; k += KSTEP<CT>, panel += N * VL * KSTEP<CT>) {
+#ifdef FK_AVX512_BF16
+    if constexpr (sizeof(CT) == 2) {
+      __m512bh w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + j * VL * 2));
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        int32_t pair;
+        __builtin_memcpy(&pair, a[i] + k, 4);
+        __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j)
+          acc[i][j] = reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][j]), x, w[j]));
+      }
+      continue;
+    }
+#endif
+    if constexpr (sizeof(CT) == 4) {
+      vf w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) w[j] = load(panel + j * VL);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        vf x = splat(a[i][k]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) acc[i][j] += w[j] * x;
+      }
+    }
+  }
+}
+
+// epilogue(row, column, n, values): n valid columns from `column` on.
+template <int N, class CT, class Epilogue>
+static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_t K, int64_t row,
+                 int64_t column, int64_t columns, const Epilogue& epilogue) {
+  const CT* a_rows[MR];
+  for (int i = 0; i < MR; ++i) a_rows[i] = a + (i < rows ? i : rows - 1) * lda;
+  vf acc[MR][N] = {};
+  tile_product<N>(a_rows, panel, K, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    if (i >= rows) break;
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      int64_t left = columns - j * VL;
+      if (left > 0) epilogue(row + i, column + j * VL, int(left < VL ? left : VL), acc[i][j]);
+    }
+  }
+}
+
+// Rows 0..M of `a` times the packed weight. One panel stays in cache while the rows pass.
+template <class CT, class Epilogue>
+static void product(const CT* a, int64_t lda, int64_t M, const Packed& w, const Epilogue& epilogue) {
+  const int64_t K = padded_k<CT>(w.K);
+  const CT* panel = static_cast<const CT*>(w.panels);
+  for (int64_t column = 0; column < w.N; column += NR) {
+    const int64_t columns = w.N - column < NR ? w.N - column : NR;
+    const int64_t vectors = (columns + VL - 1) / VL;
+    for (int64_t row = 0; row < M; row += MR) {
+      const int64_t rows = M - row < MR ? M - row : MR;
+      const CT* a_row = a + row * lda;
+      if (vectors == 3)
+        tile<3>(a_row, lda, rows, panel, K, row, column, columns, epilogue);
+      else if (vectors == 2)
+        tile<2>(a_row, lda, rows, panel, K, row, column, columns, epilogue);
+      else
+        tile<1>(a_row, lda, rows, panel, K, row, column, columns, epilogue);
+    }
+    panel += vectors * VL * K;
+  }
+}
+
+template <class CT>
+FK_INLINE int64_t panels_elements(int64_t N, int64_t K) {
+  return (N + VL - 1) / VL * VL * padded_k<CT>(K);
+}
+
+FK_INLINE void convert(float* to, float from) { *to = from; }
+FK_INLINE void convert(float* to, bf16 from) { *to = load_scalar(&from); }
+FK_INLINE void convert(float* to, f16 from) { *to = load_scalar(&from); }
+FK_INLINE void convert(bf16* to, bf16 from) { *to = from; }
+
+constexpr int64_t PACK_COLUMNS = 48;  // what pack_matrix is called with: a multiple of every panel's width
+
+// Columns n0..n1 (n0 a multiple of PACK_COLUMNS) of the panels of w (N, K).
+template <class T>
+static void pack_matrix_of(const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
+                           int64_t n1, void* panels) {
+  using CT = operand_t<T>;
+  constexpr int64_t step = KSTEP<CT>;
+  const int64_t Kp = padded_k<CT>(K);
+  for (int64_t column = n0; column < n1; column += NR) {
+    CT* panel = static_cast<CT*>(panels) + column * Kp;
+    const int64_t columns = N - column < NR ? N - column : NR, width = (columns + VL - 1) / VL * VL;
+    if (stride_k == 1) {  // read rows of w in order, a few k at a time so that the panel's lines stay in L1
+      for (int64_t k0 = 0; k0 < Kp; k0 += 32)
+        for (int64_t n = 0; n < width; ++n)
+          for (int64_t k = k0; k < Kp && k < k0 + 32; ++k) {
+            CT* to = panel + (k / step * width + n) * step + k % step;
+            if (n < columns && k < K)
+              convert(to, w[(column + n) * stride_n + k]);
+            else
+              *to = CT{};
+          }
+    } else {
+      for (int64_t k = 0; k < Kp; ++k)
+        for (int64_t n = 0; n < width; ++n) {
+          CT* to = panel + (k / step * width + n) * step + k % step;
+          if (n < columns && k < K)
+            convert(to, w[(column + n) * stride_n + k * stride_k]);
+          else
+            *to = CT{};
+        }
+    }
+  }
+}
+
+// Walks rows of tokens without dividing at every step.
+template <class T>
+struct RowCursor {
+  const Rows& rows;
+  int64_t image, t, m, w;
+
+  RowCursor(const Rows& r, int64_t row) : rows(r) {
+    image = row / r.pixels;
+    int64_t pixel = row % r.pixels;
+    w = pixel % r.W;
+    m = pixel / r.W % r.M;
+    t = pixel / r.W / r.M;
+  }
+  T* next() {
+    T* p = static_cast<T*>(rows.data) + image * rows.image + t * rows.t + m * rows.m + w * rows.w;
+    if (++w == rows.W) {
+      w = 0;
+      if (++m == rows.M) {
+        m = 0;
+        if (++t * rows.M * rows.W == rows.pixels) t = 0, ++image;
+      }
+    }
+    return p;
+  }
+};
+
+template <class T>
+FK_INLINE void row_pointers(const Rows& rows, int64_t row0, int64_t row1, T** pointers) {
+  RowCursor<T> cursor(rows, row0);
+  for (int64_t r = row0; r < row1; ++r) *pointers++ = cursor.next();
+}
+
+// The operand form of token rows: themselves where that is possible, otherwise a copy in `buffer` (n x padded
+// K).
+template <class T>
+static const operand_t<T>* operand_rows(const Rows& rows, int64_t n, T* const* pointers, int64_t K,
+                                        operand_t<T>* buffer, int64_t* lda) {
+  using CT = operand_t<T>;
+  const int64_t Kp = padded_k<CT>(K);
+  if constexpr (sizeof(CT) == sizeof(T)) {
+    bool regular = rows.channel == 1 && Kp == K;
+    for (int64_t i = 2; regular && i < n; ++i)
+      regular = pointers[i] - pointers[i - 1] == pointers[1] - pointers[0];
+    if (regular) {
+      *lda = n > 1 ? pointers[1] - pointers[0] : 0;
+      return reinterpret_cast<const CT*>(pointers[0]);
+    }
+  }
+  *lda = Kp;
+  if (rows.channel == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      CT* to = buffer + i * Kp;
+      int64_t k = 0;
+      for (; k + VL <= K; k += VL) store(to + k, load(pointers[i] + k));
+      for (; k < K; ++k) convert(to + k, pointers[i][k]);
+    }
+  } else {  // channel planes: read along the pixels
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t i = 0; i < n; ++i) convert(buffer + i * Kp + k, pointers[i][k * rows.channel]);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = K; k < Kp; ++k) buffer[i * Kp + k] = CT{};
+  return buffer;
+}
+
+// Hands out pieces of a scratch buffer, each on its own cache line.
+struct Arena {
+  char* at;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(at);
+    at += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};

@@ -1,0 +1,79 @@
+// Turns the kernel headers into one instruction set's table of tasks. Included by isa_*.cpp, each of which
+// first sets FK_ISA (a name), FK_LANES (floats in a vector) and the compiler's target. No include guard: no
+// second copy.
+
+namespace focalnet::cpu {
+namespace FK_ISA {
+
+// a lambda has to be inlined too: it could otherwise be emitted for the wrong target
+#define FK_LAMBDA __attribute__((always_inline))
+
+#include "cpu/vec.h"
+//
+#include "cpu/gemm.h"
+//
+#include "cpu/focal_context_fwd.h"
+#include "cpu/linear_fwd.h"
+#include "cpu/modulate_fwd.h"
+
+// Calls f with a value of the storage dtype.
+template <class F>
+static void with_dtype(DType dtype, F f) {
+  if (dtype == DType::f32) return f(float{});
+  if (dtype == DType::bf16) return f(bf16{});
+  return f(f16{});
+}
+
+static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
+                               float* plane, float* sum, float* scratch) {
+  with_dtype(p.dtype,
+             [&](auto v) { context_fwd_levels_of<decltype(v)>(p, b, block, t0, t1, plane, sum, scratch); });
+}
+static void context_fwd_finish(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
+                               const float* plane, const float* sum) {
+  with_dtype(p.dtype, [&](auto v) { context_fwd_finish_of<decltype(v)>(p, b, block, t0, t1, plane, sum); });
+}
+static int64_t packed_bytes(DType dtype, int64_t N, int64_t K) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto v) {
+    using CT = operand_t<decltype(v)>;
+    bytes = panels_elements<CT>(N, K) * int64_t(sizeof(CT));
+  });
+  return bytes;
+}
+static void pack_matrix(DType dtype, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,
+                        int64_t n0, int64_t n1, void* panels) {
+  with_dtype(dtype, [&](auto v) {
+    pack_matrix_of(static_cast<const decltype(v)*>(w), stride_n, stride_k, N, K, n0, n1, panels);
+  });
+}
+static void linear_fwd(const LinearForward& p, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { linear_fwd_of<decltype(v)>(p, row0, row1, scratch); });
+}
+static void modulate_fwd(const ModulateForward& p, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { modulate_fwd_of<decltype(v)>(p, row0, row1, scratch); });
+}
+
+}  // namespace FK_ISA
+
+#define FK_NAME_(isa) #isa
+#define FK_NAME(isa) FK_NAME_(isa)
+#define FK_TABLE_(isa) isa##_kernels
+#define FK_TABLE(isa) FK_TABLE_(isa)
+
+const Kernels FK_TABLE(FK_ISA) = {
+    FK_NAME(FK_ISA),
+    FK_ISA::VL,
+    FK_ISA::pack_taps,
+    FK_ISA::context_fwd_scratch,
+    FK_ISA::context_fwd_levels,
+    FK_ISA::context_fwd_finish,
+    FK_ISA::packed_bytes,
+    FK_ISA::pack_matrix,
+    FK_ISA::linear_scratch,
+    FK_ISA::linear_fwd,
+    FK_ISA::modulate_scratch,
+    FK_ISA::modulate_fwd,
+};
+
+}  // namespace focalnet::cpu

@@ -1,0 +1,8 @@
+// The kernels for any machine: whatever 128-bit vectors the compiler's baseline has (SSE2, NEON).
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+#define FK_ISA portable
+#define FK_LANES 4
+#include "cpu/isa.h"

@@ -1,0 +1,27 @@
+// modulate on the CPU: blocks of tokens.
+#include "cpu/tensors.h"
+
+namespace focalnet::cpu {
+
+Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias) {
+  const Kernels& k = kernels();
+  Tensor out = torch::stable::empty_like(q);
+  if (q.numel() == 0) return out;
+  const Geometry g = geometry_of(q, 2, 1);
+  const std::vector<float> h_bias = floats_of(bias);
+  PackedMatrix h(k, weight);
+  ModulateForward p{};
+  p.dtype = dtype_of(q);
+  p.weight = h.packed;
+  p.bias = data_or_null(h_bias);
+  p.ctx_all = rows_of(map_of(ctx_all, 2, 1), g);
+  p.q = rows_of(map_of(q, 2, 1), g);
+  p.out = rows_of(map_of(out, 2, 1), g);
+  const RowBlocks blocks(g.B * g.pixels());
+  const int64_t scratch = k.modulate_scratch(p, blocks.size);
+  parallel(blocks.count,
+           [&](int64_t i) { k.modulate_fwd(p, blocks.begin(i), blocks.end(i), thread_scratch(scratch)); });
+  return out;
+}
+
+}  // namespace focalnet::cpu

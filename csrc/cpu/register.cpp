@@ -1,0 +1,28 @@
+// The raw ops' CPU kernels. Their schemas stand in Python (ops/*/op.py).
+#include <string>
+#include <tuple>
+
+#include "cpu/tensors.h"
+
+namespace focalnet::cpu {
+
+Tensor focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize);
+Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
+    Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
+    std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights, bool normalize, double ln_eps,
+    bool save);
+
+std::string cpu_isa() { return kernels().name; }
+
+}  // namespace focalnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
+  m.impl("focal_context_fwd", TORCH_BOX(&focalnet::cpu::focal_context_fwd));
+  m.impl("modulate_fwd", TORCH_BOX(&focalnet::cpu::modulate_fwd));
+  m.impl("focal_modulation_fwd", TORCH_BOX(&focalnet::cpu::focal_modulation_fwd));
+}
+STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));
+}

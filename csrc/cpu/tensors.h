@@ -1,0 +1,140 @@
+// From torch's tensors to the plain descriptions of common/ and cpu/kernels.h, and torch's thread pool.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace focalnet::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
+      return DType::f32;
+  }
+}
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline void* at_element(const void* data, int64_t element, DType dtype) {
+  return static_cast<char*>(const_cast<void*>(data)) + element * bytes_of(dtype);
+}
+
+// Which tensor axis plays which part: 1-D (W), 2-D (T, W), 3-D (T, M, W); see common/geometry.h.
+struct Axes {
+  std::array<int64_t, 3> tmw;  // -1: absent
+  Axes(int64_t ndim, int64_t first) {
+    if (ndim == 1)
+      tmw = {-1, -1, first};
+    else if (ndim == 2)
+      tmw = {first, -1, first + 1};
+    else
+      tmw = {first, first + 1, first + 2};
+  }
+};
+inline int64_t size_or_1(const Tensor& t, int64_t axis) { return axis < 0 ? 1 : t.size(axis); }
+inline int64_t stride_or_0(const Tensor& t, int64_t axis) { return axis < 0 ? 0 : t.stride(axis); }
+
+// spatial axes start at `first`, the channel axis is `channel`
+inline Geometry geometry_of(const Tensor& t, int64_t first, int64_t channel) {
+  Axes axes(t.dim() - 2, first);
+  return {t.size(0), t.size(channel), size_or_1(t, axes.tmw[0]), size_or_1(t, axes.tmw[1]),
+          size_or_1(t, axes.tmw[2])};
+}
+inline MapView map_of(const Tensor& t, int64_t first, int64_t channel) {
+  Axes axes(t.dim() - 2, first);
+  return {t.data_ptr(),
+          t.stride(0),
+          t.stride(channel),
+          stride_or_0(t, axes.tmw[0]),
+          stride_or_0(t, axes.tmw[1]),
+          stride_or_0(t, axes.tmw[2])};
+}
+inline Rows rows_of(const MapView& v, const Geometry& g) {
+  return {v.data, g.pixels(), v.b, v.c, v.t, v.m, v.w, g.M, g.W};
+}
+// The channels of a dense (B, pixels, width) buffer from `channel` on, as a map.
+inline MapView dense_map(void* data, DType dtype, const Geometry& g, int64_t width, int64_t channel) {
+  return {at_element(data, channel, dtype), g.pixels() * width, 1, g.M * g.W * width, g.W * width, width};
+}
+
+// n bytes that nobody has to free; the tensor owns them.
+struct Buffer {
+  Tensor owner;
+  void* data = nullptr;
+  Buffer() = default;
+  explicit Buffer(int64_t bytes)
+      : owner(torch::stable::empty({(bytes + 63) / 64 * 64}, ScalarType::Byte)),
+        data(owner.mutable_data_ptr()) {}
+  float* floats() const { return static_cast<float*>(data); }
+};
+
+// Scratch of the running thread: kept, grown when needed. Valid until the next call on this thread.
+void* thread_scratch(int64_t bytes);
+
+// f(i) for every i, on torch's threads.
+template <class F>
+void parallel(int64_t n, const F& f) {
+  if (n > 0)
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+}
+
+// Rows in blocks: big enough to reuse a packed panel, and a whole number of rounds for the threads.
+struct RowBlocks {
+  int64_t rows, size, count;
+  explicit RowBlocks(int64_t n) : rows(n) {
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    int64_t blocks = (n + 127) / 128;
+    blocks = (blocks + threads - 1) / threads * threads;
+    size = std::max<int64_t>(8, ((n + blocks - 1) / std::max<int64_t>(1, blocks) + 7) / 8 * 8);
+    count = (n + size - 1) / size;
+  }
+  int64_t begin(int64_t i) const { return i * size; }
+  int64_t end(int64_t i) const { return std::min(rows, (i + 1) * size); }
+};
+
+// A vector of parameters as float.
+std::vector<float> floats_of(const std::optional<Tensor>& t);
+inline const float* data_or_null(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
+
+// The depthwise kernels of all levels, repacked.
+struct PackedLevels {
+  std::vector<Level> levels;
+  std::vector<const float*> weights;
+  PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C);
+
+ private:
+  Buffer buffer_;
+};
+
+// w (N, K), or its transpose, packed for Kernels::linear_fwd and the like.
+struct PackedMatrix {
+  Packed packed;
+  PackedMatrix(const Kernels& k, const Tensor& w, bool transpose = false);
+
+ private:
+  Buffer buffer_;
+};
+
+// Runs all of focal_context's forward: p.g.B images.
+void run_context_fwd(const Kernels& k, const ContextForward& p);
+
+}  // namespace focalnet::cpu

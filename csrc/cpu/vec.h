@@ -1,0 +1,194 @@
+// Vectors of FK_LANES floats, loads and stores in every storage dtype, GELU.
+//
+// Included once per instruction set, inside that set's namespace (see isa_*.cpp): the same source becomes
+// portable, AVX2 and AVX-512 code through the compiler's vector extension (GCC, clang). Everything is forced
+// inline so that no function compiled for one instruction set can be linked into another's.
+
+#define FK_INLINE inline __attribute__((always_inline))
+
+constexpr int VL = FK_LANES;
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+// the same, at any address and aliasing anything
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+// Storage dtypes. 16-bit values are computed in float.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+FK_INLINE vf splat(float x) { return x - vf{}; }
+FK_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+FK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+FK_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+FK_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+FK_INLINE vf load(const bf16* p) {
+  vh h = *reinterpret_cast<const vh_any*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+}
+FK_INLINE vh to_bf16(vf x) {
+#ifdef FK_AVX512_BF16
+  return reinterpret_cast<vh>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
+  vu u = reinterpret_cast<vu>(x);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  vu is_nan = reinterpret_cast<vu>(x != x);
+  return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), vh);
+#endif
+}
+FK_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
+
+#ifdef FK_F16C
+FK_INLINE vf load(const f16* p) {
+#if FK_LANES == 16
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+}
+FK_INLINE void store(f16* p, vf x) {
+#if FK_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+#endif
+}
+#else
+FK_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
+  float magic, value;
+  uint32_t scale = 0x77800000;  // 2^112 rebases the exponent, subnormals included
+  __builtin_memcpy(&magic, &scale, 4);
+  __builtin_memcpy(&value, &rest, 4);
+  value *= magic;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if ((h & 0x7c00) == 0x7c00) bits = 0x7f800000 | rest;  // infinity, NaN
+  bits |= sign;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+FK_INLINE uint16_t float_to_half(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, a = bits & 0x7fffffff;
+  if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (a < 0x38800000) {  // subnormal half: let the adder of 2^-1 round at the right bit
+    float value, half = 0.5f;
+    __builtin_memcpy(&value, &a, 4);
+    value += half;
+    __builtin_memcpy(&a, &value, 4);
+    return uint16_t(sign | (a - 0x3f000000));
+  }
+  a += 0xfff + ((a >> 13) & 1);
+  return uint16_t(sign | ((a - 0x38000000) >> 13));
+}
+FK_INLINE vf load(const f16* p) {
+  vf x;
+  for (int i = 0; i < VL; ++i) x[i] = half_to_float(p[i].bits);
+  return x;
+}
+FK_INLINE void store(f16* p, vf x) {
+  for (int i = 0; i < VL; ++i) p[i].bits = float_to_half(x[i]);
+}
+#endif
+
+template <class T>
+FK_INLINE float load_scalar(const T* p) {
+  if constexpr (sizeof(T) == 4) {
+    return *p;
+  } else {
+    T lane[VL] = {*p};
+    return load(lane)[0];
+  }
+}
+FK_INLINE float load_scalar(const bf16* p) {
+  uint32_t bits = uint32_t(p->bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The first n lanes, which may lie `stride` elements apart; lanes beyond n are 0.
+template <class T>
+FK_INLINE vf load_lanes(const T* p, int n, int64_t stride) {
+  if (n == VL && stride == 1) return load(p);
+  T lanes[VL] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  return load(lanes);
+}
+template <class T>
+FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
+  if (n == VL && stride == 1) return store(p, x);
+  T lanes[VL];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
+}
+
+FK_INLINE float sum_lanes(vf x) {
+  float s = 0;
+  for (int i = 0; i < VL; ++i) s += x[i];
+  return s;
+}
+
+// 2^x for x <= 0; at least 2^-126.
+FK_INLINE vf exp2_negative(vf x) {
+  x = vmax(x, splat(-126.0f));
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted = x + magic;
+  vf f = x - (shifted - magic);
+  vf p = f * 1.327640681e-03f + 9.675540431e-03f;
+  p = p * f + 5.550713438e-02f;
+  p = p * f + 2.402211975e-01f;
+  p = p * f + 6.931469670e-01f;
+  p = p * f + 1.000000072e+00f;
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+}
+
+// exp(-x^2/2) and the upper tail of the normal distribution at |x|, relative error about 1e-7:
+// tail = exp(-a^2/2) * R(a), R(a) = erfcx(a / sqrt 2) / 2 as a polynomial in 1 / (1 + 0.228 a).
+struct NormalTail {
+  vf bell, tail, a;
+};
+FK_INLINE NormalTail normal_tail(vf x) {
+  vf a = x < 0 ? -x : x;
+  vf capped = a < 13.0f ? a : splat(13.0f);  // beyond, the tail is 0 in float; NaN must pass: see callers
+  vf t = 1.0f / (capped * 0.228f + 1.0f);
+  vf p = t * -8.498602937e-02f + 3.288751121e-01f;
+  p = p * t + -3.463775807e-01f;
+  p = p * t + 3.685245688e-01f;
+  p = p * t + -7.329934572e-02f;
+  p = p * t + 1.337297439e-01f;
+  p = p * t + 8.157217854e-02f;
+  p = p * t + 9.201261415e-02f;
+  p = p * t + -5.127717681e-05f;
+  vf bell = exp2_negative(capped * capped * -0.72134752044448170f);
+  return {bell, bell * p, capped};
+}
+
+// x * Phi(x), exact (erf) GELU: relu(x) - |x| * tail(|x|) keeps its relative accuracy where 1 + erf cancels.
+FK_INLINE vf gelu(vf x) {
+  NormalTail n = normal_tail(x);
+  vf relu = x < 0 ? vf{} : x;  // keeps NaN
+  return relu - n.a * n.tail;
+}
+
+// gelu and its derivative Phi(x) + x * phi(x) from one exponential.
+FK_INLINE vf gelu_and_slope(vf x, vf* slope) {
+  NormalTail n = normal_tail(x);
+  vf relu = x < 0 ? vf{} : x;
+  vf phi = x < 0 ? n.tail : 1.0f - n.tail;
+  vf x_capped = x < 0 ? -n.a : n.a;
+  *slope = phi + x_capped * n.bell * 0.3989422804014327f + (x - x);  // x - x: NaN and infinity stay visible
+  return relu - n.a * n.tail;
+}
