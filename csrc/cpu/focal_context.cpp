@@ -25,9 +25,7 @@ void run_context_fwd(const Kernels& k, const ContextForward& p) {
   const int64_t strips = std::min(g.T, 2 * threads / tasks + 1);
   const auto row = [&](int64_t strip) { return g.T * strip / strips; };
   Buffer planes(tasks * g.T * slab * 4), sums(tasks * strips * 16 * 4);
-  const auto plane = [&](int64_t task, int64_t strip) {
-    return planes.floats() + (task * g.T + row(strip)) * slab;
-  };
+  const auto plane = [&](int64_t task, int64_t strip) { return planes.floats() + (task * g.T + row(strip)) * slab; };
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
     k.context_fwd_levels(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
@@ -38,8 +36,7 @@ void run_context_fwd(const Kernels& k, const ContextForward& p) {
     float sum[16] = {};
     for (int64_t s = 0; s < strips; ++s)
       for (int lane = 0; lane < k.lanes; ++lane) sum[lane] += sums.floats()[(task * strips + s) * 16 + lane];
-    k.context_fwd_finish(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
-                         sum);
+    k.context_fwd_finish(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip), sum);
   });
 }
 

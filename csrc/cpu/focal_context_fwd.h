@@ -125,16 +125,23 @@ FK_INLINE T* address(const MapView& v, int64_t b, int64_t c, int64_t t, int64_t 
 
 // Row (t, m) of channels c0.. into VL-wide floats.
 template <class T>
-FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t c0, int64_t t, int64_t m,
-                        float* out) {
+FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t c0, int64_t t, int64_t m, float* out) {
   const T* p = address<T>(v, b, c0, t, m);
   int n = int(g.C - c0 < VL ? g.C - c0 : VL);
-  for (int64_t w = 0; w < g.W; ++w) store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
+  int64_t w = 0;
+  if (v.w == 1 && v.c != 1 && n == VL)  // channel planes
+    for (; w + VL <= g.W; w += VL) {
+      vf x[VL];
+      for (int i = 0; i < VL; ++i) x[i] = load(p + i * v.c + w);
+      transpose(x);
+      for (int i = 0; i < VL; ++i) store(out + (w + i) * VL, x[i]);
+    }
+  for (; w < g.W; ++w) store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
 }
 
 // The kernel rows of a level that reach input row (t, m) from rows inside the map. Returns how many.
-FK_INLINE int64_t gather_rows(const Ring& in, const Level& level, const float* weights, const Geometry& g,
-                              int64_t t, int64_t m, RowTaps* rows) {
+FK_INLINE int64_t gather_rows(const Ring& in, const Level& level, const float* weights, const Geometry& g, int64_t t,
+                              int64_t m, RowTaps* rows) {
   int64_t n = 0;
   for (int64_t dt = 0; dt < level.kt; ++dt) {
     int64_t ti = t + dt - level.rt();
@@ -260,8 +267,7 @@ static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level,
     for (int64_t i = 0; i < level.kt; ++i)
       for (int64_t j = 0; j < level.km; ++j)
         for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
-          int64_t c0 = block * VL,
-                  offset = c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
+          int64_t c0 = block * VL, offset = c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
           int n = int(C - c0 < VL ? C - c0 : VL);
           vf tap;
           if (dtype == DType::f32)

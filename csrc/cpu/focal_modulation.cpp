@@ -18,9 +18,8 @@ int64_t images_per_group(const Geometry& g, int lanes) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
-    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
-    std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights, bool normalize, double ln_eps,
-    bool save) {
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
+    std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save) {
   const Kernels& k = kernels();
   const int64_t channel = x.dim() - 1;
   const Geometry g = geometry_of(x, 1, channel);
@@ -59,9 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     to_f.in = rows_of(in, part);
     to_f.out = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
     const int64_t linear_scratch = k.linear_scratch(to_f, blocks.size);
-    parallel(blocks.count, [&](int64_t i) {
-      k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), thread_scratch(linear_scratch));
-    });
+    parallel(blocks.count,
+             [&](int64_t i) { k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), thread_scratch(linear_scratch)); });
 
     ContextForward context{};
     context.g = part;

@@ -31,10 +31,10 @@ FK_INLINE int64_t padded_k(int64_t K) {
   return (K + KSTEP<CT> - 1) / KSTEP<CT> * KSTEP<CT>;
 }
 
-FK_INLINE void multiply(vf* acc, float a, const float* w) { *acc += load(w) * a; }
-
+// MR x N vectors of sums into `out`. A function of its own, without any epilogue, so that the sums stay in registers.
 template <int N, class CT>
-FK_INLINE void tile_product(const CT* const* a, const CT* panel, int64_t K, vf (*acc)[N]) {
+static __attribute__((noinline)) void tile_product(const CT* const* a, const CT* panel, int64_t K, float* out) {
+  vf acc[MR][N] = {};
   for (int64_t k = 0; k < K; k += KSTEP<CT>, panel += N * VL * KSTEP<CT>) {
 #ifdef FK_AVX512_BF16
     if constexpr (sizeof(CT) == 2) {
@@ -65,25 +65,26 @@ FK_INLINE void tile_product(const CT* const* a, const CT* panel, int64_t K, vf (
       }
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(out + (i * N + j) * VL, acc[i][j]);
 }
 
 // epilogue(row, column, n, values): n valid columns from `column` on.
 template <int N, class CT, class Epilogue>
-static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_t K, int64_t row,
-                 int64_t column, int64_t columns, const Epilogue& epilogue) {
+static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_t K, int64_t row, int64_t column,
+                 int64_t columns, const Epilogue& epilogue) {
   const CT* a_rows[MR];
   for (int i = 0; i < MR; ++i) a_rows[i] = a + (i < rows ? i : rows - 1) * lda;
-  vf acc[MR][N] = {};
+  alignas(64) float acc[MR * N * VL];
   tile_product<N>(a_rows, panel, K, acc);
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-    if (i >= rows) break;
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      int64_t left = columns - j * VL;
-      if (left > 0) epilogue(row + i, column + j * VL, int(left < VL ? left : VL), acc[i][j]);
+  const float* value = acc;
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < N; ++j, value += VL) {
+      const int64_t left = columns - j * VL;
+      if (left > 0) epilogue(row + i, column + j * VL, int(left < VL ? left : VL), load(value));
     }
-  }
 }
 
 // Rows 0..M of `a` times the packed weight. One panel stays in cache while the rows pass.
@@ -118,38 +119,61 @@ FK_INLINE void convert(float* to, bf16 from) { *to = load_scalar(&from); }
 FK_INLINE void convert(float* to, f16 from) { *to = load_scalar(&from); }
 FK_INLINE void convert(bf16* to, bf16 from) { *to = from; }
 
-constexpr int64_t PACK_COLUMNS = 48;  // what pack_matrix is called with: a multiple of every panel's width
+// VL columns x VL steps of k at once, read along k or along n. False where the strides allow neither.
+template <class T, class CT>
+FK_INLINE bool pack_square(const T* w, int64_t stride_n, int64_t stride_k, int64_t width, CT* to) {
+  constexpr bool pairs = KSTEP<CT> == 2;
+  vf x[VL];
+  if (stride_k == 1) {
+    for (int i = 0; i < VL; ++i) {
+      if constexpr (pairs)
+        x[i] = load(reinterpret_cast<const float*>(w + i * stride_n));  // a pair of k is one 32-bit lane
+      else
+        x[i] = load(w + i * stride_n);
+    }
+    transpose(x);
+  } else if (stride_n == 1) {
+    for (int i = 0; i < VL; ++i) {
+      if constexpr (pairs) {
+        const vh_any* even = reinterpret_cast<const vh_any*>(w + 2 * i * stride_k);
+        const vh_any* odd = reinterpret_cast<const vh_any*>(w + (2 * i + 1) * stride_k);
+        vh low = *even, high = *odd;
+        x[i] = reinterpret_cast<vf>(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+      } else {
+        x[i] = load(w + i * stride_k);
+      }
+    }
+  } else {
+    return false;
+  }
+  for (int i = 0; i < VL; ++i) store(reinterpret_cast<float*>(to + i * width * KSTEP<CT>), x[i]);
+  return true;
+}
 
-// Columns n0..n1 (n0 a multiple of PACK_COLUMNS) of the panels of w (N, K).
+// Columns n0..n1 of the panels of w (N, K); n0 a multiple of every panel's width.
 template <class T>
-static void pack_matrix_of(const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
-                           int64_t n1, void* panels) {
+static void pack_matrix_of(const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0, int64_t n1,
+                           void* panels) {
   using CT = operand_t<T>;
-  constexpr int64_t step = KSTEP<CT>;
+  constexpr int64_t step = KSTEP<CT>, square = VL * step;
   const int64_t Kp = padded_k<CT>(K);
   for (int64_t column = n0; column < n1; column += NR) {
     CT* panel = static_cast<CT*>(panels) + column * Kp;
     const int64_t columns = N - column < NR ? N - column : NR, width = (columns + VL - 1) / VL * VL;
-    if (stride_k == 1) {  // read rows of w in order, a few k at a time so that the panel's lines stay in L1
-      for (int64_t k0 = 0; k0 < Kp; k0 += 32)
-        for (int64_t n = 0; n < width; ++n)
-          for (int64_t k = k0; k < Kp && k < k0 + 32; ++k) {
-            CT* to = panel + (k / step * width + n) * step + k % step;
-            if (n < columns && k < K)
-              convert(to, w[(column + n) * stride_n + k]);
+    for (int64_t n = 0; n < width; n += VL)
+      for (int64_t k = 0; k < Kp; k += square) {
+        CT* to = panel + k * width + n * step;
+        const T* from = w + (column + n) * stride_n + k * stride_k;
+        if (n + VL <= columns && k + square <= K && pack_square(from, stride_n, stride_k, width, to)) continue;
+        for (int64_t i = 0; i < square && k + i < Kp; ++i)  // edges, and strides of any kind
+          for (int64_t j = 0; j < VL; ++j) {
+            CT* one = to + (i / step * width + j) * step + i % step;
+            if (n + j < columns && k + i < K)
+              convert(one, from[j * stride_n + i * stride_k]);
             else
-              *to = CT{};
+              *one = CT{};
           }
-    } else {
-      for (int64_t k = 0; k < Kp; ++k)
-        for (int64_t n = 0; n < width; ++n) {
-          CT* to = panel + (k / step * width + n) * step + k % step;
-          if (n < columns && k < K)
-            convert(to, w[(column + n) * stride_n + k * stride_k]);
-          else
-            *to = CT{};
-        }
-    }
+      }
   }
 }
 
@@ -194,8 +218,7 @@ static const operand_t<T>* operand_rows(const Rows& rows, int64_t n, T* const* p
   const int64_t Kp = padded_k<CT>(K);
   if constexpr (sizeof(CT) == sizeof(T)) {
     bool regular = rows.channel == 1 && Kp == K;
-    for (int64_t i = 2; regular && i < n; ++i)
-      regular = pointers[i] - pointers[i - 1] == pointers[1] - pointers[0];
+    for (int64_t i = 2; regular && i < n; ++i) regular = pointers[i] - pointers[i - 1] == pointers[1] - pointers[0];
     if (regular) {
       *lda = n > 1 ? pointers[1] - pointers[0] : 0;
       return reinterpret_cast<const CT*>(pointers[0]);
@@ -210,8 +233,18 @@ static const operand_t<T>* operand_rows(const Rows& rows, int64_t n, T* const* p
       for (; k < K; ++k) convert(to + k, pointers[i][k]);
     }
   } else {  // channel planes: read along the pixels
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t i = 0; i < n; ++i) convert(buffer + i * Kp + k, pointers[i][k * rows.channel]);
+    for (int64_t i = 0; i < n; i += VL) {
+      const bool square = n - i >= VL && pointers[i + VL - 1] - pointers[i] == VL - 1;
+      int64_t k = 0;
+      for (; square && k + VL <= K; k += VL) {
+        vf x[VL];
+        for (int j = 0; j < VL; ++j) x[j] = load(pointers[i] + (k + j) * rows.channel);
+        transpose(x);
+        for (int j = 0; j < VL; ++j) store(buffer + (i + j) * Kp + k, x[j]);
+      }
+      for (; k < K; ++k)
+        for (int64_t j = i; j < n && j < i + VL; ++j) convert(buffer + j * Kp + k, pointers[j][k * rows.channel]);
+    }
   }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = K; k < Kp; ++k) buffer[i * Kp + k] = CT{};

@@ -21,9 +21,8 @@ const Candidate* candidates(size_t* n) {
   __builtin_cpu_init();
   static const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vl");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const Candidate all[] = {
       {&avx512_bf16_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
       {&avx512_kernels, avx512},
@@ -46,10 +45,9 @@ const Kernels& kernels() {
   const bool any = wanted == nullptr || *wanted == '\0';
   for (size_t i = 0; i < n; ++i)
     if (all[i].here && (any || std::strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
-  throw std::runtime_error(
-      std::string("FOCALNET_KERNELS_CPU_ISA=") + wanted +
-      ": this machine offers avx512_bf16, avx512, avx2 only where its processor does, and "
-      "portable everywhere");
+  throw std::runtime_error(std::string("FOCALNET_KERNELS_CPU_ISA=") + wanted +
+                           ": this machine offers avx512_bf16, avx512, avx2 only where its processor does, and "
+                           "portable everywhere");
 }
 
 }  // namespace focalnet::cpu

@@ -24,10 +24,9 @@ static void with_dtype(DType dtype, F f) {
   return f(f16{});
 }
 
-static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                               float* plane, float* sum, float* scratch) {
-  with_dtype(p.dtype,
-             [&](auto v) { context_fwd_levels_of<decltype(v)>(p, b, block, t0, t1, plane, sum, scratch); });
+static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
+                               float* sum, float* scratch) {
+  with_dtype(p.dtype, [&](auto v) { context_fwd_levels_of<decltype(v)>(p, b, block, t0, t1, plane, sum, scratch); });
 }
 static void context_fwd_finish(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
                                const float* plane, const float* sum) {

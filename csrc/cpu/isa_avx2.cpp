@@ -1,5 +1,6 @@
 // The kernels for AVX2.
 #include <cstdint>
+#include <utility>
 
 #include "cpu/kernels.h"
 

@@ -1,5 +1,6 @@
 // The kernels for AVX512.
 #include <cstdint>
+#include <utility>
 
 #include "cpu/kernels.h"
 

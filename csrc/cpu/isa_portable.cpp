@@ -1,5 +1,6 @@
 // The kernels for any machine: whatever 128-bit vectors the compiler's baseline has (SSE2, NEON).
 #include <cstdint>
+#include <utility>
 
 #include "cpu/kernels.h"
 

@@ -65,16 +65,16 @@ struct Kernels {
   int64_t (*context_fwd_scratch)(const ContextForward&);  // floats, for one task
   // Levels of rows t0..t1 into `plane` (float, pixels x lanes) and the sum of the last level into `sum`
   // (lanes).
-  void (*context_fwd_levels)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                             float* plane, float* sum, float* scratch);
+  void (*context_fwd_levels)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
+                             float* sum, float* scratch);
   // Adds the global context to rows t0..t1 of `plane` and writes them out. `sum`: over the whole map.
   void (*context_fwd_finish)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1,
                              const float* plane, const float* sum);
 
   int64_t (*packed_bytes)(DType, int64_t N, int64_t K);
-  // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 64.
-  void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,
-                      int64_t n0, int64_t n1, void* panels);
+  // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 48.
+  void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
+                      int64_t n1, void* panels);
   int64_t (*linear_scratch)(const LinearForward&, int64_t rows);  // bytes
   void (*linear_fwd)(const LinearForward&, int64_t row0, int64_t row1, void* scratch);
   int64_t (*modulate_scratch)(const ModulateForward&, int64_t rows);  // bytes

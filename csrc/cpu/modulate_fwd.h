@@ -25,8 +25,7 @@ static void layer_norm_rows(CT* x, int64_t ldx, int64_t n, int64_t C, const floa
     for (int64_t c = 0; c < C; c += VL) {
       const int lanes = int(C - c < VL ? C - c : VL);
       vf normal = (load_lanes(x + c, lanes, 1) - mean) * rstd;
-      store_lanes(x + c, lanes, 1,
-                  normal * load_lanes(weight + c, lanes, 1) + load_lanes(bias + c, lanes, 1));
+      store_lanes(x + c, lanes, 1, normal * load_lanes(weight + c, lanes, 1) + load_lanes(bias + c, lanes, 1));
     }
   }
 }

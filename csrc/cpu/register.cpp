@@ -10,9 +10,8 @@ Tensor focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, 
 Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
 std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
-    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
-    std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights, bool normalize, double ln_eps,
-    bool save);
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
+    std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save);
 
 std::string cpu_isa() { return kernels().name; }
 

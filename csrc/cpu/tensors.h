@@ -54,8 +54,7 @@ inline int64_t stride_or_0(const Tensor& t, int64_t axis) { return axis < 0 ? 0 
 // spatial axes start at `first`, the channel axis is `channel`
 inline Geometry geometry_of(const Tensor& t, int64_t first, int64_t channel) {
   Axes axes(t.dim() - 2, first);
-  return {t.size(0), t.size(channel), size_or_1(t, axes.tmw[0]), size_or_1(t, axes.tmw[1]),
-          size_or_1(t, axes.tmw[2])};
+  return {t.size(0), t.size(channel), size_or_1(t, axes.tmw[0]), size_or_1(t, axes.tmw[1]), size_or_1(t, axes.tmw[2])};
 }
 inline MapView map_of(const Tensor& t, int64_t first, int64_t channel) {
   Axes axes(t.dim() - 2, first);
@@ -80,8 +79,7 @@ struct Buffer {
   void* data = nullptr;
   Buffer() = default;
   explicit Buffer(int64_t bytes)
-      : owner(torch::stable::empty({(bytes + 63) / 64 * 64}, ScalarType::Byte)),
-        data(owner.mutable_data_ptr()) {}
+      : owner(torch::stable::empty({(bytes + 63) / 64 * 64}, ScalarType::Byte)), data(owner.mutable_data_ptr()) {}
   float* floats() const { return static_cast<float*>(data); }
 };
 

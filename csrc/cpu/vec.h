@@ -135,6 +135,24 @@ FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
+// Transposes VL vectors of VL 32-bit lanes: log2(VL) rounds of a perfect shuffle.
+template <int... I>
+FK_INLINE void interleave(vf a, vf b, vf* low, vf* high, std::integer_sequence<int, I...>) {
+  *low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * VL)...);
+  *high = __builtin_shufflevector(a, b, (VL / 2 + I / 2 + I % 2 * VL)...);
+}
+FK_INLINE void transpose(vf* x) {
+  vf y[VL];
+#pragma GCC unroll 4
+  for (int round = 1; round < VL; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; ++i)
+      interleave(x[i], x[i + VL / 2], &y[2 * i], &y[2 * i + 1], std::make_integer_sequence<int, VL>{});
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) x[i] = y[i];
+  }
+}
+
 FK_INLINE float sum_lanes(vf x) {
   float s = 0;
   for (int i = 0; i < VL; ++i) s += x[i];
