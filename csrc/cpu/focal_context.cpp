@@ -40,22 +40,72 @@ void run_context_fwd(const Kernels& k, const ContextForward& p) {
   });
 }
 
-Tensor focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize) {
-  const Kernels& k = kernels();
-  Tensor out = torch::stable::empty_like(ctx);
-  PackedLevels packed(k, weights, ctx.size(1));
+void run_context_bwd(const Kernels& k, const ContextBackward& p) {
+  const Geometry& g = p.forward.g;
+  const int64_t blocks = (g.C + k.lanes - 1) / k.lanes;
+  if (g.pixels() == 0) return;
+  const int64_t scratch = k.context_bwd_scratch(p) * 4;
+  parallel(g.B * blocks,
+           [&](int64_t i) { k.context_bwd(p, i / blocks, i % blocks, static_cast<float*>(thread_scratch(scratch))); });
+}
+
+namespace {
+
+ContextForward describe(const Tensor& ctx, const Tensor& gates, const PackedLevels& levels, bool normalize) {
   ContextForward p{};
   p.g = geometry_of(ctx, 2, 1);
   p.dtype = dtype_of(ctx);
-  p.L = int64_t(weights.size());
-  p.levels = packed.levels.data();
-  p.weights = packed.weights.data();
+  p.L = int64_t(levels.levels.size());
+  p.levels = levels.levels.data();
+  p.weights = levels.weights.data();
   p.ctx = map_of(ctx, 2, 1);
   p.gates = map_of(gates, 2, 1);
-  p.out = map_of(out, 2, 1);
   p.normalize = normalize;
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize) {
+  const Kernels& k = kernels();
+  Tensor out = torch::stable::empty_like(ctx);
+  Tensor mean = torch::stable::new_empty(ctx, {ctx.size(0), ctx.size(1)}, ScalarType::Float);
+  const PackedLevels levels(k, weights, ctx.size(1));
+  ContextForward p = describe(ctx, gates, levels, normalize);
+  p.out = map_of(out, 2, 1);
+  p.mean = static_cast<float*>(mean.mutable_data_ptr());
   run_context_fwd(k, p);
-  return out;
+  return {out, mean};
+}
+
+// needed: bit 0 ctx, bit 1 gates, bit 2 + l weights[l]. An empty tensor where not needed.
+std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, std::vector<Tensor> weights,
+                                      Tensor mean, bool normalize, int64_t needed) {
+  const Kernels& k = kernels();
+  const int64_t C = ctx.size(1), L = int64_t(weights.size());
+  const PackedLevels levels(k, weights, C), flipped(k, weights, C, true);
+  ContextBackward p{};
+  p.forward = describe(ctx, gates, levels, normalize);
+  const Geometry& g = p.forward.g;
+  const int64_t blocks = (C + k.lanes - 1) / k.lanes;
+  p.flipped = flipped.weights.data();
+  p.mean = static_cast<const float*>(mean.data_ptr());
+  p.grad_out = map_of(grad_out, 2, 1);
+
+  Tensor grad_ctx = needed & 1 ? torch::stable::empty_like(ctx) : torch::stable::new_empty(ctx, {0});
+  if (needed & 1) p.grad_ctx = map_of(grad_ctx, 2, 1);
+  Tensor gate_shares = torch::stable::empty({needed & 2 ? g.B : 0, blocks, (L + 1) * g.pixels()}, ScalarType::Float);
+  const Buffer tap_shares(needed >> 2 ? g.B * blocks * levels.taps * k.lanes * 4 : 0);
+  if (needed & 2) p.grad_gates = static_cast<float*>(gate_shares.mutable_data_ptr());
+  if (needed >> 2) p.grad_weights = tap_shares.floats();
+  run_context_bwd(k, p);
+
+  Tensor grad_gates = torch::stable::new_empty(gates, {0});
+  if (needed & 2) grad_gates = like_parameter(gates, torch::stable::sum(gate_shares, std::array<int64_t, 1>{1}, false));
+  std::vector<Tensor> gradients{grad_ctx, grad_gates};
+  for (Tensor& t : focal_weight_gradients(k, levels, weights, tap_shares.floats(), g.B, needed >> 2))
+    gradients.push_back(t);
+  return gradients;
 }
 
 }  // namespace focalnet::cpu

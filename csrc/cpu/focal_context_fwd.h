@@ -136,7 +136,10 @@ FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t 
       transpose(x);
       for (int i = 0; i < VL; ++i) store(out + (w + i) * VL, x[i]);
     }
-  for (; w < g.W; ++w) store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
+  for (; w < g.W; ++w) {
+    __builtin_prefetch(p + w * v.w + v.t);  // the row that comes next: too far apart for the hardware to guess
+    store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
+  }
 }
 
 // The kernel rows of a level that reach input row (t, m) from rows inside the map. Returns how many.

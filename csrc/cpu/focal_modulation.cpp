@@ -4,17 +4,12 @@
 
 namespace focalnet::cpu {
 
-namespace {
-
-// Images per group: enough rows to feed the matrix products and the threads, few enough to stay in cache.
 int64_t images_per_group(const Geometry& g, int lanes) {
   const int64_t blocks = (g.C + lanes - 1) / lanes, threads = torch::stable::get_num_threads();
   const int64_t for_cache = 6272 / std::max<int64_t>(1, g.pixels());
   const int64_t for_threads = (2 * threads + blocks - 1) / blocks;
   return std::max<int64_t>(1, std::min(g.B, std::max(for_cache, for_threads)));
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,

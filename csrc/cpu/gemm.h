@@ -71,13 +71,15 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
     for (int j = 0; j < N; ++j) store(out + (i * N + j) * VL, acc[i][j]);
 }
 
-// epilogue(row, column, n, values): n valid columns from `column` on.
+// epilogue(row, column, n, values): n valid columns from `column` on; epilogue.prefetch(row, rows, column): what the
+// next tile's epilogue will read, fetched behind the product.
 template <int N, class CT, class Epilogue>
 static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_t K, int64_t row, int64_t column,
                  int64_t columns, const Epilogue& epilogue) {
   const CT* a_rows[MR];
   for (int i = 0; i < MR; ++i) a_rows[i] = a + (i < rows ? i : rows - 1) * lda;
   alignas(64) float acc[MR * N * VL];
+  epilogue.prefetch(row, rows, column);
   tile_product<N>(a_rows, panel, K, acc);
   const float* value = acc;
   for (int i = 0; i < rows; ++i)
@@ -85,6 +87,36 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
       const int64_t left = columns - j * VL;
       if (left > 0) epilogue(row + i, column + j * VL, int(left < VL ? left : VL), load(value));
     }
+}
+
+// An epilogue that reads nothing that is not in cache.
+template <class F>
+struct WriteOnly {
+  F f;
+  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
+  FK_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
+};
+template <class F>
+FK_INLINE WriteOnly<F> write_only(F f) {
+  return {f};
+}
+
+// One that also reads the rows at `pointers`, element (row, column) at pointers[row] + column * stride.
+template <class T, class F>
+struct Reading {
+  T* const* pointers;
+  int64_t stride;
+  F f;
+  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
+  FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < NR; j += 32 / int64_t(sizeof(T)))
+        __builtin_prefetch(pointers[row + i] + (column + j) * stride);
+  }
+};
+template <class T, class F>
+FK_INLINE Reading<T, F> reading(T* const* pointers, int64_t stride, F f) {
+  return {pointers, stride, f};
 }
 
 // Rows 0..M of `a` times the packed weight. One panel stays in cache while the rows pass.
@@ -138,7 +170,7 @@ FK_INLINE bool pack_square(const T* w, int64_t stride_n, int64_t stride_k, int64
         const vh_any* even = reinterpret_cast<const vh_any*>(w + 2 * i * stride_k);
         const vh_any* odd = reinterpret_cast<const vh_any*>(w + (2 * i + 1) * stride_k);
         vh low = *even, high = *odd;
-        x[i] = reinterpret_cast<vf>(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+        x[i] = reinterpret_cast<vf>(widen(low) | widen(high) << 16);
       } else {
         x[i] = load(w + i * stride_k);
       }
@@ -202,6 +234,14 @@ struct RowCursor {
     return p;
   }
 };
+
+// How many rows from a multiple of the result on lie at one distance from each other.
+FK_INLINE int64_t regular_run(const Rows& r) {
+  const int64_t slab = r.M * r.W, T = slab ? r.pixels / slab : 0;
+  if (r.M > 1 && r.m != r.W * r.w) return r.W;
+  if (T > 1 && r.t != slab * r.w) return slab;
+  return r.image != r.pixels * r.w ? r.pixels : int64_t(1) << 60;
+}
 
 template <class T>
 FK_INLINE void row_pointers(const Rows& rows, int64_t row0, int64_t row1, T** pointers) {

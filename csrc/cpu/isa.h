@@ -15,6 +15,10 @@ namespace FK_ISA {
 #include "cpu/focal_context_fwd.h"
 #include "cpu/linear_fwd.h"
 #include "cpu/modulate_fwd.h"
+//
+#include "cpu/focal_context_bwd.h"
+//
+#include "cpu/focal_modulation_bwd.h"
 
 // Calls f with a value of the storage dtype.
 template <class F>
@@ -31,6 +35,9 @@ static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block
 static void context_fwd_finish(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
                                const float* plane, const float* sum) {
   with_dtype(p.dtype, [&](auto v) { context_fwd_finish_of<decltype(v)>(p, b, block, t0, t1, plane, sum); });
+}
+static void context_bwd(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
+  with_dtype(p.forward.dtype, [&](auto v) { context_bwd_of<decltype(v)>(p, b, block, scratch); });
 }
 static int64_t packed_bytes(DType dtype, int64_t N, int64_t K) {
   int64_t bytes = 0;
@@ -52,6 +59,16 @@ static void linear_fwd(const LinearForward& p, int64_t row0, int64_t row1, void*
 static void modulate_fwd(const ModulateForward& p, int64_t row0, int64_t row1, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { modulate_fwd_of<decltype(v)>(p, row0, row1, scratch); });
 }
+static void modulate_bwd(const ModulateBackward& p, int64_t block, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { modulate_bwd_of<decltype(v)>(p, block, row0, row1, scratch); });
+}
+static void project_bwd(const ProjectBackward& p, int64_t block, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { project_bwd_of<decltype(v)>(p, block, row0, row1, scratch); });
+}
+static void weight_gradient(const WeightGradient& p, int64_t n0, int64_t n1, int64_t row0, int64_t row1,
+                            void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { weight_gradient_of<decltype(v)>(p, n0, n1, row0, row1, scratch); });
+}
 
 }  // namespace FK_ISA
 
@@ -67,12 +84,20 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::context_fwd_scratch,
     FK_ISA::context_fwd_levels,
     FK_ISA::context_fwd_finish,
+    FK_ISA::context_bwd_scratch,
+    FK_ISA::context_bwd,
     FK_ISA::packed_bytes,
     FK_ISA::pack_matrix,
     FK_ISA::linear_scratch,
     FK_ISA::linear_fwd,
     FK_ISA::modulate_scratch,
     FK_ISA::modulate_fwd,
+    FK_ISA::modulate_bwd_scratch,
+    FK_ISA::modulate_bwd,
+    FK_ISA::project_bwd_scratch,
+    FK_ISA::project_bwd,
+    FK_ISA::weight_gradient_scratch,
+    FK_ISA::weight_gradient,
 };
 
 }  // namespace focalnet::cpu

@@ -14,6 +14,7 @@
 #endif
 #define FK_ISA avx2
 #define FK_LANES 8
+#define FK_X86
 #define FK_F16C
 #include "cpu/isa.h"
 #if defined(__clang__)

@@ -15,6 +15,7 @@
 #endif
 #define FK_ISA avx512
 #define FK_LANES 16
+#define FK_X86
 #define FK_F16C
 #include "cpu/isa.h"
 #if defined(__clang__)

@@ -15,6 +15,7 @@
 #endif
 #define FK_ISA avx512_bf16
 #define FK_LANES 16
+#define FK_X86
 #define FK_F16C
 #define FK_AVX512_BF16
 #include "cpu/isa.h"

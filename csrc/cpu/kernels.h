@@ -18,6 +18,17 @@ struct ContextForward {
   float* mean;  // (B, C): mean of the last level over all pixels, or null
 };
 
+// focal_context, backward, of the same tasks: the levels are computed again, nothing of them was kept.
+struct ContextBackward {
+  ContextForward forward;       // as it was; `out` is written where its data is not null
+  const float* const* flipped;  // the weights, taps in reverse order, packed alike
+  const float* mean;            // (B, C): what the forward found
+  MapView grad_out;
+  MapView grad_ctx;     // written where data is not null
+  float* grad_gates;    // [image][channel block][level][pixel]: this block's share, or null
+  float* grad_weights;  // [image][channel block][all levels' taps][lane], or null
+};
+
 // A matrix packed for `rows_*` below: out[m, n] = sum_k a[m, k] * w[n, k].
 struct Packed {
   int64_t N, K;
@@ -54,6 +65,41 @@ struct ModulateForward {
   float ln_eps;
 };
 
+// Backward of ModulateForward with proj, up to the gradient of ctx_all.
+struct ModulateBackward {
+  DType dtype;
+  Packed proj_t, h_t;  // both transposed
+  const float *ln_weight, *ln_bias;
+  float ln_eps;
+  Rows grad_out, q, modulator;
+  Rows grad_q;          // written
+  Rows grad_modulator;  // written
+  Rows z;               // written: proj's input, LN?(q * modulator)
+  Rows grad_ctx_all;    // written where data is not null
+  float* sums;          // per block of rows [SUMS][C]: proj's bias, h's bias, LN's weight, LN's bias
+  static constexpr int64_t SUMS = 4;
+};
+
+// The last step back to x: sums the gates' gradients over channel blocks, then grad_x = grad_projected @ f.
+struct ProjectBackward {
+  DType dtype;
+  Geometry g;
+  int64_t gates, channel_blocks;
+  const float* grad_gates;  // ContextBackward::grad_gates
+  Packed f_t;
+  Rows grad_projected;  // F channels; the gates' are written here
+  Rows grad_x;          // written where data is not null
+  float* sums;          // per block of rows [F]: f's bias
+};
+
+// grad_weight[n, k] += sum over rows of grad[row, n] * in[row, k].
+struct WeightGradient {
+  DType dtype;
+  int64_t N, K;
+  Rows grad, in;
+  float* grad_weight;  // (N, K)
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -71,6 +117,9 @@ struct Kernels {
   void (*context_fwd_finish)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1,
                              const float* plane, const float* sum);
 
+  int64_t (*context_bwd_scratch)(const ContextBackward&);  // floats
+  void (*context_bwd)(const ContextBackward&, int64_t b, int64_t block, float* scratch);
+
   int64_t (*packed_bytes)(DType, int64_t N, int64_t K);
   // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 48.
   void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
@@ -79,6 +128,13 @@ struct Kernels {
   void (*linear_fwd)(const LinearForward&, int64_t row0, int64_t row1, void* scratch);
   int64_t (*modulate_scratch)(const ModulateForward&, int64_t rows);  // bytes
   void (*modulate_fwd)(const ModulateForward&, int64_t row0, int64_t row1, void* scratch);
+
+  int64_t (*modulate_bwd_scratch)(const ModulateBackward&, int64_t rows);  // bytes
+  void (*modulate_bwd)(const ModulateBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
+  int64_t (*project_bwd_scratch)(const ProjectBackward&, int64_t rows);  // bytes
+  void (*project_bwd)(const ProjectBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
+  int64_t (*weight_gradient_scratch)(const WeightGradient&, int64_t columns);  // bytes
+  void (*weight_gradient)(const WeightGradient&, int64_t n0, int64_t n1, int64_t row0, int64_t row1, void* scratch);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;

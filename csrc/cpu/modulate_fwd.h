@@ -48,22 +48,23 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   CT* z = arena.take<CT>(n * ldz);
   const bool to_proj = p.proj.panels != nullptr;
 
-  product(a, lda, n, p.weight, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
-    modulator += bias_at<T>(p.bias, column, lanes);
-    if (p.modulator.data) store_lanes(kept[row] + column, lanes, 1, modulator);
-    vf value = modulator * load_lanes(q[row] + column * p.q.channel, lanes, p.q.channel);
-    if (to_proj)
-      store_lanes(z + row * ldz + column, lanes, 1, value);
-    else
-      store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
-  });
+  product(a, lda, n, p.weight,
+          reading(q, p.q.channel, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
+            modulator += bias_at<T>(p.bias, column, lanes);
+            if (p.modulator.data) store_lanes(kept[row] + column, lanes, 1, modulator);
+            vf value = modulator * load_lanes(q[row] + column * p.q.channel, lanes, p.q.channel);
+            if (to_proj)
+              store_lanes(z + row * ldz + column, lanes, 1, value);
+            else
+              store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
+          }));
   if (!to_proj) return;
 
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = C; c < ldz; ++c) z[i * ldz + c] = CT{};
   if (p.ln_weight) layer_norm_rows(z, ldz, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
-  product(z, ldz, n, p.proj, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-    value += bias_at<T>(p.proj_bias, column, lanes);
-    store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
-  });
+  product(z, ldz, n, p.proj, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+            value += bias_at<T>(p.proj_bias, column, lanes);
+            store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
+          }));
 }

@@ -6,12 +6,20 @@
 
 namespace focalnet::cpu {
 
-Tensor focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize);
+std::tuple<Tensor, Tensor> focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize);
+std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, std::vector<Tensor> weights,
+                                      Tensor mean, bool normalize, int64_t needed);
 Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
 std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
     Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
     std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save);
+std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, std::optional<Tensor> f_bias,
+                                         Tensor h_weight, std::optional<Tensor> h_bias, Tensor proj_weight,
+                                         std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
+                                         std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights,
+                                         Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
+                                         int64_t needed);
 
 std::string cpu_isa() { return kernels().name; }
 
@@ -19,8 +27,10 @@ std::string cpu_isa() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
   m.impl("focal_context_fwd", TORCH_BOX(&focalnet::cpu::focal_context_fwd));
+  m.impl("focal_context_bwd", TORCH_BOX(&focalnet::cpu::focal_context_bwd));
   m.impl("modulate_fwd", TORCH_BOX(&focalnet::cpu::modulate_fwd));
   m.impl("focal_modulation_fwd", TORCH_BOX(&focalnet::cpu::focal_modulation_fwd));
+  m.impl("focal_modulation_bwd", TORCH_BOX(&focalnet::cpu::focal_modulation_bwd));
 }
 STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));

@@ -27,22 +27,28 @@ std::vector<float> floats_of(const std::optional<Tensor>& t) {
   return {p, p + f.numel()};
 }
 
-PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C) {
+PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C, bool flipped) {
   const int64_t channels = (C + k.lanes - 1) / k.lanes * k.lanes;
-  int64_t floats = 0;
   for (const Tensor& w : tensors) {
     Axes axes(w.dim() - 2, 2);
     levels.push_back({size_or_1(w, axes.tmw[0]), size_or_1(w, axes.tmw[1]), size_or_1(w, axes.tmw[2])});
-    floats += channels * levels.back().taps();
+    taps += levels.back().taps();
   }
-  buffer_ = Buffer(floats * 4);
+  buffer_ = Buffer(channels * taps * 4);
   float* to = buffer_.floats();
   for (size_t l = 0; l < tensors.size(); ++l) {
     const Tensor& w = tensors[l];
     Axes axes(w.dim() - 2, 2);
-    const int64_t strides[4] = {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]),
-                                stride_or_0(w, axes.tmw[2])};
-    k.pack_taps(dtype_of(w), w.data_ptr(), C, levels[l], strides, to);
+    const Level& level = levels[l];
+    int64_t strides[4] = {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]),
+                          stride_or_0(w, axes.tmw[2])};
+    void* first = w.data_ptr();
+    if (flipped) {  // from the last tap backwards
+      const int64_t last = (level.kt - 1) * strides[1] + (level.km - 1) * strides[2] + (level.kw - 1) * strides[3];
+      first = at_element(first, last, dtype_of(w));
+      for (int axis = 1; axis < 4; ++axis) strides[axis] = -strides[axis];
+    }
+    k.pack_taps(dtype_of(w), first, C, level, strides, to);
     weights.push_back(to);
     to += channels * levels[l].taps();
   }
@@ -59,6 +65,38 @@ PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {
     k.pack_matrix(dtype, w.data_ptr(), w.stride(n), w.stride(1 - n), packed.N, packed.K, i * columns,
                   std::min(packed.N, (i + 1) * columns), buffer_.data);
   });
+}
+
+Tensor like_parameter(const Tensor& parameter, const Tensor& gradient) {
+  Tensor out = torch::stable::empty_like(parameter);
+  return torch::stable::copy_(out, torch::stable::reshape(gradient, parameter.sizes()));
+}
+
+std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
+                                           const std::vector<Tensor>& weights, const float* shares, int64_t B,
+                                           int64_t needed) {
+  std::vector<Tensor> gradients;
+  int64_t first = 0;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const int64_t C = weights[l].size(0), taps = levels.levels[l].taps(), blocks = (C + k.lanes - 1) / k.lanes;
+    if (!(needed >> l & 1)) {
+      gradients.push_back(torch::stable::new_empty(weights[l], {0}));
+    } else {
+      Tensor sum = torch::stable::empty({C, taps}, ScalarType::Float);
+      float* out = static_cast<float*>(sum.mutable_data_ptr());
+      parallel(C, [&](int64_t c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const float* share = shares + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
+          float total = 0;
+          for (int64_t b = 0; b < B; ++b) total += share[b * blocks * levels.taps * k.lanes];
+          out[c * taps + tap] = total;
+        }
+      });
+      gradients.push_back(like_parameter(weights[l], sum));
+    }
+    first += taps;
+  }
+  return gradients;
 }
 
 }  // namespace focalnet::cpu

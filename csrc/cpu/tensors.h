@@ -117,7 +117,9 @@ inline const float* data_or_null(const std::vector<float>& v) { return v.empty()
 struct PackedLevels {
   std::vector<Level> levels;
   std::vector<const float*> weights;
-  PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C);
+  int64_t taps = 0;  // of all levels
+  // `flipped`: taps in reverse order, which turns the convolution into its transpose
+  PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C, bool flipped = false);
 
  private:
   Buffer buffer_;
@@ -132,7 +134,19 @@ struct PackedMatrix {
   Buffer buffer_;
 };
 
-// Runs all of focal_context's forward: p.g.B images.
+// Runs all of focal_context's forward, or backward: p.g.B images.
 void run_context_fwd(const Kernels& k, const ContextForward& p);
+void run_context_bwd(const Kernels& k, const ContextBackward& p);
+
+// Images per group of the whole layer: enough rows to feed the matrix products and the threads, few enough to stay
+// in cache.
+int64_t images_per_group(const Geometry& g, int lanes);
+
+// A gradient computed as float, in its parameter's dtype and strides.
+Tensor like_parameter(const Tensor& parameter, const Tensor& gradient);
+// The depthwise weights' gradients from ContextBackward::grad_weights of B images; an empty tensor where not needed.
+std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
+                                           const std::vector<Tensor>& weights, const float* shares, int64_t B,
+                                           int64_t needed);
 
 }  // namespace focalnet::cpu

@@ -25,15 +25,39 @@ struct f16 {
 };
 
 FK_INLINE vf splat(float x) { return x - vf{}; }
-FK_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-FK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+FK_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
+
+// x86 has these as one instruction each; compilers do not find them behind the general form.
+// min and max give b where a is NaN. reciprocal: relative error about 1e-7.
+#if defined(FK_X86) && FK_LANES == 16
+FK_INLINE vf min(vf a, vf b) { return reinterpret_cast<vf>(_mm512_min_ps((__m512)a, (__m512)b)); }
+FK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b)); }
+FK_INLINE vf reciprocal(vf x) {
+  vf r = reinterpret_cast<vf>(_mm512_rcp14_ps((__m512)x));
+  return r * (2.0f - x * r);
+}
+FK_INLINE vu widen(vh x) { return reinterpret_cast<vu>(_mm512_cvtepu16_epi32((__m256i)x)); }
+#elif defined(FK_X86)
+FK_INLINE vf min(vf a, vf b) { return reinterpret_cast<vf>(_mm256_min_ps((__m256)a, (__m256)b)); }
+FK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b)); }
+FK_INLINE vf reciprocal(vf x) {
+  vf r = reinterpret_cast<vf>(_mm256_rcp_ps((__m256)x));
+  return r * (2.0f - x * r);
+}
+FK_INLINE vu widen(vh x) { return reinterpret_cast<vu>(_mm256_cvtepu16_epi32((__m128i)x)); }
+#else
+FK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+FK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+FK_INLINE vf reciprocal(vf x) { return 1.0f / x; }
+FK_INLINE vu widen(vh x) { return __builtin_convertvector(x, vu); }
+#endif
 
 FK_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 FK_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 
 FK_INLINE vf load(const bf16* p) {
   vh h = *reinterpret_cast<const vh_any*>(p);
-  return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+  return reinterpret_cast<vf>(widen(h) << 16);
 }
 FK_INLINE vh to_bf16(vf x) {
 #ifdef FK_AVX512_BF16
@@ -161,7 +185,7 @@ FK_INLINE float sum_lanes(vf x) {
 
 // 2^x for x <= 0; at least 2^-126.
 FK_INLINE vf exp2_negative(vf x) {
-  x = vmax(x, splat(-126.0f));
+  x = max(x, splat(-126.0f));
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf shifted = x + magic;
   vf f = x - (shifted - magic);
@@ -173,15 +197,15 @@ FK_INLINE vf exp2_negative(vf x) {
   return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
 }
 
-// exp(-x^2/2) and the upper tail of the normal distribution at |x|, relative error about 1e-7:
-// tail = exp(-a^2/2) * R(a), R(a) = erfcx(a / sqrt 2) / 2 as a polynomial in 1 / (1 + 0.228 a).
+// exp(-x^2/2) and the upper tail of the normal distribution at a = |x|, capped at 13 (beyond, both are 0 in float;
+// NaN becomes 13, callers let it show elsewhere): tail = exp(-a^2/2) * R(a) with R(a) = erfcx(a / sqrt 2) / 2 as a
+// polynomial in 1 / (1 + 0.228 a). Relative error about 1e-7.
 struct NormalTail {
   vf bell, tail, a;
 };
 FK_INLINE NormalTail normal_tail(vf x) {
-  vf a = x < 0 ? -x : x;
-  vf capped = a < 13.0f ? a : splat(13.0f);  // beyond, the tail is 0 in float; NaN must pass: see callers
-  vf t = 1.0f / (capped * 0.228f + 1.0f);
+  vf a = min(absolute(x), splat(13.0f));
+  vf t = reciprocal(a * 0.228f + 1.0f);
   vf p = t * -8.498602937e-02f + 3.288751121e-01f;
   p = p * t + -3.463775807e-01f;
   p = p * t + 3.685245688e-01f;
@@ -190,23 +214,21 @@ FK_INLINE NormalTail normal_tail(vf x) {
   p = p * t + 8.157217854e-02f;
   p = p * t + 9.201261415e-02f;
   p = p * t + -5.127717681e-05f;
-  vf bell = exp2_negative(capped * capped * -0.72134752044448170f);
-  return {bell, bell * p, capped};
+  vf bell = exp2_negative(a * a * -0.72134752044448170f);
+  return {bell, bell * p, a};
 }
 
 // x * Phi(x), exact (erf) GELU: relu(x) - |x| * tail(|x|) keeps its relative accuracy where 1 + erf cancels.
 FK_INLINE vf gelu(vf x) {
   NormalTail n = normal_tail(x);
-  vf relu = x < 0 ? vf{} : x;  // keeps NaN
-  return relu - n.a * n.tail;
+  return max(vf{}, x) - n.a * n.tail;  // max(0, NaN) is NaN
 }
 
 // gelu and its derivative Phi(x) + x * phi(x) from one exponential.
 FK_INLINE vf gelu_and_slope(vf x, vf* slope) {
   NormalTail n = normal_tail(x);
-  vf relu = x < 0 ? vf{} : x;
   vf phi = x < 0 ? n.tail : 1.0f - n.tail;
-  vf x_capped = x < 0 ? -n.a : n.a;
-  *slope = phi + x_capped * n.bell * 0.3989422804014327f + (x - x);  // x - x: NaN and infinity stay visible
-  return relu - n.a * n.tail;
+  vf capped = x < 0 ? -n.a : n.a;
+  *slope = phi + capped * n.bell * 0.3989422804014327f + (x - x);  // x - x: NaN and infinity stay visible
+  return max(vf{}, x) - n.a * n.tail;
 }

@@ -1,4 +1,4 @@
-"""focal_context through the C++ kernels (csrc/cpu/focal_context_fwd.h)."""
+"""focal_context through the C++ kernels (csrc/cpu/focal_context.cpp)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._autograd import bit_mask
 from .._native_limits import why_not_cpu
 
 
@@ -14,5 +15,11 @@ def why_not(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bo
     return why_not_cpu(ctx)
 
 
-def focal_context_fwd(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> Tensor:
+def focal_context_fwd(ctx, gates, weights, normalize) -> tuple[Tensor, Tensor]:
     return torch.ops.focalnet_kernels.focal_context_fwd(ctx, gates, list(weights), normalize)
+
+
+def focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed) -> list[Tensor]:
+    return torch.ops.focalnet_kernels.focal_context_bwd(
+        grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed)
+    )

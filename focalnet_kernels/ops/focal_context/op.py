@@ -8,46 +8,71 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._autograd import gradients_by_reference, needs_grad
+from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
 from .._library import define
 from . import native
 from .reference import focal_context_reference
 
 # ctx: (B, C, *spatial); gates: (B, L+1, *spatial); weights: L tensors (C, 1, *k), odd k; any strides
-# -> ctx_all: (B, C, *spatial) with ctx's memory order
+# -> ctx_all: (B, C, *spatial) with ctx's memory order; mean: (B, C) float32, of the last level over all pixels
 
 
-@define("focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> Tensor")
+@define("focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> (Tensor, Tensor)")
 def _(ctx, gates, weights, normalize):
-    return torch.empty_like(ctx)
+    return torch.empty_like(ctx), ctx.new_empty(ctx.shape[:2], dtype=torch.float32)
+
+
+# `needed`: bit i for input i of (ctx, gates, *weights); an empty tensor for the others
+
+
+@define(
+    "focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, Tensor[] weights, Tensor mean, bool normalize,"
+    " int needed) -> Tensor[]"
+)
+def _(grad_out, ctx, gates, weights, mean, normalize, needed):
+    inputs = (ctx, gates, *weights)
+    return [torch.empty_like(t) if needed >> i & 1 else t.new_empty(0) for i, t in enumerate(inputs)]
 
 
 class FocalContextFunction(torch.autograd.Function):
     @staticmethod
     def forward(fctx, backend, normalize, ctx, gates, *weights):
+        ctx_all, mean = dispatch.implementation("focal_context", backend).forward(ctx, gates, weights, normalize)
         fctx.backend, fctx.normalize = backend, normalize
-        fctx.save_for_backward(ctx, gates, *weights)
-        return dispatch.implementation("focal_context", backend).forward(ctx, gates, weights, normalize)
+        fctx.save_for_backward(mean, ctx, gates, *weights)
+        return ctx_all
 
     @staticmethod
     def backward(fctx, grad_ctx_all):
-        def reference(ctx, gates, *weights):
-            return focal_context_reference(ctx, gates, weights, fctx.normalize)
-
+        mean, *inputs = fctx.saved_tensors
         needed = fctx.needs_input_grad[2:]
-        return None, None, *gradients_by_reference(reference, fctx.saved_tensors, needed, grad_ctx_all)
+        if differentiable_backward():
+
+            def reference(ctx, gates, *weights):
+                return focal_context_reference(ctx, gates, weights, fctx.normalize)
+
+            gradients = gradients_by_reference(reference, inputs, needed, grad_ctx_all)
+        else:
+            ctx, gates, *weights = inputs
+            backward = dispatch.implementation("focal_context", fctx.backend).backward
+            gradients = needed_only(
+                backward(grad_ctx_all, ctx, gates, weights, mean, fctx.normalize, needed), needed
+            )
+        return None, None, *gradients
 
 
 def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_context`."""
     implementation = dispatch.select("focal_context", ctx, gates, weights, normalize)
-    if implementation.backend != "reference" and needs_grad([ctx, gates, *weights]):
+    if implementation.backend == "reference":
+        return focal_context_reference(ctx, gates, weights, normalize)
+    if needs_grad([ctx, gates, *weights]):
         return FocalContextFunction.apply(implementation.backend, normalize, ctx, gates, *weights)
-    return implementation.forward(ctx, gates, weights, normalize)
+    return implementation.forward(ctx, gates, weights, normalize)[0]
 
 
 dispatch.register(
     "focal_context",
-    dispatch.Implementation("cpu", native.why_not, native.focal_context_fwd),
+    dispatch.Implementation("cpu", native.why_not, native.focal_context_fwd, native.focal_context_bwd),
     dispatch.Implementation("reference", lambda *args: None, focal_context_reference),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._autograd import gradients_by_reference, needs_grad
+from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
 from .._library import define
 from . import native
 from .parameters import LayerParameters
@@ -34,31 +34,56 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
     )
 
 
+# `needed`: bit i for input i of (x, *LayerParameters.flat()); an empty tensor for the others
+
+
+@define(
+    "focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
+    " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
+    " Tensor projected, Tensor modulator, Tensor mean, bool normalize, float ln_eps, int needed) -> Tensor[]"
+)
+def _(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+      projected, modulator, mean, normalize, ln_eps, needed):  # fmt: skip
+    inputs = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
+    return [torch.empty_like(t) if needed >> i & 1 else x.new_empty(0) for i, t in enumerate(inputs)]
+
+
 class FocalModulationFunction(torch.autograd.Function):
     @staticmethod
     def forward(fctx, backend, normalize, ln_eps, x, *flat):
-        implementation = dispatch.implementation("focal_modulation", backend)
-        y = implementation.forward(x, LayerParameters.from_flat(flat), normalize, ln_eps)
-        fctx.normalize, fctx.ln_eps = normalize, ln_eps
-        fctx.save_for_backward(x, *flat)
+        forward = dispatch.implementation("focal_modulation", backend).forward
+        y, *intermediate = forward(x, LayerParameters.from_flat(flat), normalize, ln_eps, True)
+        fctx.backend, fctx.normalize, fctx.ln_eps = backend, normalize, ln_eps
+        fctx.save_for_backward(*intermediate, x, *flat)
         return y
 
     @staticmethod
     def backward(fctx, grad_y):
-        def reference(x, *flat):
-            parameters = LayerParameters.from_flat(flat)
-            return focal_modulation_reference(x, parameters, fctx.normalize, fctx.ln_eps)[0]
-
+        projected, modulator, mean, x, *flat = fctx.saved_tensors
         needed = fctx.needs_input_grad[3:]
-        return None, None, None, *gradients_by_reference(reference, fctx.saved_tensors, needed, grad_y)
+        if differentiable_backward():
+
+            def reference(x, *flat):
+                return _reference_output(x, LayerParameters.from_flat(flat), fctx.normalize, fctx.ln_eps)
+
+            gradients = gradients_by_reference(reference, (x, *flat), needed, grad_y)
+        else:
+            backward = dispatch.implementation("focal_modulation", fctx.backend).backward
+            parameters = LayerParameters.from_flat(flat)
+            intermediate = (projected, modulator, mean)
+            gradients = backward(grad_y, x, parameters, intermediate, fctx.normalize, fctx.ln_eps, needed)
+            gradients = needed_only(gradients, needed)
+        return None, None, None, *gradients
 
 
 def focal_modulation(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_modulation`."""
     implementation = dispatch.select("focal_modulation", x, parameters, normalize, ln_eps)
-    if implementation.backend != "reference" and needs_grad([x, *parameters.flat()]):
+    if implementation.backend == "reference":
+        return _reference_output(x, parameters, normalize, ln_eps)
+    if needs_grad([x, *parameters.flat()]):
         return FocalModulationFunction.apply(implementation.backend, normalize, ln_eps, x, *parameters.flat())
-    return implementation.forward(x, parameters, normalize, ln_eps)
+    return implementation.forward(x, parameters, normalize, ln_eps, False)[0]
 
 
 def _reference_output(x, parameters, normalize, ln_eps):
@@ -67,6 +92,6 @@ def _reference_output(x, parameters, normalize, ln_eps):
 
 dispatch.register(
     "focal_modulation",
-    dispatch.Implementation("cpu", native.why_not, native.focal_modulation_fwd),
+    dispatch.Implementation("cpu", native.why_not, native.focal_modulation_fwd, native.focal_modulation_bwd),
     dispatch.Implementation("reference", lambda *args: None, _reference_output),
 )

@@ -1,0 +1,263 @@
+// focal_context's backward for one image and one block of VL channels, streamed along T in one pass. With
+//   z_l = conv_l(ctx_{l-1}),  ctx_l = GELU(z_l),  e_l the gradient of ctx_l,  dz_l = e_l GELU'(z_l):
+//
+//   forward again   row t of level l at step t + A_l              A_l = rt_1 + ... + rt_l
+//   e_l             = gate_l dS + conv_{l+1}^T(dz_{l+1})          (+ the mean's share for the last level)
+//   backward        dz_l of row t at step t + 2 A_L - A_l; the gradient of ctx at step t + 2 A_L
+//   weights         dw_l += dz_l x ctx_{l-1}, when dz_l is made
+//   gates           dgate_l = sum over channels of dS ctx_l, when ctx_l is made
+//
+// Each quantity lives in a ring just long enough for its last reader; see the op's README for the derivation.
+
+// x[0..VL) -> lane i holds the sum of x[i]'s lanes.
+FK_INLINE vf lane_sums(vf* x) {
+#pragma GCC unroll 4
+  for (int n = VL / 2; n >= 1; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      vf low, high;
+      interleave(x[i], x[i + n], &low, &high, std::make_integer_sequence<int, VL>{});
+      x[i] = low + high;
+    }
+  return x[0];
+}
+
+// sums[k] += sum_n d[n] * in[n + k] over a row: the taps of one kernel row.
+template <int KW, int N>
+FK_INLINE void taps_tile(const float* d, const float* in, vf* sums) {
+  vf grad[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) grad[n] = load(d + n * VL);
+#pragma GCC unroll 32
+  for (int j = 0; j < N + KW - 1; ++j) {
+    vf x = load(in + j * VL);
+#pragma GCC unroll 16
+    for (int k = 0; k < KW; ++k)
+      if (j - k >= 0 && j - k < N) sums[k] += grad[j - k] * x;
+  }
+}
+template <int KW>
+static void taps_row_of(const float* d, const float* in, int64_t W, float* taps) {
+  vf sums[KW] = {};
+  int64_t w = 0;
+  for (; w + TILE <= W; w += TILE) taps_tile<KW, TILE>(d + w * VL, in + w * VL, sums);
+  for (; w < W; ++w) taps_tile<KW, 1>(d + w * VL, in + w * VL, sums);
+#pragma GCC unroll 16
+  for (int k = 0; k < KW; ++k) store(taps + k * VL, load(taps + k * VL) + sums[k]);
+}
+// `in`: the padded row that the kernel row lies over. A row's sum is made apart and then added: less rounding.
+static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, float* taps) {
+  switch (kw) {
+    case 1:
+      return taps_row_of<1>(d, in, W, taps);
+    case 3:
+      return taps_row_of<3>(d, in, W, taps);
+    case 5:
+      return taps_row_of<5>(d, in, W, taps);
+    case 7:
+      return taps_row_of<7>(d, in, W, taps);
+    case 9:
+      return taps_row_of<9>(d, in, W, taps);
+  }
+  for (int64_t k = 0; k < kw; ++k) {
+    vf sum = {};
+    for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * load(in + (w + k) * VL);
+    store(taps + k * VL, load(taps + k * VL) + sum);
+  }
+}
+
+// out[w] = the sum over lanes of a[w] * b[w].
+FK_INLINE void dot_row(const float* a, const float* b, int64_t W, float* out) {
+  int64_t w = 0;
+  for (; w + VL <= W; w += VL) {
+    vf x[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) x[i] = load(a + (w + i) * VL) * load(b + (w + i) * VL);
+    store(out + w, lane_sums(x));
+  }
+  for (; w < W; ++w) out[w] = sum_lanes(load(a + w * VL) * load(b + w * VL));
+}
+
+// One level's rings, and the one of its input.
+struct LevelRings {
+  Ring in;     // ctx_{l-1}
+  Ring slope;  // GELU'(z_l)
+  Ring dz;
+  int64_t lag;  // A_l
+};
+
+FK_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t rings_of(const ContextBackward& p, LevelRings* levels, Ring* grad, Ring* all, float*& scratch) {
+  const ContextForward& f = p.forward;
+  const Geometry& g = f.g;
+  int64_t A = 0, lag = 0;
+  for (int64_t l = 0; l < f.L; ++l) A += f.levels[l].rt();
+  for (int64_t l = 0; l < f.L; ++l) {
+    const Level& level = f.levels[l];
+    const int64_t before = lag;
+    lag += level.rt();
+    levels[l].lag = lag;
+    levels[l].in = Ring::make(scratch, at_most(2 * (A - before) + 1, g.T), level.rw(), g);
+    levels[l].slope = Ring::make(scratch, at_most(2 * (A - lag) + 1, g.T), 0, g);
+    levels[l].dz = Ring::make(scratch, at_most(level.kt, g.T), level.rw(), g);
+  }
+  const int64_t first = f.L ? levels[0].lag : 0;
+  *grad = Ring::make(scratch, at_most(2 * A - first + 1, g.T), 0, g);
+  *all = Ring::make(scratch, at_most(A - first + 1, g.T), 0, g);
+  return A;
+}
+
+static int64_t most_kernel_rows(const ContextForward& f) {
+  int64_t most = 1;
+  for (int64_t l = 0; l < f.L; ++l)
+    if (f.levels[l].kt * f.levels[l].km > most) most = f.levels[l].kt * f.levels[l].km;
+  return most;
+}
+
+static int64_t context_bwd_scratch(const ContextBackward& p) {
+  const ContextForward& f = p.forward;
+  int64_t rows = 0, taps = 0;  // an upper bound: every ring as if it had the widest padding
+  for (int64_t l = 0; l < f.L; ++l) taps += f.levels[l].rt();
+  for (int64_t l = 0; l < f.L; ++l) {
+    const int64_t width = f.g.W + 2 * f.levels[l].rw();
+    rows += (2 * at_most(2 * taps + 1, f.g.T) + at_most(f.levels[l].kt, f.g.T)) * f.g.M * width;
+  }
+  rows += 2 * at_most(2 * taps + 1, f.g.T) * f.g.M * f.g.W + 3 * f.g.W;
+  return rows * VL + floats_for<LevelRings>(f.L) + floats_for<RowTaps>(most_kernel_rows(f)) + 64;
+}
+
+template <class T>
+static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
+  const ContextForward& f = p.forward;
+  const Geometry& g = f.g;
+  const int64_t c0 = block * VL, L = f.L, blocks = (g.C + VL - 1) / VL, pixels = g.pixels();
+  const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  const float scale = f.normalize ? 1.0f / float(L + 1) : 1.0f;
+
+  LevelRings* levels = reinterpret_cast<LevelRings*>(scratch);
+  scratch += floats_for<LevelRings>(L);
+  RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
+  scratch += floats_for<RowTaps>(most_kernel_rows(f));
+  float* z = scratch;
+  float* e = z + g.W * VL;
+  float* global_row = e + g.W * VL;
+  scratch = global_row + g.W * VL;
+  Ring grad, all;
+  const int64_t A = rings_of(p, levels, &grad, &all, scratch);
+  for (int64_t l = 0; l < L; ++l) levels[l].in.clear_padding(), levels[l].dz.clear_padding();
+
+  float* gate_grads = p.grad_gates ? p.grad_gates + (b * blocks + block) * (L + 1) * pixels : nullptr;
+  float* taps = nullptr;
+  if (p.grad_weights) {
+    int64_t count = 0;
+    for (int64_t l = 0; l < L; ++l) count += f.levels[l].taps();
+    taps = p.grad_weights + (b * blocks + block) * count * VL;
+    __builtin_memset(taps, 0, count * VL * sizeof(float));
+  }
+
+  // the global context: what it adds everywhere, and what its gradient adds to every pixel of the last level
+  const vf mean = load_lanes(p.mean + b * g.C + c0, n, 1);
+  vf mean_slope, global = gelu_and_slope(mean, &mean_slope), to_mean = {};
+  for (int64_t t = 0; t < g.T; ++t)
+    for (int64_t m = 0; m < g.M; ++m) {
+      const T* gate = address<T>(f.gates, b, L, t, m);
+      const T* d = address<T>(p.grad_out, b, c0, t, m);
+      vf sum = {};
+      for (int64_t w = 0; w < g.W; ++w)
+        sum += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * load_scalar(gate + w * f.gates.w);
+      to_mean += sum;
+    }
+  to_mean = to_mean * mean_slope * (scale / float(pixels));
+
+  for (int64_t w = 0; w < g.W; ++w) store(global_row + w * VL, global);
+
+  // a row of the gradient of ctx_l from dz_{l+1}
+  const auto conv_back = [&](int64_t l, int64_t t, int64_t m, float* out) FK_LAMBDA {
+    const Level& level = f.levels[l];
+    const float* weights = p.flipped[l] + block * level.taps() * VL;
+    conv_row(rows, gather_rows(levels[l].dz, level, weights, g, t, m, rows), level.kw, g.W, out);
+  };
+
+  for (int64_t step = 0; step < g.T + 2 * A; ++step) {
+    if (step < g.T)
+      for (int64_t m = 0; m < g.M; ++m) {
+        float* d = grad.at(step, m);
+        load_row<T>(p.grad_out, g, b, c0, step, m, d);
+        if (f.normalize)
+          for (int64_t w = 0; w < g.W; ++w) store(d + w * VL, load(d + w * VL) * scale);
+        if (L) load_row<T>(f.ctx, g, b, c0, step, m, levels[0].in.at(step, m));
+        if (gate_grads) dot_row(d, global_row, g.W, gate_grads + L * pixels + (step * g.M + m) * g.W);
+      }
+
+    for (int64_t l = 0; l < L; ++l) {  // forward again
+      const int64_t t = step - levels[l].lag;
+      if (t < 0 || t >= g.T) continue;
+      const Level& level = f.levels[l];
+      const bool last = l + 1 == L;
+      for (int64_t m = 0; m < g.M; ++m) {
+        conv_row(rows, gather_rows(levels[l].in, level, f.weights[l] + block * level.taps() * VL, g, t, m, rows),
+                 level.kw, g.W, z);
+        float *ctx = last ? z : levels[l + 1].in.at(t, m), *slope = levels[l].slope.at(t, m), *sum = all.at(t, m);
+        const T* gate = address<T>(f.gates, b, l, t, m);
+        for (int64_t w = 0; w < g.W; ++w) {
+          vf s, c = gelu_and_slope(load(z + w * VL), &s);
+          vf gated = c * load_scalar(gate + w * f.gates.w);
+          store(slope + w * VL, s);
+          store(ctx + w * VL, c);
+          store(sum + w * VL, l == 0 ? gated : load(sum + w * VL) + gated);
+        }
+        if (gate_grads) dot_row(grad.at(t, m), ctx, g.W, gate_grads + l * pixels + (t * g.M + m) * g.W);
+      }
+    }
+
+    if (const int64_t t = step - A; f.out.data && t >= 0 && t < g.T)  // ctx_all of row t is complete
+      for (int64_t m = 0; m < g.M; ++m) {
+        const T* gate = address<T>(f.gates, b, L, t, m);
+        T* out = address<T>(f.out, b, c0, t, m);
+        for (int64_t w = 0; w < g.W; ++w) {
+          vf sum = L ? load(all.at(t, m) + w * VL) : vf{};
+          sum += global * load_scalar(gate + w * f.gates.w);
+          store_lanes(out + w * f.out.w, n, f.out.c, f.normalize ? sum / float(L + 1) : sum);
+        }
+      }
+
+    float* level_taps = taps;
+    for (int64_t l = 0; l < L; ++l) {  // offsets first: the levels below run from the last to the first
+      if (taps) level_taps += f.levels[l].taps() * VL;
+    }
+    for (int64_t l = L - 1; l >= 0; --l) {
+      const Level& level = f.levels[l];
+      if (taps) level_taps -= level.taps() * VL;
+      const int64_t t = step - 2 * A + levels[l].lag;
+      if (t < 0 || t >= g.T) continue;
+      const bool last = l + 1 == L;
+      for (int64_t m = 0; m < g.M; ++m) {
+        if (!last) conv_back(l + 1, t, m, e);
+        const float *d = grad.at(t, m), *slope = levels[l].slope.at(t, m);
+        const T* gate = address<T>(f.gates, b, l, t, m);
+        float* dz = levels[l].dz.at(t, m);
+        for (int64_t w = 0; w < g.W; ++w) {
+          vf above = last ? to_mean : load(e + w * VL);
+          above += load(d + w * VL) * load_scalar(gate + w * f.gates.w);
+          store(dz + w * VL, above * load(slope + w * VL));
+        }
+        if (!taps) continue;
+        const float* weights = f.weights[l] + block * level.taps() * VL;
+        const int64_t reached = gather_rows(levels[l].in, level, weights, g, t, m, rows);
+        for (int64_t r = 0; r < reached; ++r)
+          taps_row(dz, rows[r].in, level.kw, g.W, level_taps + (rows[r].w - weights));
+      }
+    }
+
+    if (const int64_t t = step - 2 * A; p.grad_ctx.data && t >= 0 && t < g.T)
+      for (int64_t m = 0; m < g.M; ++m) {
+        if (L)
+          conv_back(0, t, m, e);
+        else
+          for (int64_t w = 0; w < g.W; ++w) store(e + w * VL, to_mean);
+        T* out = address<T>(p.grad_ctx, b, c0, t, m);
+        for (int64_t w = 0; w < g.W; ++w) store_lanes(out + w * p.grad_ctx.w, n, p.grad_ctx.c, load(e + w * VL));
+      }
+  }
+}

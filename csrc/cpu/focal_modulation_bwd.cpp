@@ -1,0 +1,190 @@
+// The whole layer's backward on the CPU, a group of images at a time:
+//   grad_y -> proj^T, LN, q*, h^T -> the chain -> f^T -> grad_x, and the weights' gradients of the group.
+#include "cpu/tensors.h"
+
+namespace focalnet::cpu {
+
+namespace {
+
+// Inputs in the order of LayerParameters.flat(), x first: the bits of `needed` and the places of the result.
+enum Input { X, F_WEIGHT, F_BIAS, H_WEIGHT, H_BIAS, PROJ_WEIGHT, PROJ_BIAS, LN_WEIGHT, LN_BIAS, FOCAL_WEIGHTS };
+
+Tensor zeros(std::initializer_list<int64_t> sizes) {
+  Tensor t = torch::stable::empty({sizes.begin(), sizes.size()}, ScalarType::Float);
+  return torch::stable::zero_(t);
+}
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// total[i] += the sum over blocks of shares[block * stride + i]
+void add_shares(const float* shares, int64_t blocks, int64_t stride, int64_t n, float* total) {
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < n; ++i) total[i] += shares[block * stride + i];
+}
+
+// One weight's gradient, cut into tasks of 48 of its rows; `first_task` numbers them.
+struct GradientTasks {
+  WeightGradient gradient;
+  int64_t first, count;
+};
+
+}  // namespace
+
+std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, std::optional<Tensor> f_bias,
+                                         Tensor h_weight, std::optional<Tensor> h_bias, Tensor proj_weight,
+                                         std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
+                                         std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights,
+                                         Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
+                                         int64_t needed) {
+  const Kernels& k = kernels();
+  const auto needs = [&](int input) { return (needed >> input & 1) != 0; };
+  const int64_t channel = x.dim() - 1, L = int64_t(focal_weights.size());
+  const Geometry g = geometry_of(x, 1, channel);
+  const DType dtype = dtype_of(x);
+  const int64_t C = g.C, F = f_weight.size(0), pixels = g.pixels(), blocks_c = (C + k.lanes - 1) / k.lanes;
+
+  const bool focal = needed >> FOCAL_WEIGHTS != 0;
+  const bool to_projected = needs(X) || needs(F_WEIGHT) || needs(F_BIAS);
+  const bool chain = to_projected || focal || needs(H_WEIGHT);
+
+  Tensor grad_x = needs(X) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor grad_f = zeros({needs(F_WEIGHT) ? F : 0, C}), grad_h = zeros({needs(H_WEIGHT) ? C : 0, C});
+  Tensor grad_proj = zeros({needs(PROJ_WEIGHT) ? C : 0, C});
+  Tensor grad_f_bias = zeros({F}), sums = zeros({ModulateBackward::SUMS, C});
+
+  const PackedMatrix proj_t(k, proj_weight, true), h_t(k, h_weight, true), f_t(k, f_weight, true);
+  const PackedLevels levels(k, focal_weights, C), flipped(k, focal_weights, C, true);
+  const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
+
+  const int64_t group = images_per_group(g, k.lanes), rows = group * pixels, bytes = bytes_of(dtype);
+  const Buffer grad_projected(rows * F * bytes), grad_modulator(rows * C * bytes), z(rows * C * bytes);
+  const Buffer grad_ctx_all(rows * C * bytes), ctx_all(rows * C * bytes);
+  const Buffer gate_shares(group * blocks_c * (L + 1) * pixels * 4);
+  const Buffer tap_shares(focal ? g.B * blocks_c * levels.taps * k.lanes * 4 : 0);
+  const Buffer modulate_sums(RowBlocks(rows).count * ModulateBackward::SUMS * C * 4);
+  const Buffer project_sums(RowBlocks(rows).count * F * 4);
+
+  for (int64_t b0 = 0; b0 < g.B && pixels > 0; b0 += group) {
+    Geometry part = g;
+    part.B = std::min(group, g.B - b0);
+    const int64_t row0 = b0 * pixels;
+    const RowBlocks blocks(part.B * pixels);
+    const auto view = [&](const Tensor& t) {
+      MapView v = map_of(t, 1, channel);
+      v.data = at_element(v.data, b0 * v.b, dtype);
+      return v;
+    };
+    const auto dense = [&](void* data, int64_t width, int64_t first) {
+      return dense_map(data, dtype, part, width, first);
+    };
+    void* projected_here = at_element(projected.data_ptr(), row0 * F, dtype);
+    void* modulator_here = at_element(modulator.data_ptr(), row0 * C, dtype);
+
+    ModulateBackward modulate{};
+    modulate.dtype = dtype;
+    modulate.proj_t = proj_t.packed;
+    modulate.h_t = h_t.packed;
+    modulate.ln_weight = data_or_null(weight_ln);
+    modulate.ln_bias = data_or_null(bias_ln);
+    modulate.ln_eps = float(ln_eps);
+    modulate.grad_out = rows_of(view(grad_y), part);
+    modulate.q = rows_of(dense(projected_here, F, 0), part);
+    modulate.modulator = rows_of(dense(modulator_here, C, 0), part);
+    modulate.grad_q = rows_of(dense(grad_projected.data, F, 0), part);
+    modulate.grad_modulator = rows_of(dense(grad_modulator.data, C, 0), part);
+    modulate.z = rows_of(dense(z.data, C, 0), part);
+    if (chain) modulate.grad_ctx_all = rows_of(dense(grad_ctx_all.data, C, 0), part);
+    modulate.sums = modulate_sums.floats();
+    const int64_t modulate_scratch = k.modulate_bwd_scratch(modulate, blocks.size);
+    parallel(blocks.count, [&](int64_t i) {
+      k.modulate_bwd(modulate, i, blocks.begin(i), blocks.end(i), thread_scratch(modulate_scratch));
+    });
+    add_shares(modulate_sums.floats(), blocks.count, ModulateBackward::SUMS * C, ModulateBackward::SUMS * C,
+               floats(sums));
+
+    if (chain) {
+      ContextBackward context{};
+      context.forward.g = part;
+      context.forward.dtype = dtype;
+      context.forward.L = L;
+      context.forward.levels = levels.levels.data();
+      context.forward.weights = levels.weights.data();
+      context.forward.ctx = dense(projected_here, F, C);
+      context.forward.gates = dense(projected_here, F, 2 * C);
+      context.forward.normalize = normalize;
+      if (needs(H_WEIGHT)) context.forward.out = dense(ctx_all.data, C, 0);
+      context.flipped = flipped.weights.data();
+      context.mean = static_cast<const float*>(mean.data_ptr()) + b0 * C;
+      context.grad_out = dense(grad_ctx_all.data, C, 0);
+      if (to_projected) {
+        context.grad_ctx = dense(grad_projected.data, F, C);
+        context.grad_gates = gate_shares.floats();
+      }
+      if (focal) context.grad_weights = tap_shares.floats() + b0 * blocks_c * levels.taps * k.lanes;
+      run_context_bwd(k, context);
+    }
+
+    if (to_projected) {
+      ProjectBackward project{};
+      project.dtype = dtype;
+      project.g = part;
+      project.gates = L + 1;
+      project.channel_blocks = blocks_c;
+      project.grad_gates = gate_shares.floats();
+      project.f_t = f_t.packed;
+      project.grad_projected = rows_of(dense(grad_projected.data, F, 0), part);
+      if (needs(X)) project.grad_x = rows_of(view(grad_x), part);
+      project.sums = project_sums.floats();
+      const int64_t project_scratch = k.project_bwd_scratch(project, blocks.size);
+      parallel(blocks.count, [&](int64_t i) {
+        k.project_bwd(project, i, blocks.begin(i), blocks.end(i), thread_scratch(project_scratch));
+      });
+      add_shares(project_sums.floats(), blocks.count, F, F, floats(grad_f_bias));
+    }
+
+    // the weights' gradients of the group: tasks of some rows of one weight, each over all tokens
+    constexpr int64_t columns = 48;
+    std::vector<GradientTasks> tasks;
+    const auto add_gradient = [&](int input, int64_t N, const Rows& grad, const Rows& in, const Tensor& out) {
+      const int64_t first = tasks.empty() ? 0 : tasks.back().first + tasks.back().count;
+      if (needs(input)) tasks.push_back({{dtype, N, C, grad, in, floats(out)}, first, (N + columns - 1) / columns});
+    };
+    add_gradient(F_WEIGHT, F, rows_of(dense(grad_projected.data, F, 0), part), rows_of(view(x), part), grad_f);
+    add_gradient(H_WEIGHT, C, modulate.grad_modulator, rows_of(dense(ctx_all.data, C, 0), part), grad_h);
+    add_gradient(PROJ_WEIGHT, C, modulate.grad_out, modulate.z, grad_proj);
+    if (tasks.empty()) continue;
+    parallel(tasks.back().first + tasks.back().count, [&](int64_t i) {
+      const GradientTasks* task = tasks.data();
+      while (i >= task->first + task->count) ++task;
+      const int64_t n0 = (i - task->first) * columns, n1 = std::min(task->gradient.N, n0 + columns);
+      k.weight_gradient(task->gradient, n0, n1, 0, part.B * pixels,
+                        thread_scratch(k.weight_gradient_scratch(task->gradient, columns)));
+    });
+  }
+
+  const auto vector_gradient = [&](int input, const std::optional<Tensor>& parameter, const Tensor& all, int64_t row) {
+    if (!needs(input)) return torch::stable::new_empty(x, {0});
+    return like_parameter(*parameter, row < 0 ? all : torch::stable::select(all, 0, row));
+  };
+  const auto matrix_gradient = [&](int input, const Tensor& parameter, const Tensor& gradient) {
+    return needs(input) ? like_parameter(parameter, gradient) : torch::stable::new_empty(x, {0});
+  };
+  std::vector<Tensor> gradients{
+      grad_x,
+      matrix_gradient(F_WEIGHT, f_weight, grad_f),
+      vector_gradient(F_BIAS, f_bias, grad_f_bias, -1),
+      matrix_gradient(H_WEIGHT, h_weight, grad_h),
+      vector_gradient(H_BIAS, h_bias, sums, 1),
+      matrix_gradient(PROJ_WEIGHT, proj_weight, grad_proj),
+      vector_gradient(PROJ_BIAS, proj_bias, sums, 0),
+      vector_gradient(LN_WEIGHT, ln_weight, sums, 2),
+      vector_gradient(LN_BIAS, ln_bias, sums, 3),
+  };
+  // with no tokens there are no shares to sum
+  const int64_t images = pixels > 0 ? g.B : 0;
+  for (Tensor& t :
+       focal_weight_gradients(k, levels, focal_weights, tap_shares.floats(), images, needed >> FOCAL_WEIGHTS))
+    gradients.push_back(t);
+  return gradients;
+}
+
+}  // namespace focalnet::cpu
