@@ -1,0 +1,113 @@
+"""Whether a foreign forward computes our formula: both are run on a twin of the layer with random parameters.
+
+Look-alikes share names, members and shapes with focal modulation and differ in the formula (sigmoid gates,
+levels in parallel, ...). Only running them tells. The twin lives on the CPU in float64, so the answer depends
+on the class and its configuration alone, not on the layer's device, dtype or weights (zero or meta, perhaps).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import use_backend
+from .adapter import Adapter
+
+TOLERANCE = 1e-9  # relative; the same formula in another order of sums stays below 1e-13
+STORABLE = ("gates", "modulator")
+
+
+class Verdict(NamedTuple):
+    """Why the forwards differ, or None; and the tensors that the original leaves on the module."""
+
+    why_not: str | None
+    stores: tuple[str, ...] = ()
+
+
+def configuration(module: nn.Module) -> tuple:
+    """What a verdict depends on: the classes, and all attributes of the layer and its inner modules."""
+    return tuple(
+        (name, type(inner), type(inner).forward, tuple(_attributes(inner))) for name, inner in module.named_modules()
+    )
+
+
+def compare(adapter: Adapter, module: nn.Module) -> Verdict:
+    """Run the class's own forward and ours; the module and the random state stay untouched."""
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=()),
+            torch.autocast("cpu", enabled=False),
+            use_backend("reference"),
+        ):
+            return _compare(adapter, module)
+    except Exception as error:  # the forward is foreign code: whatever it raises, the layer is left alone
+        return Verdict(f"its forward could not be checked: {type(error).__name__}: {error}")
+
+
+def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(module, generator)
+    setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
+    C = adapter.parts(module).h.in_channels
+    x = torch.randn(adapter.example_shape(C), generator=generator, dtype=torch.float64, device="cpu")
+    for training in (False, True):
+        twin.train(training)
+        y, stored = _run(type(module).forward, twin, x)
+        if strange := sorted(stored.keys() - set(STORABLE)):
+            return Verdict(f"its forward also stores {', '.join(strange)} on the module")
+        our_y, our_stored = _run(adapter.forward, twin, x, STORABLE)
+        for name, theirs in {"output": y, **stored}.items():
+            difference = _relative_difference(theirs, our_stored.get(name, our_y))
+            if not difference <= TOLERANCE:
+                mode = "training" if training else "evaluation"
+                return Verdict(
+                    f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
+                )
+    return Verdict(None, tuple(name for name in STORABLE if name in stored))
+
+
+def _run(forward, twin: nn.Module, x: Tensor, *args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the tensors that were left on the module, which are taken off it."""
+    y = forward(twin, x.clone(), *args)
+    return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
+
+
+def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy with fresh float64 parameters. Not by deepcopy, which activations stored on the layer refuse."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = {
+        name: value for name, value in vars(module).items() if name != "forward" and not isinstance(value, Tensor)
+    }
+    twin._parameters = {
+        name: parameter if parameter is None else _random_parameter(parameter, generator)
+        for name, parameter in module._parameters.items()
+    }
+    twin._modules = {
+        name: child if child is None else _twin(child, generator) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _random_parameter(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
+    fan_in = parameter.shape[1:].numel() if parameter.ndim > 1 else 1
+    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return nn.Parameter(values / fan_in**0.5, requires_grad=False)
+
+
+def _relative_difference(theirs, ours: Tensor) -> float:
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+        return float("nan")
+    return ((theirs - ours).norm() / ours.norm()).item()
+
+
+_INTERNAL = {*vars(nn.Module()), "forward", "__prepare_scriptable__"}
+
+
+def _attributes(module: nn.Module):
+    for name, value in sorted(vars(module).items()):
+        if name not in _INTERNAL and not isinstance(value, Tensor):
+            plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
+            yield name, repr(value) if plain else id(value)

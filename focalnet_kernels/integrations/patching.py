@@ -1,0 +1,190 @@
+"""`accelerate` and `restore`: bind the forward of live layers to our ops, and take it back."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..nn import FocalModulation, FocalModulation1d, FocalModulation3d
+from .adapter import Adapter
+from .equivalence import Verdict, compare, configuration
+from .official import OfficialClassification, OfficialDetection
+from .timm import Timm
+from .transformers import Transformers
+
+ADAPTERS: tuple[Adapter, ...] = (OfficialClassification(), OfficialDetection(), Timm(), Transformers())
+
+_OURS = (FocalModulation, FocalModulation1d, FocalModulation3d)
+_NAMED_SO = re.compile(r"Focal(Net)?Modulation(\dd)?$")
+_ALREADY_OURS = "already ours"
+
+
+@dataclass
+class Report:
+    """What `accelerate` did.
+
+    Args:
+        replaced: (qualified name, form) of each layer that now runs through our ops.
+        kept: (qualified name, reason) of each layer that was left as it is.
+        notes: what an accelerated layer does otherwise than the class it belongs to.
+    """
+
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} focal modulation layers accelerated, {len(self.kept)} kept"]
+        lines += [f"  accelerated {name or '(the model itself)'}: {form}" for name, form in self.replaced]
+        lines += [f"  kept {name or '(the model itself)'}: {reason}" for name, reason in self.kept]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+class AcceleratedForward:
+    """The bound `forward` of one accelerated layer.
+
+    A callable object and no bound function: it is copied and pickled together with its module, and the copy
+    then reads the copy's parameters.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter, backend: str | None, stores: tuple[str, ...]):
+        self.module = module
+        self.adapter = adapter
+        self.backend = backend
+        self.stores = stores
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if self._must_be_original(args, kwargs):
+            return type(self.module).forward(self.module, *args, **kwargs)
+        with nullcontext() if self.backend is None else dispatch.use_backend(self.backend):
+            return self.adapter.forward(self.module, *args, self.stores)
+
+    def _must_be_original(self, args, kwargs) -> bool:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return True  # what leaves this process must not need our ops
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            return True  # such as an FX proxy; or for the class to refuse in its own words
+        reason = self.adapter.bypassed(self.module)
+        if reason is not None:
+            dispatch.warn_once(
+                f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}"
+            )
+        return reason is not None
+
+    def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
+        """What the layer hands to `functional.focal_modulation` for this input."""
+        return self.adapter.functional_arguments(self.module, x)
+
+    def bind(self) -> None:
+        """Make it the module's forward. Plain attributes, so neither parameters nor state_dict see them."""
+        self.module.forward = self
+        # torch.jit.script compiles source code and cannot take a callable object: it gets the class's forward
+        self.module.__prepare_scriptable__ = self.unbind
+
+    def unbind(self) -> nn.Module:
+        """Give the module its class's forward back."""
+        del self.module.forward, self.module.__prepare_scriptable__
+        return self.module
+
+
+def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> Report:
+    """Make the focal modulation layers inside a live model run through our ops.
+
+    Known are the authors' classes (classification; detection and segmentation), timm's and Hugging Face
+    transformers'. Each instance gets its own bound `forward`; parameters, state_dict, the layer's hooks and
+    dropout stay as they are, and `type(layer).forward` remains the original. A layer is recognised by its
+    members and by running both forwards on random numbers, never by its name: one that computes anything else
+    is left alone and reported. Calling it again replaces the earlier choice.
+
+    The class's own forward still runs under torch.jit.trace, torch.export and FX tracing, and when an inner
+    module gets replaced or hooked later on; torch.jit.script restores the layers that it compiles. Not for
+    nn.DataParallel, whose replicas share the bound forward; DistributedDataParallel is fine.
+
+    Args:
+        model: any module; the layer itself will do.
+        backend: a name as in `use_backend`, for these instances only. None: the choice at call time.
+        keep_modulator: also store `gates` and `modulator` on the layers whose class does so. The layer then runs
+            part by part and keeps these activations alive.
+
+    Returns:
+        A `Report` of what was replaced, what was kept, and why. A RuntimeWarning when nothing was replaced.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: `backend` is no backend's name.
+
+    Example:
+        >>> report = accelerate(timm.create_model("focalnet_tiny_lrf"))
+        >>> print(report)
+    """
+    _check_model(model, "accelerate")
+    if backend is not None:
+        dispatch.check_backend(backend, "accelerate(backend)")
+    report, verdicts, forgetful = Report(), {}, 0
+    for name, module in model.named_modules():
+        if not _is_candidate(module):
+            continue
+        adapter, verdict = _recognise(module, verdicts)
+        if verdict.why_not is not None:
+            report.kept.append((name, verdict.why_not))
+            continue
+        if not keep_modulator:
+            forgetful += bool(verdict.stores)
+            for stored in verdict.stores:
+                vars(module).pop(stored, None)  # from an earlier forward: stale from now on
+        AcceleratedForward(module, adapter, backend, verdict.stores if keep_modulator else ()).bind()
+        report.replaced.append((name, adapter.form))
+    if forgetful:
+        report.notes.append(f"{forgetful} layers no longer store gates and modulator: keep_modulator=True keeps that")
+    if not report.replaced and (_ALREADY_OURS not in dict(report.kept).values()):
+        warnings.warn(f"accelerate: nothing was replaced\n{report}", RuntimeWarning, stacklevel=2)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every layer inside `model` runs its class's own forward again.
+
+    Args:
+        model: any module, accelerated or not.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+    """
+    _check_model(model, "restore")
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), AcceleratedForward):
+            module.forward.unbind()
+
+
+def _check_model(model, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}(model): expected an nn.Module, got {type(model).__name__}")
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Worth a line in the report: a name alone never gets a layer replaced, but may get it mentioned."""
+    return "focal_layers" in module._modules or _NAMED_SO.search(type(module).__name__) is not None
+
+
+def _recognise(module: nn.Module, verdicts: dict) -> tuple[Adapter | None, Verdict]:
+    """The form of a candidate, and why to leave it alone. Layers of one configuration share a verdict."""
+    if isinstance(module, _OURS):
+        return None, Verdict(_ALREADY_OURS)
+    forward = vars(module).get("forward")
+    if forward is not None and not isinstance(forward, AcceleratedForward):
+        return None, Verdict(f"its forward is already bound to something else ({forward!r})")
+    adapter = min(ADAPTERS, key=lambda adapter: len(adapter.missing(module)))
+    if missing := adapter.missing(module):
+        return None, Verdict(f"not a known form: nearest is {adapter.form}, without {', '.join(missing)}")
+    if reason := adapter.why_not(module):
+        return None, Verdict(reason)
+    key = (adapter, configuration(module))
+    if key not in verdicts:
+        verdicts[key] = compare(adapter, module)
+    return adapter, verdicts[key]

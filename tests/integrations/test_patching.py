@@ -1,0 +1,249 @@
+"""accelerate and restore as operations on live models."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models.foreign import small_config, timm_model
+from torch import nn
+
+import focalnet_kernels as fk
+from focalnet_kernels.dispatch import requested_backend
+from focalnet_kernels.integrations import accelerate, restore
+from integrations.foreign_layers import BUILD, FORMS, build, example
+
+FORM = "timm"
+
+
+@pytest.fixture
+def model():
+    return timm_model(small_config())
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 3, 32, 32)
+
+
+def backend_used(layer, form=FORM):
+    """By asking for a backend that does not exist here, which raises."""
+    try:
+        layer(example(form))
+    except fk.BackendError as error:
+        return str(error).split("'")[1]
+    return None
+
+
+@pytest.mark.parametrize("form", BUILD)
+def test_restore_is_bit_identical(form):
+    layer, x = build(form), example(form)
+    expected, before = layer(x), set(vars(layer))
+    accelerate(layer)
+    assert "forward" in vars(layer)
+    restore(layer)
+    assert set(vars(layer)) - {"gates", "modulator"} == before - {"gates", "modulator"}
+    assert torch.equal(layer(x), expected)
+    restore(layer)  # nothing left to undo
+
+
+def test_class_forward_stays_the_original():
+    layer, x = build(FORM), example(FORM)
+    expected = layer(x)
+    accelerate(layer)
+    assert torch.equal(type(layer).forward(layer, x), expected)
+
+
+def test_nothing_is_registered(model):
+    state = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
+    parameters, modules = list(model.parameters()), list(model.modules())
+    accelerate(model)
+    assert {key: tensor.data_ptr() for key, tensor in model.state_dict().items()} == state
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+
+
+def test_random_state_and_hooks_are_untouched(model):
+    calls = []
+    for module in model.modules():
+        if type(module).__name__ == "FocalModulation":
+            module.register_forward_hook(lambda *args: calls.append(args))
+    state = torch.get_rng_state()
+    report = accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert calls == []
+    model(torch.randn(1, 3, 32, 32))
+    assert len(calls) == len(report.replaced) > 0  # a hook on the layer itself still fires
+
+
+def test_idempotent(model, x):
+    first, expected = accelerate(model), model(x)
+    assert accelerate(model) == first
+    assert torch.equal(model(x), expected)
+    restore(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_report(model):
+    model.ours = fk.FocalModulation(8, 3, 2)
+    model.other = build("detection", 8)
+    model.other.focal_layers[1].register_forward_hook(lambda *args: None)
+    report = accelerate(model)
+    assert report.replaced[0] == ("layers.0.blocks.0.modulation", "timm")
+    assert dict(report.kept) == {
+        "ours": "already ours",
+        "other": "focal_layers[1] has hooks, which an accelerated forward would not fire",
+    }
+    assert all(name in str(report) for name, _ in report.replaced + report.kept)
+
+
+@pytest.mark.parametrize("form", BUILD)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_reads_its_own_parameters(form, way):
+    layer, x = nn.Sequential(build(form)), example(form)
+    accelerate(layer, "reference")
+    with torch.no_grad():
+        expected = layer(x)
+        if way == "deepcopy":
+            twin = copy.deepcopy(layer)
+        elif way == "pickle":
+            twin = pickle.loads(pickle.dumps(layer))
+        else:
+            file = io.BytesIO()
+            torch.save(layer, file)
+            twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        assert twin[0].forward is not layer[0].forward
+        for parameter in layer.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(x), expected)
+        restore(twin)
+        assert "forward" not in vars(twin[0]) and "forward" in vars(layer[0])
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_deepcopy_after_a_training_forward():
+    """The authors' class refuses it, for the graph that it stores."""
+    layer, x = build("authors").train(), example("authors")
+    layer(x)
+    accelerate(layer)
+    layer(x)
+    copy.deepcopy(layer)
+
+
+def test_new_weights_are_seen():
+    layer, other, x = build(FORM), build(FORM), example(FORM)
+    accelerate(layer)
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(layer(x), other(x))
+    layer.f = copy.deepcopy(build(FORM).f)
+    torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
+
+
+def test_shared_instance():
+    layer = build("transformers")
+    model = nn.Sequential(layer, nn.Identity(), layer)
+    assert accelerate(model).replaced == [("0", "transformers")]
+    restore(model[2])
+    assert "forward" not in vars(layer)
+
+
+def test_named_backend_holds_for_these_instances_only():
+    model = nn.ModuleList([build(FORM), build(FORM)])
+    accelerate(model)
+    accelerate(model[0], backend="triton")
+    assert [backend_used(layer) for layer in model] == ["triton", None]
+    with fk.use_backend("cuda"):
+        assert [backend_used(layer) for layer in model] == ["triton", "cuda"]
+    accelerate(model)  # the last call decides
+    assert [backend_used(layer) for layer in model] == [None, None]
+
+
+@torch.no_grad()
+def test_compiles_without_a_break(backend):
+    layer, x, before = build(FORM), example(FORM), requested_backend()
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    accelerate(layer, backend)
+    torch.testing.assert_close(compiled(x), expected)
+    accelerate(layer, "triton")
+    with pytest.raises(Exception, match="backend 'triton' cannot run"):
+        compiled(x)  # the choice is seen, no stale code runs
+    assert requested_backend() == before
+
+
+def op_names(graph_module):
+    return {str(node.target) for node in graph_module.graph.nodes}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_the_original(model, x, strict):
+    original = op_names(torch.export.export(model, (x,), strict=strict))
+    accelerate(model)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert op_names(program) == original
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_takes_the_original(model, x):
+    accelerate(model)
+    expected = model(x)
+    traced = torch.jit.trace(model, x)
+    assert "focalnet_kernels" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_fx_takes_the_original():
+    layer, x = build(FORM), example(FORM)
+    accelerate(layer)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_any_other_call_goes_to_the_class():
+    layer, x = build("transformers"), example("transformers")
+    expected = layer(x)
+    accelerate(layer)
+    assert torch.equal(layer(hidden_state=x), expected)
+    with pytest.raises(TypeError, match="hidden_state"):
+        layer()
+
+
+def test_meta_model_is_recognised_without_numbers():
+    with torch.device("meta"):
+        model = timm_model(small_config())
+        report = accelerate(model)
+    assert len(report.replaced) == 4
+    model.to_empty(device="cpu")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("form", BUILD)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_recognised_in_any_dtype_and_with_zero_weights(form, dtype):
+    layer = build(form).to(dtype)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    assert accelerate(layer).replaced == [("", FORMS[form])]
+
+
+@pytest.mark.parametrize("function", [accelerate, restore])
+def test_no_module(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(model\): expected an nn.Module, got str"):
+        function("focalnet_tiny_lrf")
+
+
+def test_unknown_backend_is_refused_up_front(model):
+    with pytest.raises(ValueError, match="unknown backend 'tritn'.*did you mean 'triton'"):
+        accelerate(model, backend="tritn")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_nothing_found():
+    with pytest.warns(RuntimeWarning, match="nothing was replaced"):
+        report = accelerate(nn.Linear(2, 2))
+    assert report.replaced == report.kept == []

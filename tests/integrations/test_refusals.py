@@ -1,0 +1,176 @@
+"""What is left alone, and the reason that is given."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from focalnet_kernels.integrations import accelerate
+from integrations import foreign_layers
+from integrations.foreign_layers import BUILD, build, example
+
+DIFFERENT = "its forward computes something else"
+
+
+def refusal(layer):
+    """The reason, after making sure that the layer is as it was."""
+    x = example("timm" if type(layer).__module__.startswith("timm") else "detection")
+    before = layer.eval()(x)
+    with pytest.warns(RuntimeWarning, match="nothing was replaced"):
+        report = accelerate(layer)
+    assert "forward" not in vars(layer)
+    assert torch.equal(layer(x), before)
+    ((name, reason),) = report.kept
+    assert name == "" and report.replaced == []
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("SigmoidGates", DIFFERENT),
+        ("ParallelLevels", DIFFERENT),
+        ("NoiseInTraining", DIFFERENT),
+        ("FocalModulation", DIFFERENT),
+        ("BatchNormLevels", "focal_layers[0][1] is a BatchNorm2d"),
+    ],
+)
+def test_look_alikes(name, reason):
+    assert reason in refusal(getattr(foreign_layers, name)(12))
+
+
+def test_verdicts_are_not_shared_among_configurations():
+    """One class, two formulas, told apart by an attribute that we know nothing of."""
+
+    class Scaled(foreign_layers.AuthorsDetection):
+        scale = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = nn.ModuleList([Scaled(8), Scaled(8)])
+    model[1].scale = 2.0
+    report = accelerate(model)
+    assert [name for name, _ in report.replaced] == ["0"]
+    assert [name for name, _ in report.kept] == ["1"]
+
+
+def _replace(path, new):
+    def spoil(layer):
+        parent, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(parent), name, new())
+
+    return spoil
+
+
+def _conv(k=3, **options):
+    return lambda: nn.Conv2d(12, 12, k, **{"padding": k // 2, "groups": 12, "bias": False} | options)
+
+
+class Wrapped(nn.Linear):
+    """As a LoRA or quantized layer would be."""
+
+
+SPOILED = {
+    "wrapped": (_replace("f", lambda: Wrapped(12, 27)), "f is a Wrapped"),
+    "channels": (_replace("proj", lambda: nn.Linear(12, 9)), "proj has 9 output and 12 input channels, expected 12"),
+    "activation": (_replace("act", nn.SiLU), "act is a SiLU"),
+    "tanh": (_replace("act", lambda: nn.GELU("tanh")), "expected the exact GELU"),
+    "tanh level": (_replace("focal_layers.1.1", lambda: nn.GELU("tanh")), "focal_layers[1][1] is GELU"),
+    "bias": (_replace("focal_layers.0.0", _conv(bias=True)), "without bias"),
+    "dense": (_replace("focal_layers.0.0", _conv(groups=1)), "not depthwise over 12 channels"),
+    "dilation": (_replace("focal_layers.0.0", _conv(dilation=2, padding=2)), "dilation 1"),
+    "padding": (_replace("focal_layers.0.0", _conv(padding_mode="reflect")), "zero padding"),
+    "level": (_replace("focal_layers.0", lambda: nn.Sequential(_conv()())), "not Sequential(Conv2d, GELU)"),
+    "layer norm": (_replace("ln", lambda: nn.LayerNorm(12, elementwise_affine=False)), "expected an affine"),
+    "norm": (_replace("ln", lambda: nn.RMSNorm(12)), "norm is a RMSNorm"),
+    "parameter": (lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))), "parameter scale"),
+    "buffer": (lambda layer: layer.register_buffer("scale", torch.ones(1)), "buffer scale"),
+    "member": (_replace("extra", nn.ReLU), "extra (ReLU) is no part of the form"),
+    "parametrized": (lambda layer: parametrizations.weight_norm(layer.f), "f is a ParametrizedLinear"),
+    "hook": (lambda layer: layer.h.register_forward_hook(lambda *a: None), "h has hooks"),
+    "pre-hook": (
+        lambda layer: layer.focal_layers[1][0].register_forward_pre_hook(lambda *a: None),
+        "focal_layers[1][0] has hooks",
+    ),
+    "backward hook": (lambda layer: layer.proj.register_full_backward_hook(lambda *a: None), "proj has hooks"),
+    "old weight norm": (lambda layer: nn.utils.weight_norm(layer.f), "f has hooks"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", SPOILED)
+def test_changed_parts(name):
+    spoil, reason = SPOILED[name]
+    layer = build("detection", postln=True)
+    spoil(layer)
+    assert reason in refusal(layer)
+
+
+def test_even_kernel():
+    layer = build("timm")
+    layer.focal_layers[0][0] = nn.Conv2d(12, 12, 4, padding=2, groups=12, bias=False)
+    with pytest.warns(RuntimeWarning):
+        report = accelerate(layer)
+    assert "even kernel (4, 4)" in report.kept[0][1]
+
+
+def test_forward_bound_by_others():
+    layer = build("timm")
+    layer.forward = lambda x: x
+    with pytest.warns(RuntimeWarning):
+        report = accelerate(layer)
+    assert "already bound to something else" in report.kept[0][1]
+    assert layer(1) == 1
+
+
+def test_unknown_class_of_that_name():
+    class SpatioTemporalFocalModulation(nn.Module):
+        f = h = None
+
+    with pytest.warns(RuntimeWarning):
+        report = accelerate(nn.Sequential(SpatioTemporalFocalModulation()))
+    ((name, reason),) = report.kept
+    assert name == "0" and reason.startswith("not a known form: nearest is") and "focal_layers" in reason
+
+
+def test_a_forward_that_fails_is_left_alone():
+    class Broken(foreign_layers.AuthorsDetection):
+        def forward(self, x):
+            raise KeyError("only on Tuesdays")
+
+    with pytest.warns(RuntimeWarning):
+        report = accelerate(Broken(8))
+    assert report.kept == [("", "its forward could not be checked: KeyError: 'only on Tuesdays'")]
+
+
+@pytest.mark.parametrize(("form", "norm"), [("detection", "ln"), ("timm", "norm")])
+def test_a_norm_under_another_name(form, norm):
+    layer = build(form, postln=True)
+    layer.other, _ = getattr(layer, norm), delattr(layer, norm)
+    with pytest.warns(RuntimeWarning):
+        report = accelerate(layer)
+    assert report.replaced == [] and len(report.kept) == 1
+
+
+def test_further_side_effects():
+    class Storing(foreign_layers.AuthorsDetection):
+        def forward(self, x):
+            self.seen = x
+            return super().forward(x)
+
+    assert "also stores seen" in refusal(Storing(12))
+
+
+@pytest.mark.parametrize("form", BUILD)
+def test_changed_after_acceleration(form):
+    """Wrapped or hooked later: the layer's own forward runs, and says so once."""
+    layer, x = build(form), example(form)
+    accelerate(layer)
+    seen = []
+    conv = layer.focal_layers[0][0]
+    conv.register_forward_hook(lambda module, args, output: seen.append(module))
+    with pytest.warns(RuntimeWarning, match=r"changed after accelerate\(\).*focal_layers\[0\]\[0\] has hooks"):
+        layer(x)
+    layer(x)
+    assert seen == [conv, conv]
