@@ -14,9 +14,7 @@ from .._version import __version__
 @click.command()
 def info() -> None:
     """Show versions and, for each backend, whether it can run here and why not."""
-    click.echo(
-        f"focalnet_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    click.echo(f"focalnet_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     click.echo(f"machine: {platform.machine()}, {torch.get_num_threads()} CPU threads")
     click.echo(f"backend asked for: {dispatch.requested_backend()}")
     click.echo("reference: ready")
