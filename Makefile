@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks tests
 
-.PHONY: install demo test test-slow lint format bench clean
+.PHONY: install demo test test-slow sanitize lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,14 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# the kernel tests over a build with AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set
+SANITIZED = build/sanitize
+sanitize: install
+	FOCALNET_KERNELS_BUILD=cpu FOCALNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
+	PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -m 'not slow' -p no:cacheprovider tests/ops $(ARGS)
 
 lint: install
 	$(BIN)/ruff check $(PYTHON_FILES)

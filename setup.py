@@ -5,6 +5,7 @@ FOCALNET_KERNELS_BUILD = auto (default) | none | cpu
         the pure Python package (reference backend)
   none  builds nothing
   cpu   a failure is an error
+FOCALNET_KERNELS_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer: see `make sanitize`.
 
 The library uses PyTorch's stable ABI and Python's limited API: one binary serves torch >= 2.10, Python >= 3.10.
 """
@@ -29,16 +30,21 @@ def cpu_library():
     """The CPU kernels as an extension, and the command that builds it."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    msvc = sys.platform == "win32"
+    if sys.platform == "win32":
+        compile_args, link_args = ["/O2"], []
+    else:
+        compile_args, link_args = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized"], []
+    if os.environ.get("FOCALNET_KERNELS_SANITIZE"):
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        compile_args, link_args = [*compile_args, "-O1", "-g", *sanitize], sanitize
     extension = CppExtension(
         "focalnet_kernels._cpu",
         sources=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
         depends=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
-        extra_compile_args=["/O2"]
-        if msvc
-        else ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized"],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
         py_limited_api=True,
     )
     extension.optional = BUILD == "auto"

@@ -6,6 +6,8 @@ Importing touches no GPU driver and works without any compiled extension: then t
 from ._version import __version__
 from .dispatch import BackendError, use_backend
 from .functional import explain, focal_context, focal_modulation, modulate
+from .integrations import accelerate, restore
+from .models import FocalNet, create_model, list_models, load_checkpoint
 from .nn import FocalModulation, FocalModulation1d, FocalModulation3d
 
 __all__ = [
@@ -13,10 +15,16 @@ __all__ = [
     "FocalModulation",
     "FocalModulation1d",
     "FocalModulation3d",
+    "FocalNet",
     "__version__",
+    "accelerate",
+    "create_model",
     "explain",
     "focal_context",
     "focal_modulation",
+    "list_models",
+    "load_checkpoint",
     "modulate",
+    "restore",
     "use_backend",
 ]

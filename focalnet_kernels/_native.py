@@ -11,9 +11,7 @@ from . import dispatch
 
 def _load(stem: str) -> str | None:
     """Load the library `stem` beside this file. None on success, otherwise the reason."""
-    files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(
-        Path(__file__).parent.glob(f"{stem}*.pyd")
-    )
+    files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
     if not files:
         return "the C++ kernels were not built (install with a C++ compiler and --no-build-isolation)"
     try:

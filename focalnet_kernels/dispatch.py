@@ -54,7 +54,7 @@ def implementation(op: str, backend: str) -> Implementation:
     return next(i for i in _implementations[op] if i.backend == backend)
 
 
-def _check_backend(name: str, source: str) -> str:
+def check_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
         close = difflib.get_close_matches(str(name), BACKENDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -76,7 +76,7 @@ class use_backend:
 
     def __init__(self, name: str):
         global _requested
-        _check_backend(name, "use_backend(name)")
+        check_backend(name, "use_backend(name)")
         self._previous, _requested = _requested, name
 
     def __enter__(self) -> use_backend:
@@ -89,7 +89,7 @@ class use_backend:
 
 def requested_backend() -> str:
     """The backend in force: "auto" or a name."""
-    return _check_backend(_requested, f"environment variable {ENVIRONMENT}")
+    return check_backend(_requested, f"environment variable {ENVIRONMENT}")
 
 
 def select(op: str, *args) -> Implementation:

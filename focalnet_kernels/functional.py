@@ -15,9 +15,7 @@ from .ops.focal_modulation.reference import focal_modulation_reference
 __all__ = ["explain", "focal_context", "focal_modulation", "modulate"]
 
 
-def focal_context(
-    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False
-) -> Tensor:
+def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False) -> Tensor:
     """Gather context at every focal level and mix the levels by their gates (paper, section 3.2).
 
     With ctx_0 = ctx and ctx_l = GELU(depthwise_conv_l(ctx_{l-1})):
@@ -31,7 +29,8 @@ def focal_context(
         normalize: divide by L + 1 (the authors' `normalize_modulator`).
 
     Returns:
-        ctx_all: (B, C, *spatial), dtype of `ctx` (the autocast dtype under autocast), memory order of `ctx`.
+        ctx_all: (B, C, *spatial), dtype of `ctx` (the autocast dtype under autocast). Kernels keep the memory order of
+        `ctx`; the reference leaves it to PyTorch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
@@ -49,7 +48,7 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None = N
         bias: (C,) or None.
 
     Returns:
-        (B, C, *spatial), dtype and memory order of `q`.
+        (B, C, *spatial), dtype and, from kernels, memory order of `q`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
@@ -84,11 +83,11 @@ def focal_modulation(
         ln_weight, ln_bias: (C,) each, for the LayerNorm of `use_postln_in_modulation`; None without it.
         ln_eps: its epsilon.
         normalize: divide ctx_all by L + 1.
-        return_gates: also return what the authors' visualisation reads; runs on the reference.
+        return_gates: also return what the authors' visualisation reads; the layer then runs part by part.
 
     Returns:
-        y: (B, *spatial, C) with the memory order of `x`; with `return_gates`, (y, gates, modulator) of shapes
-        (B, *spatial, C), (B, L+1, *spatial), (B, C, *spatial).
+        y: (B, *spatial, C), from kernels with the memory order of `x`. With `return_gates` (y, gates, modulator):
+        shapes (B, *spatial, C), (B, L+1, *spatial), (B, C, *spatial).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
@@ -97,7 +96,9 @@ def focal_modulation(
         x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, normalize=normalize,
     )  # fmt: skip
-    return focal_modulation_reference(*arguments) if return_gates else ops.focal_modulation(*arguments)
+    if return_gates:
+        return focal_modulation_reference(*arguments, focal_context=ops.focal_context)
+    return ops.focal_modulation(*arguments)
 
 
 def explain(op, *args, **kwargs) -> Explanation:
@@ -119,9 +120,7 @@ def explain(op, *args, **kwargs) -> Explanation:
         return explain("focal_modulation", *op.functional_arguments(x)[0], **op.functional_arguments(x)[1])
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
-        raise TypeError(
-            f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}"
-        )
+        raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
     return explain_call(name, *_PREPARE[name](*args, **kwargs))
 
 
@@ -191,9 +190,7 @@ def _check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if not 3 <= tensor.ndim <= 5:
-        raise ValueError(
-            f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
 
 
 def _check_shape(name: str, tensor, expected: tuple, meaning: str, optional: bool = False) -> None:
@@ -209,8 +206,7 @@ def _check_levels(name: str, weights, C: int, ndim: int) -> None:
         _check_tensor(f"{name}[{i}]", weight)
         if weight.ndim != ndim + 2 or tuple(weight.shape[:2]) != (C, 1):
             raise ValueError(
-                f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), "
-                f"got {tuple(weight.shape)}"
+                f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {tuple(weight.shape)}"
             )
         if any(k % 2 == 0 for k in weight.shape[2:]):
             raise ValueError(

@@ -158,7 +158,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
 
   // the global context: what it adds everywhere, and what its gradient adds to every pixel of the last level
   const vf mean = load_lanes(p.mean + b * g.C + c0, n, 1);
-  vf mean_slope, global = gelu_and_slope(mean, &mean_slope), to_mean = {};
+  vf mean_slope, global = gelu_and_slope<T>(mean, &mean_slope), to_mean = {};
   for (int64_t t = 0; t < g.T; ++t)
     for (int64_t m = 0; m < g.M; ++m) {
       const T* gate = address<T>(f.gates, b, L, t, m);
@@ -201,7 +201,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
         float *ctx = last ? z : levels[l + 1].in.at(t, m), *slope = levels[l].slope.at(t, m), *sum = all.at(t, m);
         const T* gate = address<T>(f.gates, b, l, t, m);
         for (int64_t w = 0; w < g.W; ++w) {
-          vf s, c = gelu_and_slope(load(z + w * VL), &s);
+          vf s, c = gelu_and_slope<T>(load(z + w * VL), &s);
           vf gated = c * load_scalar(gate + w * f.gates.w);
           store(slope + w * VL, s);
           store(ctx + w * VL, c);

@@ -223,14 +223,14 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
         conv_row(rows, gather_rows(rings[l], level, weights, g, t, m, rows), level.kw, g.W, z);
         float* next = last ? z : rings[l + 1].at(t, m);
         if (!inside) {
-          for (int64_t w = 0; w < g.W; ++w) store(next + w * VL, gelu(load(z + w * VL)));
+          for (int64_t w = 0; w < g.W; ++w) store(next + w * VL, gelu<T>(load(z + w * VL)));
           continue;
         }
         const T* gate = address<T>(p.gates, b, l, t, m);
         float* out = plane + ((t - t0) * g.M + m) * g.W * VL;
         vf row = {};
         for (int64_t w = 0; w < g.W; ++w) {
-          vf c = gelu(load(z + w * VL));
+          vf c = gelu<T>(load(z + w * VL));
           vf gated = c * load_scalar(gate + w * p.gates.w);
           store(out + w * VL, l == 0 ? gated : load(out + w * VL) + gated);
           store(next + w * VL, c);
@@ -249,7 +249,7 @@ static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t bl
   const Geometry& g = p.g;
   const int64_t c0 = block * VL;
   const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
-  const vf mean = load(sum) / float(g.pixels()), global = gelu(mean);
+  const vf mean = load(sum) / float(g.pixels()), global = gelu<T>(mean);
   const vf divisor = splat(p.normalize ? float(p.L + 1) : 1.0f);
   if (p.mean && t0 == 0) store_lanes(p.mean + b * g.C + c0, n, 1, mean);
   for (int64_t t = t0; t < t1; ++t)

@@ -32,13 +32,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
   const auto bias_f = floats_of(f_bias), bias_h = floats_of(h_bias), bias_proj = floats_of(proj_bias);
   const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
 
-  const int64_t group = images_per_group(g, k.lanes);
-  const Buffer f_out(save ? 0 : group * g.pixels() * F * bytes_of(dtype));
-  const Buffer ctx_all(group * g.pixels() * g.C * bytes_of(dtype));
-
-  for (int64_t b0 = 0; b0 < g.B; b0 += group) {
+  // images b0..b1; run inside a task, its parallel parts run on that task's thread
+  const auto run = [&](int64_t b0, int64_t b1) {
+    const int64_t tokens_here = (b1 - b0) * g.pixels();
+    const Buffer f_out(save ? 0 : tokens_here * F * bytes_of(dtype));
+    const Buffer ctx_all(tokens_here * g.C * bytes_of(dtype));
     Geometry part = g;
-    part.B = std::min(group, g.B - b0);
+    part.B = b1 - b0;
     const int64_t row0 = b0 * g.pixels();
     void* projected_here = save ? at_element(projected.data_ptr(), row0 * F, dtype) : f_out.data;
     MapView in = map_of(x, 1, channel), out = map_of(y, 1, channel);
@@ -89,6 +89,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     parallel(blocks.count, [&](int64_t i) {
       k.modulate_fwd(modulate, blocks.begin(i), blocks.end(i), thread_scratch(modulate_scratch));
     });
+  };
+
+  const int64_t threads = torch::stable::get_num_threads();
+  if (g.B % threads == 0 || g.B >= 8 * threads) {
+    // every thread takes images of its own through the whole layer: nothing crosses from one cache to another
+    const int64_t per_thread = (g.B + threads - 1) / threads;
+    const int64_t group = std::clamp<int64_t>(1024 / g.pixels(), 1, per_thread);
+    const int64_t groups = (per_thread + group - 1) / group;
+    parallel(threads, [&](int64_t thread) {
+      const int64_t end = std::min(g.B, (thread + 1) * per_thread);
+      for (int64_t i = 0; i < groups; ++i) {
+        const int64_t b0 = thread * per_thread + i * group;
+        if (b0 < end) run(b0, std::min(end, b0 + group));
+      }
+    });
+  } else {
+    const int64_t group = images_per_group(g, k.lanes);
+    for (int64_t b0 = 0; b0 < g.B; b0 += group) run(b0, std::min(g.B, b0 + group));
   }
   return {y, projected, modulator, mean};
 }

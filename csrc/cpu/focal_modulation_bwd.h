@@ -1,8 +1,26 @@
 // The layer's backward around the chain: matrix products over blocks of token rows, and the weights' gradients.
 
+// Sums rows in two stages, SUMMED at a time: a long run of additions into one float would lose digits.
+struct RowSums {
+  static constexpr int64_t SUMMED = 16;
+  float *some, *all;
+  int64_t n;
+  RowSums(float* scratch, float* to, int64_t count) : some(scratch), all(to), n(count) {
+    __builtin_memset(some, 0, n * sizeof(float));
+    __builtin_memset(all, 0, n * sizeof(float));
+  }
+  FK_INLINE void add(int64_t at, int lanes, vf value) const {
+    store_lanes(some + at, lanes, 1, load_lanes(some + at, lanes, 1) + value);
+  }
+  FK_INLINE void end_of_row(int64_t row, int64_t rows) const {
+    if (row % SUMMED != SUMMED - 1 && row != rows - 1) return;
+    for (int64_t i = 0; i < n; ++i) all[i] += some[i], some[i] = 0;
+  }
+};
+
 static int64_t modulate_bwd_scratch(const ModulateBackward& p, int64_t rows) {
   const int64_t C = p.proj_t.N;
-  return rows * (2 * (C + 2) * 4 + 6 * int64_t(sizeof(void*))) + 2 * (C + VL) * 4 + 12 * 64;
+  return rows * (2 * (C + 2) * 4 + 6 * int64_t(sizeof(void*))) + (6 * C + VL) * 4 + 13 * 64;
 }
 
 template <class T>
@@ -25,12 +43,10 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   float* dz = arena.take<float>(n * C);
   float* product_row = arena.take<float>(C + VL);
   CT* packed = arena.take<CT>(n * padded_k<CT>(C));
-  float* sums = p.sums + block * ModulateBackward::SUMS * C;
-  float *proj_bias = sums, *h_bias = sums + C, *ln_weight = sums + 2 * C, *ln_bias = sums + 3 * C;
-  __builtin_memset(sums, 0, ModulateBackward::SUMS * C * sizeof(float));
+  constexpr int64_t SUMS = ModulateBackward::SUMS;
+  const RowSums sums(arena.take<float>(SUMS * C), p.sums + block * SUMS * C, SUMS * C);
+  const int64_t proj_bias = 0, h_bias = C, ln_weight = 2 * C, ln_bias = 3 * C;
   const auto lanes_at = [&](int64_t c) FK_LAMBDA { return int(C - c < VL ? C - c : VL); };
-  const auto add = [&](float* to, int64_t c, vf value)
-                       FK_LAMBDA { store_lanes(to + c, lanes_at(c), 1, load_lanes(to + c, lanes_at(c), 1) + value); };
 
   int64_t lda;
   const CT* a = operand_rows<T>(p.grad_out, n, grad_out, C, packed, &lda);
@@ -41,7 +57,8 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   for (int64_t i = 0; i < n; ++i) {
     float* d = dz + i * C;
     for (int64_t c = 0; c < C; c += VL)
-      add(proj_bias, c, load_lanes(grad_out[i] + c * p.grad_out.channel, lanes_at(c), p.grad_out.channel));
+      sums.add(proj_bias + c, lanes_at(c),
+               load_lanes(grad_out[i] + c * p.grad_out.channel, lanes_at(c), p.grad_out.channel));
     for (int64_t c = 0; c < C; c += VL) {
       const int lanes = lanes_at(c);
       store_lanes(product_row + c, lanes, 1, load_lanes(q[i] + c, lanes, 1) * load_lanes(modulator[i] + c, lanes, 1));
@@ -59,8 +76,8 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
         vf normal = (load_lanes(product_row + c, lanes, 1) - mean) * rstd,
            weight = load_lanes(p.ln_weight + c, lanes, 1);
         vf up = load_lanes(d + c, lanes, 1);
-        add(ln_weight, c, up * normal);
-        add(ln_bias, c, up);
+        sums.add(ln_weight + c, lanes, up * normal);
+        sums.add(ln_bias + c, lanes, up);
         store_lanes(out[i] + c, lanes, 1, normal * weight + load_lanes(p.ln_bias + c, lanes, 1));
         store_lanes(product_row + c, lanes, 1, normal);
         store_lanes(d + c, lanes, 1, up * weight);  // 0 in the lanes beyond C
@@ -84,8 +101,9 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
       vf value = load_lanes(d + c, lanes, 1), to_modulator = value * load_lanes(q[i] + c, lanes, 1);
       store_lanes(grad_q[i] + c, lanes, 1, value * load_lanes(modulator[i] + c, lanes, 1));
       store_lanes(grad_modulator[i] + c, lanes, 1, to_modulator);
-      add(h_bias, c, to_modulator);
+      sums.add(h_bias + c, lanes, to_modulator);
     }
+    sums.end_of_row(i, n);
   }
   if (!p.grad_ctx_all.data) return;
 
@@ -98,7 +116,7 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
 }
 
 static int64_t project_bwd_scratch(const ProjectBackward& p, int64_t rows) {
-  return rows * ((p.f_t.K + 2) * 4 + 2 * int64_t(sizeof(void*))) + 4 * 64;
+  return rows * ((p.f_t.K + 2) * 4 + 2 * int64_t(sizeof(void*))) + p.f_t.K * 4 + 5 * 64;
 }
 
 template <class T>
@@ -109,8 +127,7 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
   T** grad = arena.take<T*>(n);
   T** out = arena.take<T*>(n);
   row_pointers(p.grad_projected, row0, row1, grad);
-  float* sums = p.sums + block * F;
-  __builtin_memset(sums, 0, F * sizeof(float));
+  const RowSums sums(arena.take<float>(F), p.sums + block * F, F);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t image = (row0 + i) / pixels, pixel = (row0 + i) % pixels;
     const float* share = p.grad_gates + image * p.channel_blocks * p.gates * pixels + pixel;
@@ -121,8 +138,9 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
     }
     for (int64_t c = 0; c < F; c += VL) {
       const int lanes = int(F - c < VL ? F - c : VL);
-      store_lanes(sums + c, lanes, 1, load_lanes(sums + c, lanes, 1) + load_lanes(grad[i] + c, lanes, 1));
+      sums.add(c, lanes, load_lanes(grad[i] + c, lanes, 1));
     }
+    sums.end_of_row(i, n);
   }
   if (!p.grad_x.data) return;
   row_pointers(p.grad_x, row0, row1, out);

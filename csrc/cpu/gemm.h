@@ -82,6 +82,12 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
   epilogue.prefetch(row, rows, column);
   tile_product<N>(a_rows, panel, K, acc);
   const float* value = acc;
+  if (columns == N * VL) {
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j, value += VL) epilogue(row + i, column + j * VL, VL, load(value));
+    return;
+  }
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < N; ++j, value += VL) {
       const int64_t left = columns - j * VL;
@@ -89,7 +95,7 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
     }
 }
 
-// An epilogue that reads nothing that is not in cache.
+// An epilogue whose operands are in cache.
 template <class F>
 struct WriteOnly {
   F f;

@@ -28,29 +28,28 @@ FK_INLINE vf splat(float x) { return x - vf{}; }
 FK_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
 
 // x86 has these as one instruction each; compilers do not find them behind the general form.
-// min and max give b where a is NaN. reciprocal: relative error about 1e-7.
+// min and max give b where a is NaN. rough_reciprocal: relative error 4e-4 at most.
 #if defined(FK_X86) && FK_LANES == 16
 FK_INLINE vf min(vf a, vf b) { return reinterpret_cast<vf>(_mm512_min_ps((__m512)a, (__m512)b)); }
 FK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b)); }
-FK_INLINE vf reciprocal(vf x) {
-  vf r = reinterpret_cast<vf>(_mm512_rcp14_ps((__m512)x));
-  return r * (2.0f - x * r);
-}
+FK_INLINE vf rough_reciprocal(vf x) { return reinterpret_cast<vf>(_mm512_rcp14_ps((__m512)x)); }
 FK_INLINE vu widen(vh x) { return reinterpret_cast<vu>(_mm512_cvtepu16_epi32((__m256i)x)); }
 #elif defined(FK_X86)
 FK_INLINE vf min(vf a, vf b) { return reinterpret_cast<vf>(_mm256_min_ps((__m256)a, (__m256)b)); }
 FK_INLINE vf max(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b)); }
-FK_INLINE vf reciprocal(vf x) {
-  vf r = reinterpret_cast<vf>(_mm256_rcp_ps((__m256)x));
-  return r * (2.0f - x * r);
-}
+FK_INLINE vf rough_reciprocal(vf x) { return reinterpret_cast<vf>(_mm256_rcp_ps((__m256)x)); }
 FK_INLINE vu widen(vh x) { return reinterpret_cast<vu>(_mm256_cvtepu16_epi32((__m128i)x)); }
 #else
 FK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 FK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-FK_INLINE vf reciprocal(vf x) { return 1.0f / x; }
+FK_INLINE vf rough_reciprocal(vf x) { return 1.0f / x; }
 FK_INLINE vu widen(vh x) { return __builtin_convertvector(x, vu); }
 #endif
+// relative error about 1e-7: one Newton step from the rough one
+FK_INLINE vf reciprocal(vf x) {
+  vf r = rough_reciprocal(x);
+  return r + r * (1.0f - x * r);
+}
 
 FK_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 FK_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
@@ -183,50 +182,74 @@ FK_INLINE float sum_lanes(vf x) {
   return s;
 }
 
-// 2^x for x <= 0; at least 2^-126.
+// 2^x for x <= 0, at least 2^-126. Relative error 8e-8; roughly, 8e-5.
+template <bool ROUGH>
 FK_INLINE vf exp2_negative(vf x) {
   x = max(x, splat(-126.0f));
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf shifted = x + magic;
-  vf f = x - (shifted - magic);
-  vf p = f * 1.327640681e-03f + 9.675540431e-03f;
-  p = p * f + 5.550713438e-02f;
-  p = p * f + 2.402211975e-01f;
-  p = p * f + 6.931469670e-01f;
-  p = p * f + 1.000000072e+00f;
+  vf f = x - (shifted - magic), p;
+  if (ROUGH) {
+    p = f * 5.517074734e-02f + 2.426100958e-01f;
+    p = p * f + 6.932610280e-01f;
+    p = p * f + 9.999281415e-01f;
+  } else {
+    p = f * 1.327640681e-03f + 9.675540431e-03f;
+    p = p * f + 5.550713438e-02f;
+    p = p * f + 2.402211975e-01f;
+    p = p * f + 6.931469670e-01f;
+    p = p * f + 1.000000072e+00f;
+  }
   return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
 }
 
 // exp(-x^2/2) and the upper tail of the normal distribution at a = |x|, capped at 13 (beyond, both are 0 in float;
 // NaN becomes 13, callers let it show elsewhere): tail = exp(-a^2/2) * R(a) with R(a) = erfcx(a / sqrt 2) / 2 as a
-// polynomial in 1 / (1 + 0.228 a). Relative error about 1e-7.
+// polynomial in 1 / (1 + c a). Relative error 1e-7; roughly, 3e-4: a tenth of what bfloat16 rounds.
 struct NormalTail {
   vf bell, tail, a;
 };
+template <bool ROUGH>
 FK_INLINE NormalTail normal_tail(vf x) {
-  vf a = min(absolute(x), splat(13.0f));
-  vf t = reciprocal(a * 0.228f + 1.0f);
-  vf p = t * -8.498602937e-02f + 3.288751121e-01f;
-  p = p * t + -3.463775807e-01f;
-  p = p * t + 3.685245688e-01f;
-  p = p * t + -7.329934572e-02f;
-  p = p * t + 1.337297439e-01f;
-  p = p * t + 8.157217854e-02f;
-  p = p * t + 9.201261415e-02f;
-  p = p * t + -5.127717681e-05f;
-  vf bell = exp2_negative(a * a * -0.72134752044448170f);
+  vf a = min(absolute(x), splat(13.0f)), p;
+  if (ROUGH) {
+    vf t = rough_reciprocal(a * 0.48f + 1.0f);
+    p = t * -1.263254925e-01f + 2.766998058e-01f;
+    p = p * t + 1.532996729e-01f;
+    p = p * t + 1.964960182e-01f;
+    p = p * t + -2.347227646e-04f;
+  } else {
+    vf t = reciprocal(a * 0.228f + 1.0f);
+    p = t * -8.498602937e-02f + 3.288751121e-01f;
+    p = p * t + -3.463775807e-01f;
+    p = p * t + 3.685245688e-01f;
+    p = p * t + -7.329934572e-02f;
+    p = p * t + 1.337297439e-01f;
+    p = p * t + 8.157217854e-02f;
+    p = p * t + 9.201261415e-02f;
+    p = p * t + -5.127717681e-05f;
+  }
+  vf bell = exp2_negative<ROUGH>(a * a * -0.72134752044448170f);
   return {bell, bell * p, a};
 }
 
-// x * Phi(x), exact (erf) GELU: relu(x) - |x| * tail(|x|) keeps its relative accuracy where 1 + erf cancels.
+template <class T>
+constexpr bool ROUGH = false;
+template <>
+constexpr bool ROUGH<bf16> = true;
+
+// x * Phi(x), exact (erf) GELU for values that are stored as T: relu(x) - |x| * tail(|x|) keeps its relative accuracy
+// where 1 + erf cancels.
+template <class T>
 FK_INLINE vf gelu(vf x) {
-  NormalTail n = normal_tail(x);
+  NormalTail n = normal_tail<ROUGH<T>>(x);
   return max(vf{}, x) - n.a * n.tail;  // max(0, NaN) is NaN
 }
 
 // gelu and its derivative Phi(x) + x * phi(x) from one exponential.
+template <class T>
 FK_INLINE vf gelu_and_slope(vf x, vf* slope) {
-  NormalTail n = normal_tail(x);
+  NormalTail n = normal_tail<ROUGH<T>>(x);
   vf phi = x < 0 ? n.tail : 1.0f - n.tail;
   vf capped = x < 0 ? -n.a : n.a;
   *slope = phi + capped * n.bell * 0.3989422804014327f + (x - x);  // x - x: NaN and infinity stay visible

@@ -55,9 +55,7 @@ class FocalContextFunction(torch.autograd.Function):
         else:
             ctx, gates, *weights = inputs
             backward = dispatch.implementation("focal_context", fctx.backend).backward
-            gradients = needed_only(
-                backward(grad_ctx_all, ctx, gates, weights, mean, fctx.normalize, needed), needed
-            )
+            gradients = needed_only(backward(grad_ctx_all, ctx, gates, weights, mean, fctx.normalize, needed), needed)
         return None, None, *gradients
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def focal_context_reference(
-    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False
-) -> Tensor:
+def focal_context_reference(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False) -> Tensor:
     """See `focalnet_kernels.focal_context`: same arguments, same result, differentiable to any order."""
     spatial = list(range(2, ctx.ndim))
     conv = _CONV[len(spatial)]

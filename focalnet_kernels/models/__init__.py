@@ -1,0 +1,7 @@
+"""FocalNet, its published variants, and their checkpoints."""
+
+from .checkpoint import load_checkpoint
+from .focalnet import FocalNet
+from .variants import create_model, list_models
+
+__all__ = ["FocalNet", "create_model", "list_models", "load_checkpoint"]

@@ -1,0 +1,125 @@
+"""Loading a checkpoint, whoever wrote it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .key_maps import convert_state_dict, recognise_layout
+
+# wrappers that put a word before every key: DataParallel and torch.compile
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Load weights saved under the authors', timm's or Hugging Face's names; which ones is recognised.
+
+    Everything is checked before anything is copied: a checkpoint that does not fit leaves the model alone.
+
+    Args:
+        model: a `FocalNet`, or the authors', timm's or Hugging Face's one.
+        path: a .safetensors file, or anything that `torch.load(weights_only=True)` reads. {"model": ...} and
+            {"state_dict": ...} are unwrapped.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no checkpoint, or that of another model; the message names the path and the
+            first keys that differ. Also: `model` is no FocalNet, or has no memory yet (meta device).
+    """
+    given = read_checkpoint(path)
+    own = model.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError("model: expected one with memory, got one on the meta device; see Module.to_empty")
+    model_layout = recognise_layout(own, "model")
+    layout = recognise_layout(given, str(path))
+    # compared under the checkpoint's names: its owner knows them, and timm's tell where the norms stand
+    expected_layout = layout
+    if layout.startswith("timm"):
+        expected_layout = "timm_postln" if _uses_postln(model) else "timm"
+    expected = convert_state_dict(own, model_layout, expected_layout)
+    _check_same(expected, given, f"{path}: expected a checkpoint of this model")
+    model.load_state_dict(convert_state_dict(given, layout, model_layout))
+    return model
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, on the CPU, without what training wraps around them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, or holds something else than named tensors; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except pickle.UnpicklingError as error:  # its message advises to run the code in the file
+        reason = "no PyTorch file, or one with objects other than tensors"
+        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
+    except Exception as error:  # every format raises its own kind
+        raise ValueError(f"{path}: not a readable checkpoint: {error!r}") from error
+
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: expected tensors by name, got {type(content).__name__} {str(content)[:50]}")
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{path}: expected tensors by name, got {type(value).__name__} under {key!r}")
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return dict(content)
+
+
+def _load_pickle(path: Path):
+    # the authors' training script stores its configuration beside the weights: a mere dict takes its place
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _uses_postln(model: nn.Module) -> bool:
+    """Whether the norms follow the branches: no key but timm's tells, so the first block is asked."""
+    for module in model.modules():
+        for name in ("use_postln", "use_post_norm", "use_post_layernorm"):
+            if hasattr(module, name):
+                return getattr(module, name)
+    return False
+
+
+def _check_same(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError that begins with `what` unless names and shapes are equal."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    reshaped = {
+        key: f"expected shape {tuple(tensor.shape)}, got {tuple(given[key].shape)}"
+        for key, tensor in expected.items()
+        if key in given and tensor.shape != given[key].shape
+    }
+    differing = [*missing, *unexpected, *reshaped]
+    if not differing:
+        return
+    parts = [
+        _first(f"{len(missing)} missing", [repr(key) for key in missing]),
+        _first(f"{len(unexpected)} unexpected", [repr(key) for key in unexpected]),
+        _first(f"{len(reshaped)} of another shape", [f"{key!r} ({why})" for key, why in reshaped.items()]),
+    ]
+    if all(key.startswith(("head.", "classifier.")) for key in differing):
+        parts.append("only the head differs: load with the checkpoint's num_classes, then replace the head")
+    raise ValueError(f"{what}: {'; '.join(part for part in parts if part)}")
+
+
+def _first(kind: str, items: list[str], shown: int = 3) -> str:
+    return f"{kind}: {', '.join(items[:shown] + ['...'] * (len(items) > shown))}" if items else ""

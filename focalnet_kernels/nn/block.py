@@ -1,0 +1,99 @@
+"""The block of a FocalNet: focal modulation and an MLP, each with a norm and a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .drop_path import DropPath
+from .focal_modulation import FocalModulation
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them: (..., in_features) -> (..., in_features)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class FocalNetBlock(nn.Module):
+    """One block of a FocalNet (paper, figure 2 and section 3.3), with the authors' state_dict keys.
+
+    x = x + drop_path(gamma_1 * modulation(norm1(x)));  x = x + drop_path(gamma_2 * mlp(norm2(x)))
+    With `use_postln` the norms follow the modulation and the MLP instead.
+
+    Args:
+        dim: channels C.
+        mlp_ratio: hidden width of the MLP over C.
+        drop: dropout after the modulation's proj and in the MLP.
+        drop_path: stochastic depth rate of both branches.
+        act_layer: the MLP's activation.
+        norm_layer: called with C.
+        focal_level, focal_window: see `FocalModulation`.
+        use_layerscale, layerscale_value: learnt factors gamma per channel, and their initial value.
+        use_postln: norm after each branch, not before.
+        use_postln_in_modulation, normalize_modulator: see `FocalModulation`.
+
+    Shape:
+        (B, H, W, C) -> (B, H, W, C). Sizes are read off x; nothing is kept on the module.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        focal_level: int = 1,
+        focal_window: int = 3,
+        use_layerscale: bool = False,
+        layerscale_value: float = 1e-4,
+        use_postln: bool = False,
+        use_postln_in_modulation: bool = False,
+        normalize_modulator: bool = False,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.use_postln = use_postln
+        self.norm1 = norm_layer(dim)
+        self.modulation = FocalModulation(
+            dim,
+            focal_window,
+            focal_level,
+            proj_drop=drop,
+            use_postln_in_modulation=use_postln_in_modulation,
+            normalize_modulator=normalize_modulator,
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop)
+        for name in ("gamma_1", "gamma_2"):
+            gamma = nn.Parameter(torch.full((dim,), layerscale_value)) if use_layerscale else None
+            self.register_parameter(name, gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_postln:
+            x = x + self._branch(self.norm1(self.modulation(x)), self.gamma_1)
+            return x + self._branch(self.norm2(self.mlp(x)), self.gamma_2)
+        x = x + self._branch(self.modulation(self.norm1(x)), self.gamma_1)
+        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
+
+    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        return self.drop_path(x if gamma is None else gamma * x)

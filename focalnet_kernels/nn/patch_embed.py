@@ -1,0 +1,54 @@
+"""Cutting an image, or a stage's map, into patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Embed patches by a strided convolution (paper, section 3.3): the stem, and the step between two stages.
+
+    Args:
+        patch_size: side of the square patches; an int or a pair.
+        in_chans: channels of the input.
+        embed_dim: channels of the output.
+        use_conv_embed: overlapping patches: 7x7 at stride 4 in the stem, else 3x3 at stride 2, whatever
+            `patch_size` says.
+        norm_layer: called with `embed_dim`; None for no norm.
+        is_stem: whether this is the model's first embedding.
+
+    Shape:
+        (B, in_chans, H, W) -> (B, H', W', embed_dim), contiguous; trailing pixels that fill no patch are lost
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        use_conv_embed: bool = False,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        is_stem: bool = False,
+    ):
+        super().__init__()
+        if use_conv_embed:
+            # the authors pad a 7x7 stem by 2, not 3: published weights count on it
+            kernel_size, stride, padding = (7, 4, 2) if is_stem else (3, 2, 1)
+        else:
+            kernel_size, stride, padding = patch_size, patch_size, 0
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
+        self.norm = norm_layer(embed_dim) if norm_layer is not None else None
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H', W') for an input of (H, W); below 1 where the input holds no patch."""
+        conv = self.proj
+        geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
+        height, width = ((n + 2 * padding - kernel) // stride + 1 for n, kernel, stride, padding in geometry)
+        return height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one copy at most, and none where the convolution already answers channels-last
+        x = self.proj(x).permute(0, 2, 3, 1).contiguous()
+        return x if self.norm is None else self.norm(x)

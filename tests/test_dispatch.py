@@ -1,0 +1,160 @@
+"""Choosing a backend, and being told why."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import focalnet_kernels as fk
+from focalnet_kernels import dispatch
+from focalnet_kernels.dispatch import requested_backend
+from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    with fk.use_backend(requested_backend()):
+        yield
+
+
+INPUTS = {
+    "focal_context": (fk.focal_context, lambda **kw: make_context_inputs((1, 8, 5, 4), [3], **kw)),
+    "modulate": (fk.modulate, lambda **kw: make_modulate_inputs((1, 8, 5, 4), **kw)),
+    "focal_modulation": (fk.focal_modulation, lambda **kw: make_layer_inputs((1, 5, 4, 8), [3], **kw)),
+}
+for_every_op = pytest.mark.parametrize("op, make_inputs", INPUTS.values(), ids=INPUTS)
+
+
+def test_use_backend_sets():
+    fk.use_backend("reference")
+    assert requested_backend() == "reference"
+    fk.use_backend("auto")
+    assert requested_backend() == "auto"
+
+
+def test_use_backend_restores():
+    fk.use_backend("auto")
+    with fk.use_backend("reference"):
+        assert requested_backend() == "reference"
+        with fk.use_backend("cpu"):
+            assert requested_backend() == "cpu"
+        assert requested_backend() == "reference"
+        with pytest.raises(KeyError), fk.use_backend("triton"):
+            raise KeyError
+        assert requested_backend() == "reference"
+    assert requested_backend() == "auto"
+
+
+@pytest.mark.parametrize(
+    "name, close", [("refrence", "reference"), ("CPU", None), ("tritn", "triton"), ("gpu", None), (3, None)]
+)
+def test_unknown_names_are_refused(name, close):
+    before = requested_backend()
+    with pytest.raises(ValueError) as caught:
+        fk.use_backend(name)
+    message = str(caught.value)
+    assert f"unknown backend {name!r}" in message
+    assert "auto, reference, cpu, triton, cuda" in message
+    assert close is None or f"did you mean {close!r}?" in message
+    assert requested_backend() == before
+
+
+ENVIRONMENT_PROBE = """
+import json, os, sys
+os.environ["FOCALNET_KERNELS_BACKEND"] = sys.argv[1]
+import torch, focalnet_kernels as fk
+from focalnet_kernels.dispatch import requested_backend
+try:
+    fk.focal_context(torch.randn(1, 4, 3), torch.randn(1, 1, 3), [])
+    print(json.dumps(requested_backend()))
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.parametrize("value", ["reference", "refrence"])
+def test_environment_variable(value):
+    environment = {k: v for k, v in os.environ.items() if k != dispatch.ENVIRONMENT}
+    command = [sys.executable, "-c", ENVIRONMENT_PROBE, value]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+    if value == "reference":
+        assert said == "reference"
+    else:
+        assert "environment variable FOCALNET_KERNELS_BACKEND: unknown backend 'refrence'" in said
+        assert "did you mean 'reference'?" in said
+
+
+@for_every_op
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_a_named_backend_that_cannot_run_raises(op, make_inputs, name):
+    inputs = make_inputs(dtype=torch.float64)
+    with fk.use_backend(name), pytest.raises(fk.BackendError) as caught:
+        op(**inputs)
+    assert str(caught.value).startswith(f"{op.__name__}: backend {name!r} cannot run this call: ")
+    if name == "cpu":
+        assert "float64" in str(caught.value)
+    assert fk.explain(op, **inputs).backend == "reference"
+
+
+@for_every_op
+def test_auto_runs_everything(op, make_inputs):
+    with fk.use_backend("auto"):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert op(**make_inputs(dtype=dtype)).dtype == dtype
+
+
+@for_every_op
+@pytest.mark.parametrize("by_name", [False, True], ids=["function", "name"])
+def test_explain(op, make_inputs, by_name):
+    with fk.use_backend("auto"):
+        found = fk.explain(op.__name__ if by_name else op, **make_inputs(dtype=torch.float64))
+    assert found.op == op.__name__
+    assert found.backend == "reference"
+    assert set(found.reasons) == {"cpu", "triton", "cuda"}
+    assert "float64" in found.reasons["cpu"]
+    assert str(found).startswith(f"{op.__name__}: runs on 'reference'\n")
+    assert all(f"not {name!r}: {reason}" in str(found) for name, reason in found.reasons.items())
+
+
+@for_every_op
+def test_explain_tells_of_the_cpu_kernels(cpu_kernels, op, make_inputs):
+    with fk.use_backend("auto"):
+        found = fk.explain(op, **make_inputs())
+    assert found.backend == "cpu"
+    assert found.reasons["reference"] == "'cpu' is preferred"
+
+
+@for_every_op
+def test_explain_names_the_users_choice(op, make_inputs):
+    with fk.use_backend("reference"):
+        found = fk.explain(op, **make_inputs())
+    assert found.backend == "reference"
+    with fk.use_backend("cuda"):
+        found = fk.explain(op, **make_inputs(dtype=torch.float64))
+    assert found.backend is None
+    assert found.reasons["reference"] == "backend 'cuda' was asked for"
+    assert "cannot run" in str(found)
+
+
+@pytest.mark.parametrize("module", [fk.FocalModulation1d, fk.FocalModulation, fk.FocalModulation3d])
+def test_explain_modules(module):
+    layer = module(8, 3, 2, use_postln_in_modulation=True).double()
+    x = torch.randn(1, *(4,) * layer.ndim, 8, dtype=torch.float64)
+    found = fk.explain(layer, x)
+    assert found.op == "focal_modulation" and found.backend == "reference"
+
+
+@pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])
+def test_explain_refuses_what_it_does_not_know(op):
+    with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation or"):
+        fk.explain(op, torch.zeros(1))
+
+
+def test_warnings_come_once(recwarn):
+    dispatch.warn_once("something of this test alone")
+    dispatch.warn_once("something of this test alone")
+    assert [str(w.message) for w in recwarn] == ["something of this test alone"]

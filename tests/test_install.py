@@ -1,0 +1,104 @@
+"""Importing: without triton, without the extension, with a broken one; never touching a GPU driver."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import focalnet_kernels
+
+PACKAGE = Path(focalnet_kernels.__file__).parent
+BINARIES = ("*.so", "*.pyd", "*.dylib", "__pycache__")
+
+# Says where the package came from, what it warned of, and whether the layer works.
+PROBE = """
+import importlib.abc, json, sys, warnings
+
+class NoTriton(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+import torch
+if "no-triton" in sys.argv:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "triton"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, NoTriton())
+before = set(sys.modules)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import focalnet_kernels as fk
+    from focalnet_kernels import _native
+    layer = fk.FocalModulation(8, 3, 2)
+    x = torch.randn(1, 4, 5, 8, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    expected = layer(x, return_gates=True)[0]
+print(json.dumps({
+    "file": fk.__file__,
+    "warnings": [[w.category.__name__, str(w.message)] for w in caught],
+    "missing": _native.cpu_missing,
+    "backend": fk.explain(layer, x).backend,
+    "explained": fk.explain(layer, x).reasons.get("cpu"),
+    "right": bool(torch.allclose(y, expected, atol=1e-5)) and bool(x.grad.isfinite().all()),
+    "cuda": torch.cuda.is_initialized(),
+    "triton": sorted(m for m in sys.modules if m.partition(".")[0] == "triton" and m not in before),
+    "heavy": sorted({m.partition(".")[0] for m in set(sys.modules) - before}
+                    & {"timm", "transformers", "torchvision", "matplotlib", "skimage", "PIL", "click", "rich"}),
+}))
+"""
+
+
+def probe(*arguments, path=None):
+    """Runs PROBE in a new process, inside `path` (so that it comes first on sys.path), and reads its report."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FOCALNET_KERNELS")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], env=environment, cwd=path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def bare_copy(tmp_path):
+    """A directory with a copy of the package that has no compiled files."""
+    shutil.copytree(PACKAGE, tmp_path / "focalnet_kernels", ignore=shutil.ignore_patterns(*BINARIES))
+    return tmp_path
+
+
+def test_import_is_light():
+    found = probe("no-triton")
+    assert found["right"]
+    assert not found["cuda"], "importing initialised CUDA"
+    assert found["triton"] == []
+    assert found["heavy"] == []
+    assert found["warnings"] == []
+
+
+def test_works_without_the_extension(bare_copy):
+    found = probe("no-triton", path=bare_copy)
+    assert found["file"].startswith(str(bare_copy))
+    assert found["backend"] == "reference" and found["right"]
+    assert "not built" in found["missing"]
+    assert found["explained"] == found["missing"]
+    assert found["warnings"] == []  # nobody asked for it: `info` and `explain` tell
+
+
+def test_a_broken_library_warns_once_and_falls_back(bare_copy):
+    (bare_copy / "focalnet_kernels" / "_cpu.abi3.so").write_bytes(b"not a library")
+    found = probe(path=bare_copy)
+    assert found["file"].startswith(str(bare_copy))
+    assert found["backend"] == "reference" and found["right"]
+    ((category, message),) = found["warnings"]
+    assert category == "RuntimeWarning"
+    assert message.startswith("focalnet_kernels falls back to the reference: _cpu.abi3.so does not load: ")
+    assert found["missing"] in message and found["explained"] == found["missing"]
+
+
+def test_public_names():
+    for name in focalnet_kernels.__all__:
+        assert getattr(focalnet_kernels, name).__doc__ or name == "__version__", name
