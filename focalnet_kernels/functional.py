@@ -126,7 +126,7 @@ def explain(op, *args, **kwargs) -> Explanation:
 
 def _prepare_focal_context(ctx, gates, weights, *, normalize=False):
     _check_map("ctx", ctx)
-    _check_levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
+    weights = _levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
     expected = (ctx.shape[0], len(weights) + 1, *ctx.shape[2:])
     _check_shape("gates", gates, expected, f"(B, L+1, *spatial) for L = {len(weights)} weights")
     ctx, gates, *weights = _same_kind(
@@ -149,8 +149,9 @@ def _prepare_focal_modulation(
     ln_weight=None, ln_bias=None, ln_eps=1e-5, normalize=False, return_gates=False,
 ):  # fmt: skip
     _check_map("x", x, layout="(B, *spatial, C)")
-    C, L = x.shape[-1], len(focal_weights)
-    _check_levels("focal_weights", focal_weights, C, x.ndim - 2)
+    C = x.shape[-1]
+    focal_weights = _levels("focal_weights", focal_weights, C, x.ndim - 2)
+    L = len(focal_weights)
     f_out = 2 * C + L + 1
     named = {
         "x": x,
@@ -180,6 +181,9 @@ _PREPARE = {
 }
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def _check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -187,8 +191,8 @@ def _check_tensor(name: str, tensor) -> None:
 
 def _check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
     _check_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
     if not 3 <= tensor.ndim <= 5:
         raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
 
@@ -201,7 +205,12 @@ def _check_shape(name: str, tensor, expected: tuple, meaning: str, optional: boo
         raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(tensor.shape)}")
 
 
-def _check_levels(name: str, weights, C: int, ndim: int) -> None:
+def _levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
+    try:
+        weights = tuple(weights)
+    except TypeError:
+        got = type(weights).__name__
+        raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
     for i, weight in enumerate(weights):
         _check_tensor(f"{name}[{i}]", weight)
         if weight.ndim != ndim + 2 or tuple(weight.shape[:2]) != (C, 1):
@@ -213,6 +222,7 @@ def _check_levels(name: str, weights, C: int, ndim: int) -> None:
                 f"{name}[{i}]: expected odd kernel sizes, got {tuple(weight.shape[2:])} "
                 "(an even one would change the map's size)"
             )
+    return weights
 
 
 def _matrix(name: str, weight, rows: int, columns: int) -> Tensor:

@@ -23,45 +23,46 @@ FK_INLINE vf lane_sums(vf* x) {
 }
 
 // sums[k] += sum_n d[n] * in[n + k] over a row: the taps of one kernel row.
-template <int KW, int N>
+template <bool PAIRED, int KW, int N>
 FK_INLINE void taps_tile(const float* d, const float* in, vf* sums) {
   vf grad[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) grad[n] = load(d + n * VL);
 #pragma GCC unroll 32
   for (int j = 0; j < N + KW - 1; ++j) {
-    vf x = load(in + j * VL);
+    vf x = get<PAIRED>(in + j * VL);
 #pragma GCC unroll 16
     for (int k = 0; k < KW; ++k)
       if (j - k >= 0 && j - k < N) sums[k] += grad[j - k] * x;
   }
 }
-template <int KW>
+template <bool PAIRED, int KW>
 static void taps_row_of(const float* d, const float* in, int64_t W, float* taps) {
   vf sums[KW] = {};
   int64_t w = 0;
-  for (; w + TILE <= W; w += TILE) taps_tile<KW, TILE>(d + w * VL, in + w * VL, sums);
-  for (; w < W; ++w) taps_tile<KW, 1>(d + w * VL, in + w * VL, sums);
+  for (; w + TILE <= W; w += TILE) taps_tile<PAIRED, KW, TILE>(d + w * VL, in + w * VL, sums);
+  for (; w < W; ++w) taps_tile<PAIRED, KW, 1>(d + w * VL, in + w * VL, sums);
 #pragma GCC unroll 16
   for (int k = 0; k < KW; ++k) store(taps + k * VL, load(taps + k * VL) + sums[k]);
 }
 // `in`: the padded row that the kernel row lies over. A row's sum is made apart and then added: less rounding.
+template <bool PAIRED>
 static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, float* taps) {
   switch (kw) {
     case 1:
-      return taps_row_of<1>(d, in, W, taps);
+      return taps_row_of<PAIRED, 1>(d, in, W, taps);
     case 3:
-      return taps_row_of<3>(d, in, W, taps);
+      return taps_row_of<PAIRED, 3>(d, in, W, taps);
     case 5:
-      return taps_row_of<5>(d, in, W, taps);
+      return taps_row_of<PAIRED, 5>(d, in, W, taps);
     case 7:
-      return taps_row_of<7>(d, in, W, taps);
+      return taps_row_of<PAIRED, 7>(d, in, W, taps);
     case 9:
-      return taps_row_of<9>(d, in, W, taps);
+      return taps_row_of<PAIRED, 9>(d, in, W, taps);
   }
   for (int64_t k = 0; k < kw; ++k) {
     vf sum = {};
-    for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * load(in + (w + k) * VL);
+    for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * get<PAIRED>(in + (w + k) * VL);
     store(taps + k * VL, load(taps + k * VL) + sum);
   }
 }
@@ -123,12 +124,13 @@ static int64_t context_bwd_scratch(const ContextBackward& p) {
     const int64_t width = f.g.W + 2 * f.levels[l].rw();
     rows += (2 * at_most(2 * taps + 1, f.g.T) + at_most(f.levels[l].kt, f.g.T)) * f.g.M * width;
   }
-  rows += 2 * at_most(2 * taps + 1, f.g.T) * f.g.M * f.g.W + 3 * f.g.W;
+  rows += 2 * at_most(2 * taps + 1, f.g.T) * f.g.M * f.g.W + 4 * f.g.W;
   return rows * VL + floats_for<LevelRings>(f.L) + floats_for<RowTaps>(most_kernel_rows(f)) + 64;
 }
 
 template <class T>
 static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
+  constexpr bool PAIRED = PAIRS<T>;
   const ContextForward& f = p.forward;
   const Geometry& g = f.g;
   const int64_t c0 = block * VL, L = f.L, blocks = (g.C + VL - 1) / VL, pixels = g.pixels();
@@ -142,7 +144,8 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
   float* z = scratch;
   float* e = z + g.W * VL;
   float* global_row = e + g.W * VL;
-  scratch = global_row + g.W * VL;
+  float* nowhere = global_row + g.W * VL;
+  scratch = nowhere + g.W * VL;
   Ring grad, all;
   const int64_t A = rings_of(p, levels, &grad, &all, scratch);
   for (int64_t l = 0; l < L; ++l) levels[l].in.clear_padding(), levels[l].dz.clear_padding();
@@ -175,8 +178,8 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
   // a row of the gradient of ctx_l from dz_{l+1}
   const auto conv_back = [&](int64_t l, int64_t t, int64_t m, float* out) FK_LAMBDA {
     const Level& level = f.levels[l];
-    const float* weights = p.flipped[l] + block * level.taps() * VL;
-    conv_row(rows, gather_rows(levels[l].dz, level, weights, g, t, m, rows), level.kw, g.W, out);
+    const float* weights = block_taps<false>(p.flipped[l], level, block);
+    conv_row<false>(rows, gather_rows<false>(levels[l].dz, level, weights, g, t, m, rows), level.kw, g.W, out);
   };
 
   for (int64_t step = 0; step < g.T + 2 * A; ++step) {
@@ -186,7 +189,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
         load_row<T>(p.grad_out, g, b, c0, step, m, d);
         if (f.normalize)
           for (int64_t w = 0; w < g.W; ++w) store(d + w * VL, load(d + w * VL) * scale);
-        if (L) load_row<T>(f.ctx, g, b, c0, step, m, levels[0].in.at(step, m));
+        if (L) load_into_ring<T>(f.ctx, g, b, c0, step, m, levels[0].in, z, nowhere);
         if (gate_grads) dot_row(d, global_row, g.W, gate_grads + L * pixels + (step * g.M + m) * g.W);
       }
 
@@ -196,18 +199,21 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
       const Level& level = f.levels[l];
       const bool last = l + 1 == L;
       for (int64_t m = 0; m < g.M; ++m) {
-        conv_row(rows, gather_rows(levels[l].in, level, f.weights[l] + block * level.taps() * VL, g, t, m, rows),
-                 level.kw, g.W, z);
-        float *ctx = last ? z : levels[l + 1].in.at(t, m), *slope = levels[l].slope.at(t, m), *sum = all.at(t, m);
+        const float* weights = block_taps<PAIRED>(f.weights[l], level, block);
+        conv_row<PAIRED>(rows, gather_rows<PAIRED>(levels[l].in, level, weights, g, t, m, rows), level.kw, g.W, z);
+        float* next = last ? nowhere : levels[l + 1].in.at(t, m);
+        float* before = last ? nowhere : levels[l + 1].in.before(t, m, nowhere);
+        float *slope = levels[l].slope.at(t, m), *sum = all.at(t, m);
         const T* gate = address<T>(f.gates, b, l, t, m);
         for (int64_t w = 0; w < g.W; ++w) {
           vf s, c = gelu_and_slope<T>(load(z + w * VL), &s);
           vf gated = c * load_scalar(gate + w * f.gates.w);
           store(slope + w * VL, s);
-          store(ctx + w * VL, c);
+          store(z + w * VL, c);
+          if (!last) put<PAIRED>(next + w * VL, before + w * VL, c);
           store(sum + w * VL, l == 0 ? gated : load(sum + w * VL) + gated);
         }
-        if (gate_grads) dot_row(grad.at(t, m), ctx, g.W, gate_grads + l * pixels + (t * g.M + m) * g.W);
+        if (gate_grads) dot_row(grad.at(t, m), z, g.W, gate_grads + l * pixels + (t * g.M + m) * g.W);
       }
     }
 
@@ -243,10 +249,10 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
           store(dz + w * VL, above * load(slope + w * VL));
         }
         if (!taps) continue;
-        const float* weights = f.weights[l] + block * level.taps() * VL;
-        const int64_t reached = gather_rows(levels[l].in, level, weights, g, t, m, rows);
+        const float* weights = block_taps<PAIRED>(f.weights[l], level, block);  // only to tell which rows were reached
+        const int64_t reached = gather_rows<false>(levels[l].in, level, weights, g, t, m, rows);
         for (int64_t r = 0; r < reached; ++r)
-          taps_row(dz, rows[r].in, level.kw, g.W, level_taps + (rows[r].w - weights));
+          taps_row<PAIRED>(dz, rows[r].in, level.kw, g.W, level_taps + (rows[r].w - weights));
       }
     }
 

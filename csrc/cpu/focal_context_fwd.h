@@ -6,7 +6,40 @@
 // A level lags rt rows behind the one before it. Rows beyond the map are left out of the sums, columns are
 // padding.
 
-// One kernel row laid over one input row.
+// With AVX512_BF16 and bfloat16 maps, a ring keeps each value as bfloat16 beside the one a row further down, in one
+// 32-bit lane: vdpbf16ps then multiplies two kernel rows at once. The lower half alone is the row itself.
+template <class T>
+constexpr bool PAIRS = false;
+#ifdef FK_AVX512_BF16
+template <>
+constexpr bool PAIRS<bf16> = true;
+#endif
+
+template <bool PAIRED>
+FK_INLINE vf multiply_add(vf tap, vf x, vf sum) {
+#ifdef FK_AVX512_BF16
+  if constexpr (PAIRED) return reinterpret_cast<vf>(_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)tap));
+#endif
+  return sum + tap * x;
+}
+// What a ring keeps of `value`: in its own row, and in the upper half of the row before.
+template <bool PAIRED>
+FK_INLINE void put(float* row, float* before, vf value) {
+  if constexpr (PAIRED) {
+    vu bits = widen(to_bf16(value));
+    store(row, reinterpret_cast<vf>(bits));
+    store(before, reinterpret_cast<vf>(reinterpret_cast<vu>(load(before)) | bits << 16));
+  } else {
+    store(row, value);
+  }
+}
+template <bool PAIRED>
+FK_INLINE vf get(const float* row) {
+  if constexpr (PAIRED) return reinterpret_cast<vf>(reinterpret_cast<vu>(load(row)) << 16);
+  return load(row);
+}
+
+// One kernel row laid over one input row, or two over a row of pairs.
 struct RowTaps {
   const float* in;  // padded row
   const float* w;   // kw vectors
@@ -14,7 +47,7 @@ struct RowTaps {
 
 constexpr int TILE = VL == 16 ? 8 : 4;  // outputs held in registers
 
-template <int KW, int N>
+template <bool PAIRED, int KW, int N>
 FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float* out) {
   vf acc[N] = {};
   for (int64_t r = 0; r < n_rows; ++r) {
@@ -28,13 +61,13 @@ FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float*
         vf x = load(in + j * VL);
 #pragma GCC unroll 16
         for (int k = 0; k < KW; ++k)
-          if (j - k >= 0 && j - k < N) acc[j - k] += tap[k] * x;
+          if (j - k >= 0 && j - k < N) acc[j - k] = multiply_add<PAIRED>(tap[k], x, acc[j - k]);
       }
     } else {
       for (int64_t k = 0; k < kw; ++k) {
         vf tap = load(w + k * VL);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[n] += tap * load(in + (n + k) * VL);
+        for (int n = 0; n < N; ++n) acc[n] = multiply_add<PAIRED>(tap, load(in + (n + k) * VL), acc[n]);
       }
     }
   }
@@ -42,36 +75,36 @@ FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float*
   for (int n = 0; n < N; ++n) store(out + n * VL, acc[n]);
 }
 
-template <int KW>
+template <bool PAIRED, int KW>
 static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
   int64_t tiles = (W + TILE - 1) / TILE;
   for (int64_t i = 0; i < tiles; ++i) {
     int64_t n = W / tiles + (i < W % tiles);
     switch (n) {
       case 1:
-        conv_tile<KW, 1>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 1>(rows, n_rows, kw, out);
         break;
       case 2:
-        conv_tile<KW, 2>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 2>(rows, n_rows, kw, out);
         break;
       case 3:
-        conv_tile<KW, 3>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 3>(rows, n_rows, kw, out);
         break;
       case 4:
-        conv_tile<KW, 4>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 4>(rows, n_rows, kw, out);
         break;
 #if FK_LANES == 16
       case 5:
-        conv_tile<KW, 5>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 5>(rows, n_rows, kw, out);
         break;
       case 6:
-        conv_tile<KW, 6>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 6>(rows, n_rows, kw, out);
         break;
       case 7:
-        conv_tile<KW, 7>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 7>(rows, n_rows, kw, out);
         break;
       case 8:
-        conv_tile<KW, 8>(rows, n_rows, kw, out);
+        conv_tile<PAIRED, KW, 8>(rows, n_rows, kw, out);
         break;
 #endif
     }
@@ -81,20 +114,21 @@ static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, fl
 }
 
 // out[w] = sum over rows and taps; consumes `rows`.
+template <bool PAIRED>
 static void conv_row(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
   switch (kw) {
     case 1:
-      return conv_row_of<1>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 1>(rows, n_rows, kw, W, out);
     case 3:
-      return conv_row_of<3>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 3>(rows, n_rows, kw, W, out);
     case 5:
-      return conv_row_of<5>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 5>(rows, n_rows, kw, W, out);
     case 7:
-      return conv_row_of<7>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 7>(rows, n_rows, kw, W, out);
     case 9:
-      return conv_row_of<9>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 9>(rows, n_rows, kw, W, out);
     default:
-      return conv_row_of<0>(rows, n_rows, kw, W, out);
+      return conv_row_of<PAIRED, 0>(rows, n_rows, kw, W, out);
   }
 }
 
@@ -116,6 +150,9 @@ struct Ring {
   }
   FK_INLINE float* padded(int64_t t, int64_t m) const { return data + (t % slots) * slot + m * row; }
   FK_INLINE float* at(int64_t t, int64_t m) const { return padded(t, m) + pad * VL; }
+  FK_INLINE float* before(int64_t t, int64_t m, float* nowhere) const {
+    return t > 0 && slots > 1 ? at(t - 1, m) : nowhere;
+  }
 };
 
 template <class T>
@@ -142,20 +179,39 @@ FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t 
   }
 }
 
-// The kernel rows of a level that reach input row (t, m) from rows inside the map. Returns how many.
+template <class T>
+FK_INLINE void load_into_ring(const MapView& v, const Geometry& g, int64_t b, int64_t c0, int64_t t, int64_t m,
+                              const Ring& ring, float* z, float* nowhere) {
+  if (!PAIRS<T>) return load_row<T>(v, g, b, c0, t, m, ring.at(t, m));
+  load_row<T>(v, g, b, c0, t, m, z);
+  float *row = ring.at(t, m), *before = ring.before(t, m, nowhere);
+  for (int64_t w = 0; w < g.W; ++w) put<PAIRS<T>>(row + w * VL, before + w * VL, load(z + w * VL));
+}
+
+// The kernel rows of a level that reach input row (t, m) from rows inside the map, two at a time where PAIRED.
+// Returns how many. Taps are packed [kernel row][tap][lane], and where PAIRED once more as pairs of kernel rows.
+template <bool PAIRED>
 FK_INLINE int64_t gather_rows(const Ring& in, const Level& level, const float* weights, const Geometry& g, int64_t t,
                               int64_t m, RowTaps* rows) {
+  const int64_t first = t - level.rt(), begin = first < 0 ? -first : 0;
+  const int64_t end = g.T - first < level.kt ? g.T - first : level.kt;
   int64_t n = 0;
-  for (int64_t dt = 0; dt < level.kt; ++dt) {
-    int64_t ti = t + dt - level.rt();
-    if (ti < 0 || ti >= g.T) continue;
+  for (int64_t dt = begin; dt < end;) {
+    const bool pair = PAIRED && dt + 1 < end;
     for (int64_t dm = 0; dm < level.km; ++dm) {
-      int64_t mi = m + dm - level.rm();
+      const int64_t mi = m + dm - level.rm();
       if (mi < 0 || mi >= g.M) continue;
-      rows[n++] = {in.padded(ti, mi), weights + (dt * level.km + dm) * level.kw * VL};
+      const int64_t tap = (dt * level.km + dm) * level.kw + (pair ? level.taps() : 0);
+      rows[n++] = {in.padded(first + dt, mi), weights + tap * VL};
     }
+    dt += pair ? 2 : 1;
   }
   return n;
+}
+// One block's taps of a level in `packed`.
+template <bool PAIRED>
+FK_INLINE const float* block_taps(const float* packed, const Level& level, int64_t block) {
+  return packed + block * level.taps() * (PAIRED ? 2 : 1) * VL;
 }
 
 // Floats that n objects of T take, in whole cache lines: rows must stay aligned behind them.
@@ -165,7 +221,7 @@ constexpr int64_t floats_for(int64_t n) {
 }
 
 static int64_t context_fwd_scratch(const ContextForward& p) {
-  int64_t floats = floats_for<Ring>(p.L) + p.g.W * VL, most_rows = 0;
+  int64_t floats = floats_for<Ring>(p.L) + 2 * p.g.W * VL, most_rows = 0;
   for (int64_t l = 0; l < p.L; ++l) {
     const Level& level = p.levels[l];
     floats += level.kt * p.g.M * (p.g.W + 2 * level.rw()) * VL;
@@ -174,9 +230,24 @@ static int64_t context_fwd_scratch(const ContextForward& p) {
   return floats + floats_for<RowTaps>(most_rows);
 }
 
+// c = GELU(z) of a row: gated into `out`, kept for the next level, and summed.
+template <class T, bool FIRST, bool LAST>
+FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64_t W, float* out, float* next,
+                       float* before) {
+  vf sum = {};
+  for (int64_t w = 0; w < W; ++w, gate += gate_stride) {
+    const vf c = gelu<T>(load(z + w * VL)), gated = c * load_scalar(gate);
+    store(out + w * VL, FIRST ? gated : load(out + w * VL) + gated);
+    if (!LAST) put<PAIRS<T>>(next + w * VL, before + w * VL, c);
+    sum += c;
+  }
+  return sum;
+}
+
 template <class T>
 static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
                                   float* plane, float* sum, float* scratch) {
+  constexpr bool PAIRED = PAIRS<T>;
   const Geometry& g = p.g;
   const int64_t c0 = block * VL, slab = g.M * g.W * VL;
 
@@ -192,6 +263,7 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
   }
   RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
   float* z = scratch + floats_for<RowTaps>(most_rows);
+  float* nowhere = z + g.W * VL;  // the row before the first
   vf total = {};
 
   if (p.L == 0) {
@@ -209,7 +281,7 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
   int64_t from = t0 - reach < 0 ? 0 : t0 - reach, to = t1 + reach;
   for (int64_t step = from; step < to; ++step) {
     if (step < g.T)
-      for (int64_t m = 0; m < g.M; ++m) load_row<T>(p.ctx, g, b, c0, step, m, rings[0].at(step, m));
+      for (int64_t m = 0; m < g.M; ++m) load_into_ring<T>(p.ctx, g, b, c0, step, m, rings[0], z, nowhere);
 
     int64_t t = step, ahead = reach;  // ahead: rows that the later levels still need on both sides
     for (int64_t l = 0; l < p.L; ++l) {
@@ -218,24 +290,24 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
       ahead -= level.rt();
       if (t < 0 || t < t0 - ahead || t >= t1 + ahead || t >= g.T) continue;
       const bool inside = t >= t0 && t < t1, last = l + 1 == p.L;
-      const float* weights = p.weights[l] + block * level.taps() * VL;
+      const float* weights = block_taps<PAIRED>(p.weights[l], level, block);
       for (int64_t m = 0; m < g.M; ++m) {
-        conv_row(rows, gather_rows(rings[l], level, weights, g, t, m, rows), level.kw, g.W, z);
-        float* next = last ? z : rings[l + 1].at(t, m);
+        conv_row<PAIRED>(rows, gather_rows<PAIRED>(rings[l], level, weights, g, t, m, rows), level.kw, g.W, z);
+        float *next = last ? nowhere : rings[l + 1].at(t, m),
+              *before = last ? nowhere : rings[l + 1].before(t, m, nowhere);
         if (!inside) {
-          for (int64_t w = 0; w < g.W; ++w) store(next + w * VL, gelu<T>(load(z + w * VL)));
+          for (int64_t w = 0; w < g.W; ++w) put<PAIRED>(next + w * VL, before + w * VL, gelu<T>(load(z + w * VL)));
           continue;
         }
         const T* gate = address<T>(p.gates, b, l, t, m);
         float* out = plane + ((t - t0) * g.M + m) * g.W * VL;
-        vf row = {};
-        for (int64_t w = 0; w < g.W; ++w) {
-          vf c = gelu<T>(load(z + w * VL));
-          vf gated = c * load_scalar(gate + w * p.gates.w);
-          store(out + w * VL, l == 0 ? gated : load(out + w * VL) + gated);
-          store(next + w * VL, c);
-          row += c;
-        }
+        vf row;
+        if (l == 0)
+          row = last ? gated_row<T, true, true>(z, gate, p.gates.w, g.W, out, next, before)
+                     : gated_row<T, true, false>(z, gate, p.gates.w, g.W, out, next, before);
+        else
+          row = last ? gated_row<T, false, true>(z, gate, p.gates.w, g.W, out, next, before)
+                     : gated_row<T, false, false>(z, gate, p.gates.w, g.W, out, next, before);
         if (last) total += row;
       }
     }
@@ -263,22 +335,26 @@ static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t bl
     }
 }
 
-static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level, const int64_t strides[4],
-                      float* packed) {
-  int64_t blocks = (C + VL - 1) / VL;
+// See Kernels::pack_taps.
+template <class T>
+static void pack_taps_of(const T* w, int64_t C, const Level& level, const int64_t strides[4], bool paired,
+                         float* packed) {
+  const int64_t blocks = (C + VL - 1) / VL;
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t i = 0; i < level.kt; ++i)
-      for (int64_t j = 0; j < level.km; ++j)
-        for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
-          int64_t c0 = block * VL, offset = c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
-          int n = int(C - c0 < VL ? C - c0 : VL);
-          vf tap;
-          if (dtype == DType::f32)
-            tap = load_lanes(static_cast<const float*>(w) + offset, n, strides[0]);
-          else if (dtype == DType::bf16)
-            tap = load_lanes(static_cast<const bf16*>(w) + offset, n, strides[0]);
-          else
-            tap = load_lanes(static_cast<const f16*>(w) + offset, n, strides[0]);
-          store(packed, tap);
-        }
+    for (int form = 0; form < (paired ? 2 : 1); ++form)
+      for (int64_t i = 0; i < level.kt; ++i)
+        for (int64_t j = 0; j < level.km; ++j)
+          for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
+            const int64_t c0 = block * VL;
+            const T* from = w + c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
+            const int n = int(C - c0 < VL ? C - c0 : VL);
+            const vf tap = load_lanes(from, n, strides[0]);
+            if (!paired) {
+              store(packed, tap);
+              continue;
+            }
+            const bool pair = form == 1 && i + 1 < level.kt;
+            const vf below = pair ? load_lanes(from + strides[1], n, strides[0]) : vf{};
+            store(packed, reinterpret_cast<vf>(widen(to_bf16(tap)) | widen(to_bf16(below)) << 16));
+          }
 }

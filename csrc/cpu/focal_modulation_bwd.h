@@ -50,7 +50,7 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
 
   int64_t lda;
   const CT* a = operand_rows<T>(p.grad_out, n, grad_out, C, packed, &lda);
-  product(a, lda, n, p.proj_t, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+  product(a, lda, n, p.proj_t, in_cache([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
             store_lanes(dz + row * C + column, lanes, 1, value);
           }));
 
@@ -110,7 +110,7 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   T** grad_ctx_all = out;
   row_pointers(p.grad_ctx_all, row0, row1, grad_ctx_all);
   a = operand_rows<T>(p.grad_modulator, n, grad_modulator, C, packed, &lda);
-  product(a, lda, n, p.h_t, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+  product(a, lda, n, p.h_t, writing(grad_ctx_all, 1, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
             store_lanes(grad_ctx_all[row] + column, lanes, 1, value);
           }));
 }
@@ -146,7 +146,8 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
   row_pointers(p.grad_x, row0, row1, out);
   int64_t lda;
   const CT* a = operand_rows<T>(p.grad_projected, n, grad, F, arena.take<CT>(n * padded_k<CT>(F)), &lda);
-  product(a, lda, n, p.f_t, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+  product(a, lda, n, p.f_t,
+          writing(out, p.grad_x.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
             store_lanes(out[row] + column * p.grad_x.channel, lanes, p.grad_x.channel, value);
           }));
 }
@@ -179,7 +180,7 @@ static void weight_gradient_of(const WeightGradient& p, int64_t n0, int64_t n1, 
     const CT* a = operand_rows<T>(transposed, N, columns, rows, packed_grad, &lda);
     pack_matrix_of(token(p.in, from), p.in.channel, p.in.w, p.K, rows, 0, p.K, panels);
     product(a, lda, N, Packed{p.K, rows, panels},
-            write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+            in_cache([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
               float* to = p.grad_weight + (n0 + row) * p.K + column;
               store_lanes(to, lanes, 1, load_lanes(to, lanes, 1) + value);
             }));

@@ -95,34 +95,49 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
     }
 }
 
-// An epilogue whose operands are in cache.
-template <class F>
-struct WriteOnly {
-  F f;
-  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
-  FK_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
-};
-template <class F>
-FK_INLINE WriteOnly<F> write_only(F f) {
-  return {f};
+// Asks for the part of `pointers[row..row + rows)` that a tile will read or (WRITE) write: rows lie too far apart for
+// the hardware to guess.
+template <int WRITE, class T>
+FK_INLINE void prefetch_tile(T* const* pointers, int64_t row, int64_t rows, int64_t column, int64_t stride) {
+  if (stride != 1) return;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < NR; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(pointers[row + i] + column + j, WRITE);
 }
 
-// One that also reads the rows at `pointers`, element (row, column) at pointers[row] + column * stride.
+// An epilogue that only writes.
 template <class T, class F>
-struct Reading {
-  T* const* pointers;
+struct Writing {
+  T* const* out;
   int64_t stride;
   F f;
   FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < NR; j += 32 / int64_t(sizeof(T)))
-        __builtin_prefetch(pointers[row + i] + (column + j) * stride);
+    prefetch_tile<1>(out, row, rows, column, stride);
   }
 };
 template <class T, class F>
-FK_INLINE Reading<T, F> reading(T* const* pointers, int64_t stride, F f) {
-  return {pointers, stride, f};
+FK_INLINE Writing<T, F> writing(T* const* out, int64_t stride, F f) {
+  return {out, stride, f};
+}
+
+// One whose result stays in cache, and which reads `in`.
+template <class T, class F>
+struct Reading {
+  T* const* in;
+  int64_t stride;
+  F f;
+  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
+  FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
+    if (in) prefetch_tile<0>(in, row, rows, column, stride);
+  }
+};
+template <class T, class F>
+FK_INLINE Reading<T, F> reading(T* const* in, int64_t stride, F f) {
+  return {in, stride, f};
+}
+template <class F>
+FK_INLINE Reading<float, F> in_cache(F f) {
+  return {nullptr, 1, f};
 }
 
 // Rows 0..M of `a` times the packed weight. One panel stays in cache while the rows pass.

@@ -28,6 +28,16 @@ static void with_dtype(DType dtype, F f) {
   return f(f16{});
 }
 
+static bool pairs(DType dtype) {
+  bool result = false;
+  with_dtype(dtype, [&](auto v) { result = PAIRS<decltype(v)>; });
+  return result;
+}
+static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level, const int64_t strides[4], bool paired,
+                      float* packed) {
+  with_dtype(dtype,
+             [&](auto v) { pack_taps_of(static_cast<const decltype(v)*>(w), C, level, strides, paired, packed); });
+}
 static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
                                float* sum, float* scratch) {
   with_dtype(p.dtype, [&](auto v) { context_fwd_levels_of<decltype(v)>(p, b, block, t0, t1, plane, sum, scratch); });
@@ -80,6 +90,7 @@ static void weight_gradient(const WeightGradient& p, int64_t n0, int64_t n1, int
 const Kernels FK_TABLE(FK_ISA) = {
     FK_NAME(FK_ISA),
     FK_ISA::VL,
+    FK_ISA::pairs,
     FK_ISA::pack_taps,
     FK_ISA::context_fwd_scratch,
     FK_ISA::context_fwd_levels,

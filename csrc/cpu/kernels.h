@@ -104,9 +104,12 @@ struct Kernels {
   const char* name;
   int lanes;
 
-  // Depthwise weights (C, 1, *k), any strides, to float [channel block][tap][lane]; `lanes` x ceil(C / lanes)
-  // channels.
-  void (*pack_taps)(DType, const void* w, int64_t C, const Level&, const int64_t strides[4], float* packed);
+  // Whether the forward of this dtype takes taps `paired`: each kernel row beside the next, for vdpbf16ps.
+  bool (*pairs)(DType);
+  // Depthwise weights (C, 1, *k), any strides, to float [channel block][tap][lane], `lanes` x ceil(C / lanes) channels;
+  // or paired to bfloat16 [channel block][single, pair][tap][lane][2].
+  void (*pack_taps)(DType, const void* w, int64_t C, const Level&, const int64_t strides[4], bool paired,
+                    float* packed);
 
   int64_t (*context_fwd_scratch)(const ContextForward&);  // floats, for one task
   // Levels of rows t0..t1 into `plane` (float, pixels x lanes) and the sum of the last level into `sum`

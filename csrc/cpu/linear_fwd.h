@@ -20,7 +20,8 @@ static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, vo
   row_pointers(p.out, row0, row1, out);
   int64_t lda;
   const CT* a = operand_rows<T>(p.in, n, in, p.weight.K, arena.take<CT>(n * padded_k<CT>(p.weight.K)), &lda);
-  product(a, lda, n, p.weight, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+  product(a, lda, n, p.weight,
+          writing(out, p.out.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
             value += bias_at<T>(p.bias, column, lanes);
             store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
           }));

@@ -63,7 +63,8 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = C; c < ldz; ++c) z[i * ldz + c] = CT{};
   if (p.ln_weight) layer_norm_rows(z, ldz, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
-  product(z, ldz, n, p.proj, write_only([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+  product(z, ldz, n, p.proj,
+          writing(out, p.out.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
             value += bias_at<T>(p.proj_bias, column, lanes);
             store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
           }));

@@ -34,7 +34,9 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
     levels.push_back({size_or_1(w, axes.tmw[0]), size_or_1(w, axes.tmw[1]), size_or_1(w, axes.tmw[2])});
     taps += levels.back().taps();
   }
-  buffer_ = Buffer(channels * taps * 4);
+  const bool paired = !flipped && !tensors.empty() && k.pairs(dtype_of(tensors[0]));
+  const int64_t forms = paired ? 2 : 1;
+  buffer_ = Buffer(channels * taps * forms * 4);
   float* to = buffer_.floats();
   for (size_t l = 0; l < tensors.size(); ++l) {
     const Tensor& w = tensors[l];
@@ -48,9 +50,9 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
       first = at_element(first, last, dtype_of(w));
       for (int axis = 1; axis < 4; ++axis) strides[axis] = -strides[axis];
     }
-    k.pack_taps(dtype_of(w), first, C, level, strides, to);
+    k.pack_taps(dtype_of(w), first, C, level, strides, paired, to);
     weights.push_back(to);
-    to += channels * levels[l].taps();
+    to += channels * levels[l].taps() * forms;
   }
 }
 

@@ -143,16 +143,44 @@ FK_INLINE float load_scalar(const bf16* p) {
 }
 
 // The first n lanes, which may lie `stride` elements apart; lanes beyond n are 0.
+#if defined(FK_X86) && FK_LANES == 16
+FK_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+FK_INLINE vf load_first(const float* p, int n) {
+  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+FK_INLINE vf load_first(const bf16* p, int n) {
+  return reinterpret_cast<vf>(widen((vh)_mm256_maskz_loadu_epi16(first_lanes(n), p)) << 16);
+}
+FK_INLINE vf load_first(const f16* p, int n) {
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
+}
+FK_INLINE void store_first(float* p, int n, vf x) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x); }
+FK_INLINE void store_first(bf16* p, int n, vf x) { _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bf16(x)); }
+FK_INLINE void store_first(f16* p, int n, vf x) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph((__m512)x, 0));
+}
+constexpr bool MASKED = true;
+#else
+template <class T>
+FK_INLINE vf load_first(const T*, int) {
+  return vf{};
+}
+template <class T>
+FK_INLINE void store_first(T*, int, vf) {}
+constexpr bool MASKED = false;
+#endif
 template <class T>
 FK_INLINE vf load_lanes(const T* p, int n, int64_t stride) {
-  if (n == VL && stride == 1) return load(p);
+  if (stride == 1 && n == VL) return load(p);
+  if (MASKED && stride == 1) return load_first(p, n);
   T lanes[VL] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
   return load(lanes);
 }
 template <class T>
 FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
-  if (n == VL && stride == 1) return store(p, x);
+  if (stride == 1 && n == VL) return store(p, x);
+  if (MASKED && stride == 1) return store_first(p, n, x);
   T lanes[VL];
   store(lanes, x);
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];

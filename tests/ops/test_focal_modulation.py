@@ -85,6 +85,15 @@ def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 7, 9, 18), [3, 5], seed, dtype=dtype, layout=layout, grad_layout=layout, postln=True)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_tokens_that_only_look_adjacent(isa, size, seed):
+    """A transposed square map: its first and last token lie as far apart as in a row of neighbours."""
+    inputs = make_layer_inputs((2, size, size, 32), [3, 5], layout="channels_last", seed=seed)
+    inputs["x"] = inputs["x"].transpose(1, 2)
+    grad_output = torch.randn(2, 32, size, size).permute(0, 3, 2, 1)
+    assert_op_accurate(fk.focal_modulation, inputs, "cpu", grad_output)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_instruction_sets(isa, dtype, seed):
     for shape, kernels in SHAPES.values():

@@ -45,6 +45,15 @@ def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 18, 7, 9), seed, dtype=dtype, layout=layout, grad_layout=layout)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_tokens_that_only_look_adjacent(isa, size, seed):
+    """A transposed square map: its first and last token lie as far apart as in a row of neighbours."""
+    inputs = make_modulate_inputs((2, 32, size, size), seed=seed)
+    for name in ("q", "ctx_all"):
+        inputs[name] = inputs[name].mT
+    assert_op_accurate(fk.modulate, inputs, "cpu", torch.randn(2, 32, size, size).mT)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_instruction_sets(isa, dtype, seed):
     for shape in SHAPES.values():
