@@ -33,7 +33,10 @@ def cpu_library():
     if sys.platform == "win32":
         compile_args, link_args = ["/O2"], []
     else:
-        compile_args, link_args = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-g0"], []
+        compile_args, link_args = (
+            ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-g0"],
+            [],
+        )
     if os.environ.get("FOCALNET_KERNELS_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         compile_args, link_args = [*compile_args, "-O1", "-g", *sanitize], sanitize

@@ -9,6 +9,7 @@
 constexpr int NV = 3;                 // vectors of columns
 constexpr int MR = VL == 16 ? 8 : 4;  // rows
 constexpr int NR = NV * VL;
+constexpr int64_t RUN = 384;  // k summed in one float; longer sums are made of such runs, or they would lose digits
 
 template <class T>
 struct Operand {
@@ -80,7 +81,13 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
   for (int i = 0; i < MR; ++i) a_rows[i] = a + (i < rows ? i : rows - 1) * lda;
   alignas(64) float acc[MR * N * VL];
   epilogue.prefetch(row, rows, column);
-  tile_product<N>(a_rows, panel, K, acc);
+  tile_product<N>(a_rows, panel, K < RUN ? K : RUN, acc);
+  for (int64_t k = RUN; k < K; k += RUN) {
+    alignas(64) float more[MR * N * VL];
+    for (int i = 0; i < MR; ++i) a_rows[i] += RUN;
+    tile_product<N>(a_rows, panel + k * N * VL, K - k < RUN ? K - k : RUN, more);
+    for (int i = 0; i < MR * N; ++i) store(acc + i * VL, load(acc + i * VL) + load(more + i * VL));
+  }
   const float* value = acc;
   if (columns == N * VL) {
     for (int i = 0; i < rows; ++i)
@@ -295,7 +302,8 @@ static const operand_t<T>* operand_rows(const Rows& rows, int64_t n, T* const* p
     }
   } else {  // channel planes: read along the pixels
     for (int64_t i = 0; i < n; i += VL) {
-      const bool square = n - i >= VL && pointers[i + VL - 1] - pointers[i] == VL - 1;
+      bool square = n - i >= VL;
+      for (int j = 1; square && j < VL; ++j) square = pointers[i + j] - pointers[i] == j;
       int64_t k = 0;
       for (; square && k + VL <= K; k += VL) {
         vf x[VL];

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def _depthwise(ctx: Tensor, weight: Tensor) -> Tensor:
+    conv = _CONV[ctx.ndim - 2]
+    padding = [k // 2 for k in weight.shape[2:]]
+    if ctx.ndim == 5 and ctx.dtype == torch.bfloat16 and ctx.device.type == "cpu":
+        # PyTorch's own is wrong there (2.15): garbage weight gradients where a map is smaller than its kernel
+        return conv(ctx.float(), weight.float(), padding=padding, groups=ctx.shape[1]).to(ctx.dtype)
+    return conv(ctx, weight, padding=padding, groups=ctx.shape[1])
+
+
 def focal_context_reference(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False) -> Tensor:
     """See `focalnet_kernels.focal_context`: same arguments, same result, differentiable to any order."""
     spatial = list(range(2, ctx.ndim))
-    conv = _CONV[len(spatial)]
     ctx_all = 0
     for level, weight in enumerate(weights):
-        padding = [k // 2 for k in weight.shape[2:]]
-        ctx = F.gelu(conv(ctx, weight, padding=padding, groups=ctx.shape[1]))
+        ctx = F.gelu(_depthwise(ctx, weight))
         ctx_all = ctx_all + gates[:, level : level + 1] * ctx
     ctx_global = F.gelu(ctx.mean(dim=spatial, keepdim=True))
     ctx_all = ctx_all + gates[:, len(weights) :] * ctx_global
