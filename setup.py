@@ -45,7 +45,7 @@ def cpu_library():
         sources=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
         depends=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         py_limited_api=True,

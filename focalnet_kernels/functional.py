@@ -129,9 +129,7 @@ def _prepare_focal_context(ctx, gates, weights, *, normalize=False):
     weights = _levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
     expected = (ctx.shape[0], len(weights) + 1, *ctx.shape[2:])
     _check_shape("gates", gates, expected, f"(B, L+1, *spatial) for L = {len(weights)} weights")
-    ctx, gates, *weights = _same_kind(
-        {"ctx": ctx, "gates": gates} | {f"weights[{i}]": w for i, w in enumerate(weights)}
-    )
+    ctx, gates, *weights = _same_kind((ctx, gates, *weights), ("ctx", "gates"), "weights")
     return ctx, gates, tuple(weights), bool(normalize)
 
 
@@ -141,7 +139,10 @@ def _prepare_modulate(q, ctx_all, weight, bias=None):
     C = q.shape[1]
     weight = _matrix("weight", weight, C, C)
     _check_shape("bias", bias, (C,), "(C,)", optional=True)
-    return tuple(_same_kind({"q": q, "ctx_all": ctx_all, "weight": weight, "bias": bias}))
+    return tuple(_same_kind((q, ctx_all, weight, bias), ("q", "ctx_all", "weight", "bias")))
+
+
+_LAYER = ("x", "f_weight", "f_bias", "h_weight", "h_bias", "proj_weight", "proj_bias", "ln_weight", "ln_bias")
 
 
 def _prepare_focal_modulation(
@@ -151,26 +152,19 @@ def _prepare_focal_modulation(
     _check_map("x", x, layout="(B, *spatial, C)")
     C = x.shape[-1]
     focal_weights = _levels("focal_weights", focal_weights, C, x.ndim - 2)
-    L = len(focal_weights)
-    f_out = 2 * C + L + 1
-    named = {
-        "x": x,
-        "f_weight": _matrix("f_weight", f_weight, f_out, C),
-        "f_bias": f_bias,
-        "h_weight": _matrix("h_weight", h_weight, C, C),
-        "h_bias": h_bias,
-        "proj_weight": _matrix("proj_weight", proj_weight, C, C),
-        "proj_bias": proj_bias,
-        "ln_weight": ln_weight,
-        "ln_bias": ln_bias,
-    }
-    for name in ("f_bias", "h_bias", "proj_bias", "ln_weight", "ln_bias"):
-        length, meaning = (f_out, "(2C+L+1,)") if name == "f_bias" else (C, "(C,)")
-        _check_shape(name, named[name], (length,), meaning, optional=True)
+    f_out = 2 * C + len(focal_weights) + 1
+    f_weight = _matrix("f_weight", f_weight, f_out, C)
+    h_weight = _matrix("h_weight", h_weight, C, C)
+    proj_weight = _matrix("proj_weight", proj_weight, C, C)
+    _check_shape("f_bias", f_bias, (f_out,), "(2C+L+1,)", optional=True)
+    _check_shape("h_bias", h_bias, (C,), "(C,)", optional=True)
+    _check_shape("proj_bias", proj_bias, (C,), "(C,)", optional=True)
+    _check_shape("ln_weight", ln_weight, (C,), "(C,)", optional=True)
+    _check_shape("ln_bias", ln_bias, (C,), "(C,)", optional=True)
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight, ln_bias: give both or neither")
-    named |= {f"focal_weights[{i}]": w for i, w in enumerate(focal_weights)}
-    x, *flat = _same_kind(named)
+    tensors = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
+    x, *flat = _same_kind(tensors, _LAYER, "focal_weights")
     return x, LayerParameters.from_flat(flat), bool(normalize), float(ln_eps)
 
 
@@ -211,17 +205,17 @@ def _levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
     except TypeError:
         got = type(weights).__name__
         raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
-    for i, weight in enumerate(weights):
-        _check_tensor(f"{name}[{i}]", weight)
-        if weight.ndim != ndim + 2 or tuple(weight.shape[:2]) != (C, 1):
-            raise ValueError(
-                f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {tuple(weight.shape)}"
-            )
-        if any(k % 2 == 0 for k in weight.shape[2:]):
-            raise ValueError(
-                f"{name}[{i}]: expected odd kernel sizes, got {tuple(weight.shape[2:])} "
-                "(an even one would change the map's size)"
-            )
+    for i, weight in enumerate(weights):  # messages are made where they are needed: this runs in every call
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(weight).__name__}")
+        shape = tuple(weight.shape)
+        if len(shape) != ndim + 2 or shape[:2] != (C, 1):
+            raise ValueError(f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {shape}")
+        for k in shape[2:]:
+            if k % 2 == 0:
+                raise ValueError(
+                    f"{name}[{i}]: expected odd kernel sizes, got {shape[2:]} (an even one would change the map's size)"
+                )
     return weights
 
 
@@ -234,19 +228,21 @@ def _matrix(name: str, weight, rows: int, columns: int) -> Tensor:
     return weight.flatten(1) if weight.ndim > 2 else weight
 
 
-def _same_kind(named: dict[str, Tensor | None]) -> list[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device."""
-    first_name, first = next(iter(named.items()))
-    device_type = first.device.type
-    tensors = list(named.values())
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+def _same_kind(tensors: Sequence[Tensor | None], names: tuple[str, ...], levels: str = "") -> Sequence[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
+
+    `names` of the first tensors; the others are the list called `levels`.
+    """
+    device = tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    for name, tensor in zip(named, tensors, strict=True):
-        if tensor is None:
+    dtype = tensors[0].dtype
+    for i, tensor in enumerate(tensors):
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
             continue
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected {first_name}'s device {first.device}, got {tensor.device}")
-        if tensor.dtype != tensors[0].dtype:
-            raise TypeError(f"{name}: expected {first_name}'s dtype {tensors[0].dtype}, got {tensor.dtype}")
+        name = names[i] if i < len(names) else f"{levels}[{i - len(names)}]"
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {tensor.device}")
+        raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {tensor.dtype}")
     return tensors

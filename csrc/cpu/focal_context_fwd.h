@@ -338,23 +338,22 @@ static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t bl
 // See Kernels::pack_taps.
 template <class T>
 static void pack_taps_of(const T* w, int64_t C, const Level& level, const int64_t strides[4], bool paired,
-                         float* packed) {
-  const int64_t blocks = (C + VL - 1) / VL;
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int form = 0; form < (paired ? 2 : 1); ++form)
-      for (int64_t i = 0; i < level.kt; ++i)
-        for (int64_t j = 0; j < level.km; ++j)
-          for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
-            const int64_t c0 = block * VL;
-            const T* from = w + c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
-            const int n = int(C - c0 < VL ? C - c0 : VL);
-            const vf tap = load_lanes(from, n, strides[0]);
-            if (!paired) {
-              store(packed, tap);
-              continue;
-            }
-            const bool pair = form == 1 && i + 1 < level.kt;
-            const vf below = pair ? load_lanes(from + strides[1], n, strides[0]) : vf{};
-            store(packed, reinterpret_cast<vf>(widen(to_bf16(tap)) | widen(to_bf16(below)) << 16));
+                         int64_t block, float* packed) {
+  const int64_t c0 = block * VL, forms = paired ? 2 : 1;
+  const int n = int(C - c0 < VL ? C - c0 : VL);
+  packed += block * forms * level.taps() * VL;
+  for (int64_t form = 0; form < forms; ++form)
+    for (int64_t i = 0; i < level.kt; ++i)
+      for (int64_t j = 0; j < level.km; ++j)
+        for (int64_t k = 0; k < level.kw; ++k, packed += VL) {
+          const T* from = w + c0 * strides[0] + i * strides[1] + j * strides[2] + k * strides[3];
+          const vf tap = load_lanes(from, n, strides[0]);
+          if (!paired) {
+            store(packed, tap);
+            continue;
           }
+          const bool pair = form == 1 && i + 1 < level.kt;
+          const vf below = pair ? load_lanes(from + strides[1], n, strides[0]) : vf{};
+          store(packed, reinterpret_cast<vf>(widen(to_bf16(tap)) | widen(to_bf16(below)) << 16));
+        }
 }

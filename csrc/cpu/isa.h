@@ -34,9 +34,10 @@ static bool pairs(DType dtype) {
   return result;
 }
 static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level, const int64_t strides[4], bool paired,
-                      float* packed) {
-  with_dtype(dtype,
-             [&](auto v) { pack_taps_of(static_cast<const decltype(v)*>(w), C, level, strides, paired, packed); });
+                      int64_t block, float* packed) {
+  with_dtype(dtype, [&](auto v) {
+    pack_taps_of(static_cast<const decltype(v)*>(w), C, level, strides, paired, block, packed);
+  });
 }
 static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
                                float* sum, float* scratch) {

@@ -108,7 +108,8 @@ struct Kernels {
   bool (*pairs)(DType);
   // Depthwise weights (C, 1, *k), any strides, to float [channel block][tap][lane], `lanes` x ceil(C / lanes) channels;
   // or paired to bfloat16 [channel block][single, pair][tap][lane][2].
-  void (*pack_taps)(DType, const void* w, int64_t C, const Level&, const int64_t strides[4], bool paired,
+  // Packs one channel block; `packed` is the level's whole buffer.
+  void (*pack_taps)(DType, const void* w, int64_t C, const Level&, const int64_t strides[4], bool paired, int64_t block,
                     float* packed);
 
   int64_t (*context_fwd_scratch)(const ContextForward&);  // floats, for one task

@@ -38,22 +38,34 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
   const int64_t forms = paired ? 2 : 1;
   buffer_ = Buffer(channels * taps * forms * 4);
   float* to = buffer_.floats();
+  struct Task {
+    const void* first;
+    int64_t strides[4];
+    float* to;
+  };
+  std::vector<Task> tasks;
   for (size_t l = 0; l < tensors.size(); ++l) {
     const Tensor& w = tensors[l];
-    Axes axes(w.dim() - 2, 2);
+    const Axes axes(w.dim() - 2, 2);
     const Level& level = levels[l];
-    int64_t strides[4] = {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]),
-                          stride_or_0(w, axes.tmw[2])};
-    void* first = w.data_ptr();
+    Task task{w.data_ptr(),
+              {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]), stride_or_0(w, axes.tmw[2])},
+              to};
+    int64_t* strides = task.strides;
     if (flipped) {  // from the last tap backwards
       const int64_t last = (level.kt - 1) * strides[1] + (level.km - 1) * strides[2] + (level.kw - 1) * strides[3];
-      first = at_element(first, last, dtype_of(w));
+      task.first = at_element(task.first, last, dtype_of(w));
       for (int axis = 1; axis < 4; ++axis) strides[axis] = -strides[axis];
     }
-    k.pack_taps(dtype_of(w), first, C, level, strides, paired, to);
+    tasks.push_back(task);
     weights.push_back(to);
-    to += channels * levels[l].taps() * forms;
+    to += channels * level.taps() * forms;
   }
+  const int64_t blocks = channels / k.lanes;
+  parallel(int64_t(tasks.size()) * blocks, [&](int64_t i) {
+    const Task& task = tasks[i / blocks];
+    k.pack_taps(dtype_of(tensors[0]), task.first, C, levels[i / blocks], task.strides, paired, i % blocks, task.to);
+  });
 }
 
 PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {

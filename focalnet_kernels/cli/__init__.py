@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench import bench
 from .demo import demo
 from .info import info
 
@@ -13,5 +14,6 @@ def main() -> None:
     """Fast Focal Modulation: what is installed, whether it is right, how fast it is."""
 
 
+main.add_command(bench)
 main.add_command(demo)
 main.add_command(info)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import importlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from ..functional import explain
 from ..integrations import accelerate, restore
 from ..models import create_model, load_checkpoint
 from ..models.key_maps import convert_state_dict, recognise_layout
+from .machine import cpu_name
 
 VARIANT = "focalnet_tiny_lrf"
 ROUNDS = 5
@@ -103,7 +103,7 @@ def demo(images, weights, with_compile, batch, size, output, dtype) -> None:
     console.print("restored: logits are the untouched model's, bit for bit")
 
     machine = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -314,12 +314,3 @@ def _plot(figure_module, path: Path, timings: list[Timing], machine: dict) -> No
     panels[0].legend(frameon=False)
     figure.suptitle(f"{VARIANT}: {_headline(machine)}", fontsize=9)
     figure.savefig(path, dpi=150)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
