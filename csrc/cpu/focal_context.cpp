@@ -13,10 +13,10 @@ void run_context_fwd(const Kernels& k, const ContextForward& p) {
   if (tasks >= threads || g.T == 1) {  // a task owns its map and finishes it while it is in cache
     const int64_t plane = (g.T * slab + 15) / 16 * 16;
     parallel(tasks, [&](int64_t i) {
-      float* memory = static_cast<float*>(thread_scratch((plane + 16 + scratch) * 4));
-      float* sum = memory + plane;
-      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, memory, sum, sum + 16);
-      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, memory, sum);
+      const Buffer memory((plane + 16 + scratch) * 4);
+      float* sum = memory.floats() + plane;
+      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sum, sum + 16);
+      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sum);
     });
     return;
   }
@@ -28,8 +28,9 @@ void run_context_fwd(const Kernels& k, const ContextForward& p) {
   const auto plane = [&](int64_t task, int64_t strip) { return planes.floats() + (task * g.T + row(strip)) * slab; };
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
+    const Buffer memory(scratch * 4);
     k.context_fwd_levels(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
-                         sums.floats() + i * 16, static_cast<float*>(thread_scratch(scratch * 4)));
+                         sums.floats() + i * 16, memory.floats());
   });
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
@@ -45,8 +46,10 @@ void run_context_bwd(const Kernels& k, const ContextBackward& p) {
   const int64_t blocks = (g.C + k.lanes - 1) / k.lanes;
   if (g.pixels() == 0) return;
   const int64_t scratch = k.context_bwd_scratch(p) * 4;
-  parallel(g.B * blocks,
-           [&](int64_t i) { k.context_bwd(p, i / blocks, i % blocks, static_cast<float*>(thread_scratch(scratch))); });
+  parallel(g.B * blocks, [&](int64_t i) {
+    const Buffer memory(scratch);
+    k.context_bwd(p, i / blocks, i % blocks, memory.floats());
+  });
 }
 
 namespace {
@@ -101,7 +104,11 @@ std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates,
   run_context_bwd(k, p);
 
   Tensor grad_gates = torch::stable::new_empty(gates, {0});
-  if (needed & 2) grad_gates = like_parameter(gates, torch::stable::sum(gate_shares, std::array<int64_t, 1>{1}, false));
+  if (needed & 2) {
+    Tensor sum = torch::stable::sum(gate_shares, std::array<int64_t, 1>{1}, false);
+    grad_gates = torch::stable::empty_like(gates);
+    torch::stable::copy_(grad_gates, torch::stable::reshape(sum, gates.sizes()));
+  }
   std::vector<Tensor> gradients{grad_ctx, grad_gates};
   for (Tensor& t : focal_weight_gradients(k, levels, weights, tap_shares.floats(), g.B, needed >> 2))
     gradients.push_back(t);

@@ -53,8 +53,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     to_f.in = rows_of(in, part);
     to_f.out = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
     const int64_t linear_scratch = k.linear_scratch(to_f, blocks.size);
-    parallel(blocks.count,
-             [&](int64_t i) { k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), thread_scratch(linear_scratch)); });
+    parallel(blocks.count, [&](int64_t i) {
+      const Buffer memory(linear_scratch);
+      k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), memory.data);
+    });
 
     ContextForward context{};
     context.g = part;
@@ -87,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     modulate.ln_eps = float(ln_eps);
     const int64_t modulate_scratch = k.modulate_scratch(modulate, blocks.size);
     parallel(blocks.count, [&](int64_t i) {
-      k.modulate_fwd(modulate, blocks.begin(i), blocks.end(i), thread_scratch(modulate_scratch));
+      const Buffer memory(modulate_scratch);
+      k.modulate_fwd(modulate, blocks.begin(i), blocks.end(i), memory.data);
     });
   };
 

@@ -9,19 +9,19 @@ namespace {
 // Inputs in the order of LayerParameters.flat(), x first: the bits of `needed` and the places of the result.
 enum Input { X, F_WEIGHT, F_BIAS, H_WEIGHT, H_BIAS, PROJ_WEIGHT, PROJ_BIAS, LN_WEIGHT, LN_BIAS, FOCAL_WEIGHTS };
 
-Tensor zeros(std::initializer_list<int64_t> sizes) {
-  Tensor t = torch::stable::empty({sizes.begin(), sizes.size()}, ScalarType::Float);
-  return torch::stable::zero_(t);
-}
-float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 // total[i] += the sum over blocks of shares[block * stride + i]
 void add_shares(const float* shares, int64_t blocks, int64_t stride, int64_t n, float* total) {
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = 0; i < n; ++i) total[i] += shares[block * stride + i];
 }
 
-// One weight's gradient, cut into tasks of 48 of its rows; `first_task` numbers them.
+// How many of a weight's rows make a task: a few tasks per thread, for each packs the tokens anew.
+int64_t gradient_columns(int64_t rows_of_all) {
+  const int64_t tasks = 8 * torch::stable::get_num_threads();
+  return std::clamp<int64_t>((rows_of_all / tasks + 47) / 48 * 48, 48, 384);
+}
+
+// One weight's gradient, cut into tasks of some of its rows, numbered from `first`.
 struct GradientTasks {
   WeightGradient gradient;
   int64_t first, count;
@@ -47,9 +47,9 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
   const bool chain = to_projected || focal || needs(H_WEIGHT);
 
   Tensor grad_x = needs(X) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_f = zeros({needs(F_WEIGHT) ? F : 0, C}), grad_h = zeros({needs(H_WEIGHT) ? C : 0, C});
-  Tensor grad_proj = zeros({needs(PROJ_WEIGHT) ? C : 0, C});
-  Tensor grad_f_bias = zeros({F}), sums = zeros({ModulateBackward::SUMS, C});
+  const Buffer grad_f(needs(F_WEIGHT) ? F * C * 4 : 0), grad_h(needs(H_WEIGHT) ? C * C * 4 : 0);
+  const Buffer grad_proj(needs(PROJ_WEIGHT) ? C * C * 4 : 0);
+  std::vector<float> grad_f_bias(F), sums(ModulateBackward::SUMS * C);
 
   const PackedMatrix proj_t(k, proj_weight, true), h_t(k, h_weight, true), f_t(k, f_weight, true);
   const PackedLevels levels(k, focal_weights, C), flipped(k, focal_weights, C, true);
@@ -96,10 +96,11 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     modulate.sums = modulate_sums.floats();
     const int64_t modulate_scratch = k.modulate_bwd_scratch(modulate, blocks.size);
     parallel(blocks.count, [&](int64_t i) {
-      k.modulate_bwd(modulate, i, blocks.begin(i), blocks.end(i), thread_scratch(modulate_scratch));
+      const Buffer scratch(modulate_scratch);
+      k.modulate_bwd(modulate, i, blocks.begin(i), blocks.end(i), scratch.data);
     });
     add_shares(modulate_sums.floats(), blocks.count, ModulateBackward::SUMS * C, ModulateBackward::SUMS * C,
-               floats(sums));
+               sums.data());
 
     if (chain) {
       ContextBackward context{};
@@ -136,17 +137,19 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
       project.sums = project_sums.floats();
       const int64_t project_scratch = k.project_bwd_scratch(project, blocks.size);
       parallel(blocks.count, [&](int64_t i) {
-        k.project_bwd(project, i, blocks.begin(i), blocks.end(i), thread_scratch(project_scratch));
+        const Buffer scratch(project_scratch);
+        k.project_bwd(project, i, blocks.begin(i), blocks.end(i), scratch.data);
       });
-      add_shares(project_sums.floats(), blocks.count, F, F, floats(grad_f_bias));
+      add_shares(project_sums.floats(), blocks.count, F, F, grad_f_bias.data());
     }
 
     // the weights' gradients of the group: tasks of some rows of one weight, each over all tokens
-    constexpr int64_t columns = 48;
+    const int64_t columns = gradient_columns(F + 2 * C);
     std::vector<GradientTasks> tasks;
-    const auto add_gradient = [&](int input, int64_t N, const Rows& grad, const Rows& in, const Tensor& out) {
+    const auto add_gradient = [&](int input, int64_t N, const Rows& grad, const Rows& in, const Buffer& out) {
+      if (!needs(input)) return;
       const int64_t first = tasks.empty() ? 0 : tasks.back().first + tasks.back().count;
-      if (needs(input)) tasks.push_back({{dtype, N, C, grad, in, floats(out)}, first, (N + columns - 1) / columns});
+      tasks.push_back({{dtype, N, C, grad, in, out.floats(), b0 > 0}, first, (N + columns - 1) / columns});
     };
     add_gradient(F_WEIGHT, F, rows_of(dense(grad_projected.data, F, 0), part), rows_of(view(x), part), grad_f);
     add_gradient(H_WEIGHT, C, modulate.grad_modulator, rows_of(dense(ctx_all.data, C, 0), part), grad_h);
@@ -156,28 +159,29 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
       const GradientTasks* task = tasks.data();
       while (i >= task->first + task->count) ++task;
       const int64_t n0 = (i - task->first) * columns, n1 = std::min(task->gradient.N, n0 + columns);
-      k.weight_gradient(task->gradient, n0, n1, 0, part.B * pixels,
-                        thread_scratch(k.weight_gradient_scratch(task->gradient, columns)));
+      const Buffer scratch(k.weight_gradient_scratch(task->gradient, columns));
+      k.weight_gradient(task->gradient, n0, n1, 0, part.B * pixels, scratch.data);
     });
   }
 
-  const auto vector_gradient = [&](int input, const std::optional<Tensor>& parameter, const Tensor& all, int64_t row) {
+  const auto gradient = [&](int input, const std::optional<Tensor>& parameter, const float* values) {
     if (!needs(input)) return torch::stable::new_empty(x, {0});
-    return like_parameter(*parameter, row < 0 ? all : torch::stable::select(all, 0, row));
-  };
-  const auto matrix_gradient = [&](int input, const Tensor& parameter, const Tensor& gradient) {
-    return needs(input) ? like_parameter(parameter, gradient) : torch::stable::new_empty(x, {0});
+    if (g.B * pixels == 0) {  // no tokens: nothing was summed
+      Tensor zero = torch::stable::empty_like(*parameter);
+      return torch::stable::zero_(zero);
+    }
+    return like_parameter(k, *parameter, values);
   };
   std::vector<Tensor> gradients{
       grad_x,
-      matrix_gradient(F_WEIGHT, f_weight, grad_f),
-      vector_gradient(F_BIAS, f_bias, grad_f_bias, -1),
-      matrix_gradient(H_WEIGHT, h_weight, grad_h),
-      vector_gradient(H_BIAS, h_bias, sums, 1),
-      matrix_gradient(PROJ_WEIGHT, proj_weight, grad_proj),
-      vector_gradient(PROJ_BIAS, proj_bias, sums, 0),
-      vector_gradient(LN_WEIGHT, ln_weight, sums, 2),
-      vector_gradient(LN_BIAS, ln_bias, sums, 3),
+      gradient(F_WEIGHT, f_weight, grad_f.floats()),
+      gradient(F_BIAS, f_bias, grad_f_bias.data()),
+      gradient(H_WEIGHT, h_weight, grad_h.floats()),
+      gradient(H_BIAS, h_bias, sums.data() + C),
+      gradient(PROJ_WEIGHT, proj_weight, grad_proj.floats()),
+      gradient(PROJ_BIAS, proj_bias, sums.data()),
+      gradient(LN_WEIGHT, ln_weight, sums.data() + 2 * C),
+      gradient(LN_BIAS, ln_bias, sums.data() + 3 * C),
   };
   // with no tokens there are no shares to sum
   const int64_t images = pixels > 0 ? g.B : 0;

@@ -179,10 +179,11 @@ static void weight_gradient_of(const WeightGradient& p, int64_t n0, int64_t n1, 
     transposed.channel = p.grad.w;
     const CT* a = operand_rows<T>(transposed, N, columns, rows, packed_grad, &lda);
     pack_matrix_of(token(p.in, from), p.in.channel, p.in.w, p.K, rows, 0, p.K, panels);
+    const bool add = p.add || from > row0;
     product(a, lda, N, Packed{p.K, rows, panels},
             in_cache([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
               float* to = p.grad_weight + (n0 + row) * p.K + column;
-              store_lanes(to, lanes, 1, load_lanes(to, lanes, 1) + value);
+              store_lanes(to, lanes, 1, add ? load_lanes(to, lanes, 1) + value : value);
             }));
   }
 }

@@ -50,6 +50,14 @@ static void context_fwd_finish(const ContextForward& p, int64_t b, int64_t block
 static void context_bwd(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
   with_dtype(p.forward.dtype, [&](auto v) { context_bwd_of<decltype(v)>(p, b, block, scratch); });
 }
+static void convert_all(DType dtype, const float* from, int64_t n, void* to, int64_t stride) {
+  with_dtype(dtype, [&](auto v) {
+    for (int64_t i = 0; i < n; i += VL) {
+      const int lanes = int(n - i < VL ? n - i : VL);
+      store_lanes(static_cast<decltype(v)*>(to) + i * stride, lanes, stride, load_lanes(from + i, lanes, 1));
+    }
+  });
+}
 static int64_t packed_bytes(DType dtype, int64_t N, int64_t K) {
   int64_t bytes = 0;
   with_dtype(dtype, [&](auto v) {
@@ -98,6 +106,7 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::context_fwd_finish,
     FK_ISA::context_bwd_scratch,
     FK_ISA::context_bwd,
+    FK_ISA::convert_all,
     FK_ISA::packed_bytes,
     FK_ISA::pack_matrix,
     FK_ISA::linear_scratch,

@@ -98,6 +98,7 @@ struct WeightGradient {
   int64_t N, K;
   Rows grad, in;
   float* grad_weight;  // (N, K)
+  bool add;            // to what is there; false: overwrite
 };
 
 struct Kernels {
@@ -124,6 +125,8 @@ struct Kernels {
   int64_t (*context_bwd_scratch)(const ContextBackward&);  // floats
   void (*context_bwd)(const ContextBackward&, int64_t b, int64_t block, float* scratch);
 
+  // n floats as the storage dtype, `stride` elements apart.
+  void (*convert)(DType, const float* from, int64_t n, void* to, int64_t stride);
   int64_t (*packed_bytes)(DType, int64_t N, int64_t K);
   // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 48.
   void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,

@@ -19,8 +19,10 @@ Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tenso
   p.out = rows_of(map_of(out, 2, 1), g);
   const RowBlocks blocks(g.B * g.pixels());
   const int64_t scratch = k.modulate_scratch(p, blocks.size);
-  parallel(blocks.count,
-           [&](int64_t i) { k.modulate_fwd(p, blocks.begin(i), blocks.end(i), thread_scratch(scratch)); });
+  parallel(blocks.count, [&](int64_t i) {
+    const Buffer memory(scratch);
+    k.modulate_fwd(p, blocks.begin(i), blocks.end(i), memory.data);
+  });
   return out;
 }
 

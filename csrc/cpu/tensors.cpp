@@ -1,23 +1,65 @@
 #include "cpu/tensors.h"
 
 #include <cstdlib>
-#include <memory>
 
 namespace focalnet::cpu {
 
-void* thread_scratch(int64_t bytes) {
-  struct Scratch {
-    std::unique_ptr<char[]> memory;
-    int64_t size = 0;
-  };
-  static thread_local Scratch scratch;
-  if (scratch.size < bytes) {
-    scratch.memory.reset();
-    scratch.memory.reset(new char[bytes + 64]);
-    scratch.size = bytes;
+namespace {
+
+constexpr int64_t LINE = 64;
+constexpr int64_t LARGEST_KEPT = int64_t(64) << 20;  // bytes; a larger block goes back to the system at once
+constexpr size_t MOST_KEPT = 24;                     // blocks
+
+struct Block {
+  char* memory;
+  int64_t size;
+};
+
+// The running thread's returned blocks.
+struct Pool {
+  std::vector<Block> blocks;
+  ~Pool() {
+    for (Block& block : blocks) std::free(block.memory);
   }
-  const auto address = reinterpret_cast<uintptr_t>(scratch.memory.get());
-  return reinterpret_cast<void*>((address + 63) / 64 * 64);
+};
+Pool& pool() {
+  static thread_local Pool of_this_thread;
+  return of_this_thread;
+}
+
+}  // namespace
+
+Buffer::Buffer(int64_t bytes) {
+  if (bytes <= 0) return;
+  std::vector<Block>& blocks = pool().blocks;
+  size_t best = blocks.size();  // the smallest that is large enough and no waste
+  for (size_t i = 0; i < blocks.size(); ++i)
+    if (blocks[i].size >= bytes && blocks[i].size <= 4 * bytes + 4096 &&
+        (best == blocks.size() || blocks[i].size < blocks[best].size))
+      best = i;
+  if (best < blocks.size()) {
+    data = blocks[best].memory;
+    size_ = blocks[best].size;
+    blocks.erase(blocks.begin() + best);
+    return;
+  }
+  size_ = (bytes + LINE - 1) / LINE * LINE;
+  data = std::aligned_alloc(LINE, size_);
+  STD_TORCH_CHECK(data != nullptr, "out of memory");
+}
+
+Buffer::~Buffer() {
+  if (data == nullptr) return;
+  std::vector<Block>& blocks = pool().blocks;
+  if (size_ > LARGEST_KEPT) {
+    std::free(data);
+    return;
+  }
+  blocks.push_back({static_cast<char*>(data), size_});
+  if (blocks.size() > MOST_KEPT) {  // the one that has waited longest
+    std::free(blocks.front().memory);
+    blocks.erase(blocks.begin());
+  }
 }
 
 std::vector<float> floats_of(const std::optional<Tensor>& t) {
@@ -81,9 +123,29 @@ PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {
   });
 }
 
-Tensor like_parameter(const Tensor& parameter, const Tensor& gradient) {
+Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient) {
   Tensor out = torch::stable::empty_like(parameter);
-  return torch::stable::copy_(out, torch::stable::reshape(gradient, parameter.sizes()));
+  const int64_t rows = parameter.size(0), columns = rows ? parameter.numel() / rows : 0;
+  const DType dtype = dtype_of(parameter);
+  if (parameter.dim() <= 2) {
+    const int64_t stride = parameter.dim() == 2 ? out.stride(1) : 1;
+    parallel(rows, [&](int64_t row) {
+      k.convert(dtype, gradient + row * columns, columns, at_element(out.data_ptr(), row * out.stride(0), dtype),
+                stride);
+    });
+    return out;
+  }
+  const Axes axes(parameter.dim() - 2, 2);
+  const int64_t nm = size_or_1(out, axes.tmw[1]), nw = size_or_1(out, axes.tmw[2]);
+  parallel(rows, [&](int64_t row) {
+    for (int64_t i = 0; i < columns / nw; ++i) {
+      const int64_t at =
+          row * out.stride(0) + i / nm * stride_or_0(out, axes.tmw[0]) + i % nm * stride_or_0(out, axes.tmw[1]);
+      k.convert(dtype, gradient + row * columns + i * nw, nw, at_element(out.data_ptr(), at, dtype),
+                stride_or_0(out, axes.tmw[2]));
+    }
+  });
+  return out;
 }
 
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
@@ -96,8 +158,8 @@ std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels&
     if (!(needed >> l & 1)) {
       gradients.push_back(torch::stable::new_empty(weights[l], {0}));
     } else {
-      Tensor sum = torch::stable::empty({C, taps}, ScalarType::Float);
-      float* out = static_cast<float*>(sum.mutable_data_ptr());
+      const Buffer sums(C * taps * 4);
+      float* out = sums.floats();
       parallel(C, [&](int64_t c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const float* share = shares + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
@@ -106,7 +168,7 @@ std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels&
           out[c * taps + tap] = total;
         }
       });
-      gradients.push_back(like_parameter(weights[l], sum));
+      gradients.push_back(like_parameter(k, weights[l], out));
     }
     first += taps;
   }

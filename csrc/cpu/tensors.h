@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -73,18 +74,26 @@ inline MapView dense_map(void* data, DType dtype, const Geometry& g, int64_t wid
   return {at_element(data, channel, dtype), g.pixels() * width, 1, g.M * g.W * width, g.W * width, width};
 }
 
-// n bytes that nobody has to free; the tensor owns them.
-struct Buffer {
-  Tensor owner;
-  void* data = nullptr;
+// n bytes for as long as the object lives. They come from a pool of the running thread, which keeps what was returned:
+// memory fresh from the system would have every page cleared first, which costs more than much of the work done in it.
+class Buffer {
+ public:
   Buffer() = default;
-  explicit Buffer(int64_t bytes)
-      : owner(torch::stable::empty({(bytes + 63) / 64 * 64}, ScalarType::Byte)), data(owner.mutable_data_ptr()) {}
+  explicit Buffer(int64_t bytes);
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data, other.data);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Buffer();
   float* floats() const { return static_cast<float*>(data); }
-};
 
-// Scratch of the running thread: kept, grown when needed. Valid until the next call on this thread.
-void* thread_scratch(int64_t bytes);
+  void* data = nullptr;
+
+ private:
+  int64_t size_ = 0;
+};
 
 // f(i) for every i, on torch's threads.
 template <class F>
@@ -142,8 +151,8 @@ void run_context_bwd(const Kernels& k, const ContextBackward& p);
 // in cache.
 int64_t images_per_group(const Geometry& g, int lanes);
 
-// A gradient computed as float, in its parameter's dtype and strides.
-Tensor like_parameter(const Tensor& parameter, const Tensor& gradient);
+// A gradient computed as float (contiguous, the parameter's shape), in its parameter's dtype and strides.
+Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient);
 // The depthwise weights' gradients from ContextBackward::grad_weights of B images; an empty tensor where not needed.
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
                                            const std::vector<Tensor>& weights, const float* shares, int64_t B,
