@@ -168,7 +168,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
       const T* d = address<T>(p.grad_out, b, c0, t, m);
       vf sum = {};
       for (int64_t w = 0; w < g.W; ++w)
-        sum += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * load_scalar(gate + w * f.gates.w);
+        sum += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * broadcast(gate + w * f.gates.w);
       to_mean += sum;
     }
   to_mean = to_mean * mean_slope * (scale / float(pixels));
@@ -207,7 +207,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
         const T* gate = address<T>(f.gates, b, l, t, m);
         for (int64_t w = 0; w < g.W; ++w) {
           vf s, c = gelu_and_slope<T>(load(z + w * VL), &s);
-          vf gated = c * load_scalar(gate + w * f.gates.w);
+          vf gated = c * broadcast(gate + w * f.gates.w);
           store(slope + w * VL, s);
           store(z + w * VL, c);
           if (!last) put<PAIRED>(next + w * VL, before + w * VL, c);
@@ -223,7 +223,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
         T* out = address<T>(f.out, b, c0, t, m);
         for (int64_t w = 0; w < g.W; ++w) {
           vf sum = L ? load(all.at(t, m) + w * VL) : vf{};
-          sum += global * load_scalar(gate + w * f.gates.w);
+          sum += global * broadcast(gate + w * f.gates.w);
           store_lanes(out + w * f.out.w, n, f.out.c, f.normalize ? sum / float(L + 1) : sum);
         }
       }
@@ -245,7 +245,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
         float* dz = levels[l].dz.at(t, m);
         for (int64_t w = 0; w < g.W; ++w) {
           vf above = last ? to_mean : load(e + w * VL);
-          above += load(d + w * VL) * load_scalar(gate + w * f.gates.w);
+          above += load(d + w * VL) * broadcast(gate + w * f.gates.w);
           store(dz + w * VL, above * load(slope + w * VL));
         }
         if (!taps) continue;

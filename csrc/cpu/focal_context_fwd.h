@@ -175,6 +175,7 @@ FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t 
     }
   for (; w < g.W; ++w) {
     __builtin_prefetch(p + w * v.w + v.t);  // the row that comes next: too far apart for the hardware to guess
+    __builtin_prefetch(p + w * v.w + v.t + VL - 1);
     store(out + w * VL, load_lanes(p + w * v.w, n, v.c));
   }
 }
@@ -230,16 +231,16 @@ static int64_t context_fwd_scratch(const ContextForward& p) {
   return floats + floats_for<RowTaps>(most_rows);
 }
 
-// c = GELU(z) of a row: gated into `out`, kept for the next level, and summed.
+// c = GELU(z) of a row: gated into `out`, and kept for the next level or, of the last, summed.
 template <class T, bool FIRST, bool LAST>
 FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64_t W, float* out, float* next,
                        float* before) {
   vf sum = {};
   for (int64_t w = 0; w < W; ++w, gate += gate_stride) {
-    const vf c = gelu<T>(load(z + w * VL)), gated = c * load_scalar(gate);
+    const vf c = gelu<T>(load(z + w * VL)), gated = c * broadcast(gate);
     store(out + w * VL, FIRST ? gated : load(out + w * VL) + gated);
     if (!LAST) put<PAIRS<T>>(next + w * VL, before + w * VL, c);
-    sum += c;
+    if (LAST) sum += c;
   }
   return sum;
 }
@@ -329,7 +330,7 @@ static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t bl
       const T* gate = address<T>(p.gates, b, p.L, t, m);
       T* out = address<T>(p.out, b, c0, t, m);
       for (int64_t w = 0; w < g.W; ++w) {
-        vf all = load(plane + w * VL) + global * load_scalar(gate + w * p.gates.w);
+        vf all = load(plane + w * VL) + global * broadcast(gate + w * p.gates.w);
         store_lanes(out + w * p.out.w, n, p.out.c, p.normalize ? all / divisor : all);
       }
     }

@@ -108,7 +108,8 @@ template <int WRITE, class T>
 FK_INLINE void prefetch_tile(T* const* pointers, int64_t row, int64_t rows, int64_t column, int64_t stride) {
   if (stride != 1) return;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < NR; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(pointers[row + i] + column + j, WRITE);
+    for (int64_t j = 0; j < NR + 64 / int64_t(sizeof(T)) - 1; j += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(pointers[row + i] + column + (j < NR ? j : NR - 1), WRITE);
 }
 
 // An epilogue that only writes.

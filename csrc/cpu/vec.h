@@ -186,6 +186,15 @@ FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
+// *p in every lane
+template <class T>
+FK_INLINE vf broadcast(const T* p) {
+  return splat(load_scalar(p));
+}
+#if defined(FK_X86) && FK_LANES == 16
+FK_INLINE vf broadcast(const bf16* p) { return reinterpret_cast<vf>((vu)_mm512_set1_epi16(short(p->bits)) << 16); }
+#endif
+
 // Transposes VL vectors of VL 32-bit lanes: log2(VL) rounds of a perfect shuffle.
 template <int... I>
 FK_INLINE void interleave(vf a, vf b, vf* low, vf* high, std::integer_sequence<int, I...>) {
@@ -210,25 +219,34 @@ FK_INLINE float sum_lanes(vf x) {
   return s;
 }
 
-// 2^x for x <= 0, at least 2^-126. Relative error 8e-8; roughly, 8e-5.
+// 2^f for |f| <= 1/2. Relative error 8e-8; roughly, 8e-5.
 template <bool ROUGH>
-FK_INLINE vf exp2_negative(vf x) {
-  x = max(x, splat(-126.0f));
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf shifted = x + magic;
-  vf f = x - (shifted - magic), p;
+FK_INLINE vf exp2_fraction(vf f) {
+  vf p;
   if (ROUGH) {
     p = f * 5.517074734e-02f + 2.426100958e-01f;
     p = p * f + 6.932610280e-01f;
-    p = p * f + 9.999281415e-01f;
-  } else {
-    p = f * 1.327640681e-03f + 9.675540431e-03f;
-    p = p * f + 5.550713438e-02f;
-    p = p * f + 2.402211975e-01f;
-    p = p * f + 6.931469670e-01f;
-    p = p * f + 1.000000072e+00f;
+    return p * f + 9.999281415e-01f;
   }
+  p = f * 1.327640681e-03f + 9.675540431e-03f;
+  p = p * f + 5.550713438e-02f;
+  p = p * f + 2.402211975e-01f;
+  p = p * f + 6.931469670e-01f;
+  return p * f + 1.000000072e+00f;
+}
+// 2^x for -126 < x <= 0 and below, where it may be anything smaller.
+template <bool ROUGH>
+FK_INLINE vf exp2_negative(vf x) {
+#if defined(FK_X86) && FK_LANES == 16
+  const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return reinterpret_cast<vf>(_mm512_scalef_ps((__m512)exp2_fraction<ROUGH>(x - (vf)n), n));
+#else
+  x = max(x, splat(-126.0f));
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = x + magic;
+  const vf p = exp2_fraction<ROUGH>(x - (shifted - magic));
   return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+#endif
 }
 
 // exp(-x^2/2) and the upper tail of the normal distribution at a = |x|, capped at 13 (beyond, both are 0 in float;
