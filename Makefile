@@ -32,8 +32,8 @@ SANITIZED = build/sanitize
 sanitize: install
 	FOCALNET_KERNELS_BUILD=cpu FOCALNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/lib
 	PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -m 'not slow' -p no:cacheprovider tests/ops $(ARGS)
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --capture=sys tests/ops $(ARGS)
 
 lint: install
 	$(BIN)/ruff check $(PYTHON_FILES)

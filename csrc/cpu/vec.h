@@ -13,7 +13,7 @@ typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 // the same, at any address and aliasing anything
-typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));  // 2: also pairs of bfloat16
 typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
 // Storage dtypes. 16-bit values are computed in float.

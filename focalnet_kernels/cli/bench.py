@@ -1,4 +1,4 @@
-"""`bench`: the layer at every stage of a published model, ours beside what people use today."""
+"""`bench`: the layer at every stage of a published model, and the model, ours beside what people use today."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from .._version import __version__
 from ..dispatch import use_backend
 from ..functional import explain
-from ..models.variants import VARIANTS
+from ..integrations import accelerate
+from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation
 from ..testing import FORWARD_FACTOR, assert_accurate
 from .machine import cpu_name
@@ -31,6 +35,7 @@ MODES = ("forward", "forward+backward")
 
 
 @click.command()
+@click.option("--what", default="layers", show_default=True, type=click.Choice(["layers", "model"]))
 @click.option("--variant", default="focalnet_tiny_lrf", show_default=True, type=click.Choice(sorted(VARIANTS)))
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--size", default=224, show_default=True, type=click.IntRange(min=32), help="Pixels per side.")
@@ -38,27 +43,22 @@ MODES = ("forward", "forward+backward")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=3))
 @click.option("--compile", "with_compile", is_flag=True, help="Also torch.compile of timm's and transformers' layer.")
 @click.option("--output", default="bench.csv", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-def bench(variant, batch, size, dtypes, rounds, with_compile, output) -> None:
-    """Time the focal modulation layer of every stage: forward, and forward with backward.
+def bench(what, variant, batch, size, dtypes, rounds, with_compile, output) -> None:
+    """Time the focal modulation layer of every stage, or a whole model: forward, and forward with backward.
 
-    Providers run in turn in one process, so that drift hits all alike; figures are milliseconds. "products" are the
-    layer's own matrix products through torch alone: what no rearrangement of the rest can save.
+    Providers run in turn in one process, so that drift hits all alike; figures are milliseconds. Among the layers,
+    "products" are the layer's own matrix products through torch alone: what no rearrangement of the rest can save.
     """
-    console, rows = Console(), []
-    stages = list(_stages(variant, size))
+    console = Console()
+    cases = _layer_cases if what == "layers" else _model_cases
+    rows = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing", total=len(dtypes) * len(stages) * len(MODES))
+        task = progress.add_task("timing", total=None)
         for dtype in dtypes:
-            for C, H, config in stages:
-                providers, x = _providers(C, H, config, batch, getattr(torch, dtype), with_compile)
-                for mode in MODES:
-                    calls = {name: _call(run, x, mode) for name, run in providers.items()}
-                    shape = "x".join(map(str, x.shape))
-                    rows += [
-                        {"dtype": dtype, "shape": shape, "mode": mode, "provider": name} | times
-                        for name, times in _interleaved(calls, rounds).items()
-                    ]
-                    progress.advance(task)
+            for shape, mode, calls in cases(variant, batch, size, getattr(torch, dtype), with_compile):
+                for name, times in _interleaved(calls, rounds).items():
+                    rows.append({"dtype": dtype, "shape": shape, "mode": mode, "provider": name} | times)
+                progress.update(task, description=f"{dtype} {shape} {mode}")
     machine = {
         "variant": variant,
         "cpu": cpu_name(),
@@ -74,8 +74,46 @@ def bench(variant, batch, size, dtypes, rounds, with_compile, output) -> None:
         writer.writeheader()
         writer.writerows(row | machine for row in rows)
     for mode in MODES:
-        console.print(_table([row for row in rows if row["mode"] == mode], f"{mode}, milliseconds"))
+        console.print(_table([row for row in rows if row["mode"] == mode], f"{mode}, milliseconds (times ours)"))
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _layer_cases(variant, batch, size, dtype, with_compile):
+    """(shape, mode, {provider: call}) for every stage."""
+    for C, H, config in _stages(variant, size):
+        providers, x = _providers(C, H, config, batch, dtype, with_compile)
+        for mode in MODES:
+            yield "x".join(map(str, x.shape)), mode, {name: _call(run, x, mode) for name, run in providers.items()}
+
+
+def _model_cases(variant, batch, size, dtype, with_compile):
+    """The same for a whole model: timm's, timm's accelerated ("ours"), and this package's own."""
+    timm = importlib.import_module("timm")
+    x, target = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(1000, (batch,))
+    torch.manual_seed(0)
+    models = {"ours": timm.create_model(variant).to(dtype)}
+    models["timm"] = copy.deepcopy(models["ours"])
+    models["FocalNet"] = create_model(variant).to(dtype)
+    accelerate(models["ours"])
+    if with_compile:
+        models["timm compiled"] = torch.compile(copy.deepcopy(models["timm"]))
+    with torch.inference_mode():
+        for model in models.values():
+            model.eval()
+        assert_close(models["ours"](x[:1]), models["timm"](x[:1]), rtol=0.05, atol=0.05)
+
+    def infer(model):
+        with torch.inference_mode():
+            model(x)
+
+    def step(model):
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), target).backward()
+
+    for mode, run in zip(MODES, (infer, step), strict=True):
+        for model in models.values():
+            model.train(run is step)
+        yield "x".join(map(str, x.shape)), mode, {name: partial(run, model) for name, model in models.items()}
 
 
 def _stages(variant: str, size: int):
