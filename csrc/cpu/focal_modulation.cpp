@@ -27,7 +27,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
   Tensor mean = torch::stable::new_empty(x, {save ? g.B : 0, save ? g.C : 0}, ScalarType::Float);
   if (tokens == 0) return {y, projected, modulator, mean};
 
-  const PackedMatrix f(k, f_weight), h(k, h_weight), proj(k, proj_weight);
+  // Where nothing is kept for a backward, q is made where it is used, and f's output is ctx and gates alone.
+  const int64_t first = save ? 0 : g.C, width = F - first;
+  const PackedMatrix f(k, f_weight, first, F), f_q(k, f_weight, 0, first);
+  const PackedMatrix h(k, h_weight), proj(k, proj_weight);
   const PackedLevels levels(k, focal_weights, g.C);
   const auto bias_f = floats_of(f_bias), bias_h = floats_of(h_bias), bias_proj = floats_of(proj_bias);
   const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
@@ -35,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
   // images b0..b1; run inside a task, its parallel parts run on that task's thread
   const auto run = [&](int64_t b0, int64_t b1) {
     const int64_t tokens_here = (b1 - b0) * g.pixels();
-    const Buffer f_out(save ? 0 : tokens_here * F * bytes_of(dtype));
-    const Buffer ctx_all(tokens_here * g.C * bytes_of(dtype));
+    const Buffer f_out(save ? 0 : tokens_here * width * bytes_of(dtype));
+    const Buffer ctx_all(save ? tokens_here * g.C * bytes_of(dtype) : 0);
     Geometry part = g;
     part.B = b1 - b0;
     const int64_t row0 = b0 * g.pixels();
@@ -49,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     LinearForward to_f{};
     to_f.dtype = dtype;
     to_f.weight = f.packed;
-    to_f.bias = data_or_null(bias_f);
+    to_f.bias = bias_f.empty() ? nullptr : bias_f.data() + first;
     to_f.in = rows_of(in, part);
-    to_f.out = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
+    to_f.out = rows_of(dense_map(projected_here, dtype, part, width, 0), part);
     const int64_t linear_scratch = k.linear_scratch(to_f, blocks.size);
     parallel(blocks.count, [&](int64_t i) {
       const Buffer memory(linear_scratch);
@@ -64,9 +67,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     context.L = L;
     context.levels = levels.levels.data();
     context.weights = levels.weights.data();
-    context.ctx = dense_map(projected_here, dtype, part, F, g.C);
-    context.gates = dense_map(projected_here, dtype, part, F, 2 * g.C);
-    context.out = dense_map(ctx_all.data, dtype, part, g.C, 0);
+    context.ctx = dense_map(projected_here, dtype, part, width, g.C - first);
+    context.gates = dense_map(projected_here, dtype, part, width, 2 * g.C - first);
+    // over ctx itself where nobody needs it again: a map is read to its end before its result is written
+    context.out = save ? dense_map(ctx_all.data, dtype, part, g.C, 0) : context.ctx;
     context.normalize = normalize;
     context.mean = save ? static_cast<float*>(mean.data_ptr()) + b0 * g.C : nullptr;
     run_context_fwd(k, context);
@@ -76,11 +80,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     modulate.weight = h.packed;
     modulate.bias = data_or_null(bias_h);
     modulate.ctx_all = rows_of(context.out, part);
-    modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
     modulate.out = rows_of(out, part);
     if (save) {
+      modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
       void* modulator_here = at_element(modulator.data_ptr(), row0 * g.C, dtype);
       modulate.modulator = rows_of(dense_map(modulator_here, dtype, part, g.C, 0), part);
+    } else {
+      modulate.f_q = f_q.packed;
+      modulate.f_q_bias = data_or_null(bias_f);
+      modulate.x = rows_of(in, part);
     }
     modulate.proj = proj.packed;
     modulate.proj_bias = data_or_null(bias_proj);

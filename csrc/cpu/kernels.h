@@ -58,6 +58,10 @@ struct ModulateForward {
   const float* bias;  // h's, or null
   Rows ctx_all, q, out;
   Rows modulator;  // written when data is not null
+  // where q.data is null: q = f_q(x), made a block of rows at a time and never written to memory
+  Packed f_q;
+  const float* f_q_bias;
+  Rows x;
   // the rest of the layer, when proj.panels is not null: out = proj(LN?(q * modulator))
   Packed proj;
   const float* proj_bias;

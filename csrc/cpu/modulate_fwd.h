@@ -2,7 +2,7 @@
 // rows at a time so that q * modulator never leaves the cache.
 
 static int64_t modulate_scratch(const ModulateForward& p, int64_t rows) {
-  return 2 * rows * (p.weight.K + 2) * 4 + 4 * rows * int64_t(sizeof(void*)) + 8 * 64;
+  return 3 * rows * (p.weight.K + 2) * 4 + 5 * rows * int64_t(sizeof(void*)) + 10 * 64;
 }
 
 // LayerNorm of each row in place, statistics in float.
@@ -40,19 +40,30 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   T** out = arena.take<T*>(n);
   T** kept = arena.take<T*>(n);
   row_pointers(p.ctx_all, row0, row1, in);
-  row_pointers(p.q, row0, row1, q);
   row_pointers(p.out, row0, row1, out);
   if (p.modulator.data) row_pointers(p.modulator, row0, row1, kept);
-  int64_t lda;
-  const CT* a = operand_rows<T>(p.ctx_all, n, in, C, arena.take<CT>(n * ldz), &lda);
-  CT* z = arena.take<CT>(n * ldz);
+  CT *operand = arena.take<CT>(n * ldz), *z = arena.take<CT>(n * ldz);
+  int64_t lda, q_channel = p.q.channel;
+  if (p.q.data) {
+    row_pointers(p.q, row0, row1, q);
+  } else {
+    T *made = arena.take<T>(n * C), **x = arena.take<T*>(n);
+    row_pointers(p.x, row0, row1, x);
+    for (int64_t i = 0; i < n; ++i) q[i] = made + i * C;
+    q_channel = 1;
+    const CT* rows = operand_rows<T>(p.x, n, x, C, operand, &lda);
+    product(rows, lda, n, p.f_q, in_cache([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+              store_lanes(made + row * C + column, lanes, 1, value + bias_at<T>(p.f_q_bias, column, lanes));
+            }));
+  }
+  const CT* a = operand_rows<T>(p.ctx_all, n, in, C, operand, &lda);
   const bool to_proj = p.proj.panels != nullptr;
 
   product(a, lda, n, p.weight,
-          reading(q, p.q.channel, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
+          reading(q, q_channel, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
             modulator += bias_at<T>(p.bias, column, lanes);
             if (p.modulator.data) store_lanes(kept[row] + column, lanes, 1, modulator);
-            vf value = modulator * load_lanes(q[row] + column * p.q.channel, lanes, p.q.channel);
+            vf value = modulator * load_lanes(q[row] + column * q_channel, lanes, q_channel);
             if (to_proj)
               store_lanes(z + row * ldz + column, lanes, 1, value);
             else

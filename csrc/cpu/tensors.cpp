@@ -112,13 +112,21 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
 
 PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {
   const int n = transpose ? 1 : 0;
-  const DType dtype = dtype_of(w);
   packed = {w.size(n), w.size(1 - n), nullptr};
+  pack(k, dtype_of(w), w.data_ptr(), w.stride(n), w.stride(1 - n));
+}
+
+PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1) {
+  packed = {n1 - n0, w.size(1), nullptr};
+  pack(k, dtype_of(w), at_element(w.data_ptr(), n0 * w.stride(0), dtype_of(w)), w.stride(0), w.stride(1));
+}
+
+void PackedMatrix::pack(const Kernels& k, DType dtype, const void* first, int64_t stride_n, int64_t stride_k) {
   buffer_ = Buffer(k.packed_bytes(dtype, packed.N, packed.K));
   packed.panels = buffer_.data;
   constexpr int64_t columns = 48;  // a multiple of every instruction set's panel
   parallel((packed.N + columns - 1) / columns, [&](int64_t i) {
-    k.pack_matrix(dtype, w.data_ptr(), w.stride(n), w.stride(1 - n), packed.N, packed.K, i * columns,
+    k.pack_matrix(dtype, first, stride_n, stride_k, packed.N, packed.K, i * columns,
                   std::min(packed.N, (i + 1) * columns), buffer_.data);
   });
 }

@@ -134,12 +134,15 @@ struct PackedLevels {
   Buffer buffer_;
 };
 
-// w (N, K), or its transpose, packed for Kernels::linear_fwd and the like.
+// w (N, K), or its transpose, packed for Kernels::linear_fwd and the like; or of w rows n0..n1 alone.
 struct PackedMatrix {
-  Packed packed;
+  Packed packed{};
+  PackedMatrix() = default;
   PackedMatrix(const Kernels& k, const Tensor& w, bool transpose = false);
+  PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1);
 
  private:
+  void pack(const Kernels& k, DType dtype, const void* first, int64_t stride_n, int64_t stride_k);
   Buffer buffer_;
 };
 
