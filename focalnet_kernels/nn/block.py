@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .drop_path import DropPath
 from .focal_modulation import FocalModulation
+
+
+class PointwiseLinear(nn.Linear):
+    """nn.Linear of a channels-last map: (B, H, W, C) -> (B, H, W, out_features).
+
+    In float32 on a CPU it runs as a 1x1 convolution without moving data: oneDNN's took 0.5 to 0.75 of the time of
+    MKL's product on AMD processors (forward, the MLPs of FocalNet-T).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
 
 
 class Mlp(nn.Module):
@@ -22,9 +36,9 @@ class Mlp(nn.Module):
         drop: float = 0.0,
     ):
         super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc1 = PointwiseLinear(in_features, hidden_features)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.fc2 = PointwiseLinear(hidden_features, in_features)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
