@@ -45,9 +45,11 @@ const Kernels& kernels() {
   const bool any = wanted == nullptr || *wanted == '\0';
   for (size_t i = 0; i < n; ++i)
     if (all[i].here && (any || std::strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
-  throw std::runtime_error(std::string("FOCALNET_KERNELS_CPU_ISA=") + wanted +
-                           ": this machine offers avx512_bf16, avx512, avx2 only where its processor does, and "
-                           "portable everywhere");
+  std::string here;
+  for (size_t i = 0; i < n; ++i)
+    if (all[i].here) here += std::string(here.empty() ? "" : ", ") + all[i].kernels->name;
+  throw std::runtime_error(std::string("FOCALNET_KERNELS_CPU_ISA: expected one of this machine's ") + here + ", got " +
+                           wanted);
 }
 
 }  // namespace focalnet::cpu
