@@ -110,9 +110,7 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   T** grad_ctx_all = out;
   row_pointers(p.grad_ctx_all, row0, row1, grad_ctx_all);
   a = operand_rows<T>(p.grad_modulator, n, grad_modulator, C, packed, &lda);
-  product(a, lda, n, p.h_t, writing(grad_ctx_all, 1, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-            store_lanes(grad_ctx_all[row] + column, lanes, 1, value);
-          }));
+  product(a, lda, n, p.h_t, Writing<T>{grad_ctx_all, 1, nullptr});
 }
 
 static int64_t project_bwd_scratch(const ProjectBackward& p, int64_t rows) {
@@ -146,10 +144,7 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
   row_pointers(p.grad_x, row0, row1, out);
   int64_t lda;
   const CT* a = operand_rows<T>(p.grad_projected, n, grad, F, arena.take<CT>(n * padded_k<CT>(F)), &lda);
-  product(a, lda, n, p.f_t,
-          writing(out, p.grad_x.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-            store_lanes(out[row] + column * p.grad_x.channel, lanes, p.grad_x.channel, value);
-          }));
+  product(a, lda, n, p.f_t, Writing<T>{out, p.grad_x.channel, nullptr});
 }
 
 constexpr int64_t GRADIENT_ROWS = 256;  // tokens whose products are summed in registers

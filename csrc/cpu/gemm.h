@@ -88,13 +88,8 @@ static void tile(const CT* a, int64_t lda, int64_t rows, const CT* panel, int64_
     tile_product<N>(a_rows, panel + k * N * VL, K - k < RUN ? K - k : RUN, more);
     for (int i = 0; i < MR * N; ++i) store(acc + i * VL, load(acc + i * VL) + load(more + i * VL));
   }
+  if (columns == N * VL && epilogue.template whole_tile<N>(row, rows, column, acc)) return;
   const float* value = acc;
-  if (columns == N * VL) {
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j, value += VL) epilogue(row + i, column + j * VL, VL, load(value));
-    return;
-  }
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < N; ++j, value += VL) {
       const int64_t left = columns - j * VL;
@@ -112,29 +107,48 @@ FK_INLINE void prefetch_tile(T* const* pointers, int64_t row, int64_t rows, int6
       __builtin_prefetch(pointers[row + i] + column + (j < NR ? j : NR - 1), WRITE);
 }
 
-// An epilogue that only writes.
-template <class T, class F>
+// out[row, column] = sum + bias, elements of a row `stride` apart. Most tiles are whole: no test per vector there.
+template <class T>
 struct Writing {
   T* const* out;
   int64_t stride;
-  F f;
-  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
+  const float* bias;  // or null
+  FK_INLINE vf bias_at(int64_t column, int n) const { return bias ? load_lanes(bias + column, n, 1) : vf{}; }
+  FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const {
+    store_lanes(out[row] + column * stride, n, stride, value + bias_at(column, n));
+  }
+  template <int N>
+  FK_INLINE bool whole_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
+    if (stride != 1) return false;
+    vf b[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) b[j] = bias_at(column + j * VL, VL);
+    for (int64_t i = 0; i < rows; ++i, sums += N * VL) {
+      T* to = out[row + i] + column;
+      if (N > 1) store_two(to, load(sums) + b[0], load(sums + VL) + b[N > 1]);
+      if (N % 2) store(to + (N - 1) * VL, load(sums + (N - 1) * VL) + b[N - 1]);
+    }
+    return true;
+  }
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
     prefetch_tile<1>(out, row, rows, column, stride);
   }
 };
-template <class T, class F>
-FK_INLINE Writing<T, F> writing(T* const* out, int64_t stride, F f) {
-  return {out, stride, f};
-}
 
-// One whose result stays in cache, and which reads `in`.
+// Any other use of the sums, f(row, column, n, value), that reads the rows `in` where given.
 template <class T, class F>
 struct Reading {
   T* const* in;
   int64_t stride;
   F f;
   FK_INLINE void operator()(int64_t row, int64_t column, int n, vf value) const { f(row, column, n, value); }
+  template <int N>
+  FK_INLINE bool whole_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
+    for (int64_t i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j, sums += VL) f(row + i, column + j * VL, VL, load(sums));
+    return true;
+  }
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
     if (in) prefetch_tile<0>(in, row, rows, column, stride);
   }

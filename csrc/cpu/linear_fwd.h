@@ -1,7 +1,5 @@
 // out = in @ weight^T + bias over rows of tokens.
 
-FK_INLINE vf bias_at(const float* bias, int64_t column, int n) { return bias ? load_lanes(bias + column, n, 1) : vf{}; }
-
 static int64_t linear_scratch(const LinearForward& p, int64_t rows) {
   return rows * (p.weight.K + 2) * 4 + 2 * rows * int64_t(sizeof(void*)) + 4 * 64;
 }
@@ -17,9 +15,5 @@ static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, vo
   row_pointers(p.out, row0, row1, out);
   int64_t lda;
   const CT* a = operand_rows<T>(p.in, n, in, p.weight.K, arena.take<CT>(n * padded_k<CT>(p.weight.K)), &lda);
-  product(a, lda, n, p.weight,
-          writing(out, p.out.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-            value += bias_at(p.bias, column, lanes);
-            store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
-          }));
+  product(a, lda, n, p.weight, Writing<T>{out, p.out.channel, p.bias});
 }

@@ -52,16 +52,14 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
     for (int64_t i = 0; i < n; ++i) q[i] = made + i * C;
     q_channel = 1;
     const CT* rows = operand_rows<T>(p.x, n, x, C, operand, &lda);
-    product(rows, lda, n, p.f_q, in_cache([&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-              store_lanes(made + row * C + column, lanes, 1, value + bias_at(p.f_q_bias, column, lanes));
-            }));
+    product(rows, lda, n, p.f_q, Writing<T>{q, 1, p.f_q_bias});
   }
   const CT* a = operand_rows<T>(p.ctx_all, n, in, C, operand, &lda);
   const bool to_proj = p.proj.panels != nullptr;
 
   product(a, lda, n, p.weight,
           reading(q, q_channel, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
-            modulator += bias_at(p.bias, column, lanes);
+            if (p.bias) modulator += load_lanes(p.bias + column, lanes, 1);
             if (p.modulator.data) store_lanes(kept[row] + column, lanes, 1, modulator);
             vf value = modulator * load_lanes(q[row] + column * q_channel, lanes, q_channel);
             if (to_proj)
@@ -74,9 +72,5 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = C; c < ldz; ++c) z[i * ldz + c] = CT{};
   if (p.ln_weight) layer_norm_rows(z, ldz, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
-  product(z, ldz, n, p.proj,
-          writing(out, p.out.channel, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-            value += bias_at(p.proj_bias, column, lanes);
-            store_lanes(out[row] + column * p.out.channel, lanes, p.out.channel, value);
-          }));
+  product(z, ldz, n, p.proj, Writing<T>{out, p.out.channel, p.proj_bias});
 }

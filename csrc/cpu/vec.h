@@ -186,6 +186,18 @@ FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
+// 2 * VL values side by side
+template <class T>
+FK_INLINE void store_two(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + VL, b);
+}
+#ifdef FK_AVX512_BF16
+FK_INLINE void store_two(bf16* p, vf a, vf b) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+}
+#endif
+
 // *p in every lane
 template <class T>
 FK_INLINE vf broadcast(const T* p) {
