@@ -173,6 +173,16 @@ def test_compiles_without_a_break(backend):
     assert requested_backend() == before
 
 
+def test_trains_compiled_without_a_break(backend):
+    layer, x = build(FORM), example(FORM)
+    layer(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.zero_grad(set_to_none=True)
+    accelerate(layer, backend)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    torch.testing.assert_close({name: p.grad for name, p in layer.named_parameters()}, expected, rtol=1e-4, atol=1e-4)
+
+
 def op_names(graph_module):
     return {str(node.target) for node in graph_module.graph.nodes}
 
