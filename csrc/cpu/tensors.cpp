@@ -8,7 +8,11 @@ namespace {
 
 constexpr int64_t LINE = 64;
 constexpr int64_t LARGEST_KEPT = int64_t(64) << 20;  // bytes; a larger block goes back to the system at once
-constexpr size_t MOST_KEPT = 24;                     // blocks
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t MOST_KEPT = 0;  // blocks; none, so that every block has its true size and nothing stale
+#else
+constexpr size_t MOST_KEPT = 24;  // blocks
+#endif
 
 struct Block {
   char* memory;
