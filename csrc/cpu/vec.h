@@ -303,6 +303,38 @@ FK_INLINE vf gelu(vf x) {
   NormalTail n = normal_tail<ROUGH<T>>(x);
   return max(vf{}, x) - n.a * n.tail;  // max(0, NaN) is NaN
 }
+#if defined(FK_X86) && FK_LANES == 16
+// |x| * tail(|x|) for bfloat16 in half the instructions: cubics in the distance to the nearest multiple of 3/8, their
+// coefficients looked up by one permutation each. Relative error 7e-5 up to |x| = 2.8, 4e-3 at 5.4; 0 beyond.
+constexpr float GELU_CUBICS[4][16] = {
+    {0, 1.32679062e-01f, 1.69969840e-01f, 1.46585715e-01f, 1.00216256e-01f, 5.69967119e-02f, 2.75062137e-02f,
+     1.13724750e-02f, 4.04915987e-03f, 1.24525069e-03f, 3.31375490e-04f, 7.63939128e-05f, 1.52687861e-05f,
+     2.64719114e-06f, 3.98256071e-07f, 0},
+    {1.87505662e-01f, 8.04135927e-02f, 2.95345471e-04f, -4.05187708e-02f, -4.77936656e-02f, -3.69617309e-02f,
+     -2.21949595e-02f, -1.09020786e-02f, -4.48165081e-03f, -1.56046013e-03f, -4.63479564e-04f, -1.17961590e-04f,
+     -2.58060657e-05f, -4.86328055e-06f, -7.90808409e-07f, 0},
+    {-5.62921036e-02f, -4.83833688e-02f, -3.04140404e-02f, -1.10814035e-02f, 2.09972155e-03f, 7.21448544e-03f,
+     6.79668168e-03f, 4.38327836e-03f, 2.20054306e-03f, 8.99796898e-04f, 3.06202365e-04f, 8.77733443e-05f,
+     2.13529761e-05f, 4.43059739e-06f, 7.86855034e-07f, 0},
+    {9.94551530e-04f, 4.59784464e-03f, 6.76141672e-03f, 5.67779426e-03f, 2.95350021e-03f, 5.36195295e-04f,
+     -6.62222040e-04f, -8.36624556e-04f, -5.73261249e-04f, -2.87105600e-04f, -1.13618911e-04f, -3.67269694e-05f,
+     -9.86919136e-06f, -2.22816625e-06f, -4.25609326e-07f, 0},
+};
+template <>
+FK_INLINE vf gelu<bf16>(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const vf steps = min(absolute(x) * float(8.0 / 3.0), splat(15.0f));
+  const vf shifted = steps + magic, d = steps - (shifted - magic);
+  const auto coefficient = [&](int power) FK_LAMBDA {
+    return (vf)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(GELU_CUBICS[power]));
+  };
+  vf p = coefficient(3);
+  p = p * d + coefficient(2);
+  p = p * d + coefficient(1);
+  p = p * d + coefficient(0);
+  return max(vf{}, x) - p;
+}
+#endif
 
 // gelu and its derivative Phi(x) + x * phi(x) from one exponential.
 template <class T>
