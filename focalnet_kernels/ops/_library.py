@@ -4,13 +4,30 @@ Schemas and fakes stand in Python, so the ops exist without any compiled extensi
 are private: they have no autograd, which lives in the autograd.Functions around them.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 library = torch.library.Library("focalnet_kernels", "DEF")
 
 
-def define(schema: str):
-    """Declare a raw op; decorates its fake (shapes, dtypes, strides of the results)."""
-    library.define(schema)
-    name = "focalnet_kernels::" + schema.split("(", 1)[0]
-    return torch.library.register_fake(name, lib=library)
+def define(schema: str, backends: Sequence[str] = ("",)):
+    """Declare a raw op; decorates its fake (shapes, dtypes, strides of the results).
+
+    Args:
+        schema: name, arguments and results.
+        backends: suffixes of the name, for backends with a raw op of their own of the same schema.
+    """
+    name, rest = schema.split("(", 1)
+
+    def decorate(fake):
+        for backend in backends:
+            library.define(f"{name}{backend}({rest}")
+            torch.library.register_fake(f"focalnet_kernels::{name}{backend}", fake, lib=library)
+
+    return decorate
+
+
+def implement(name: str, dispatch_key: str, function: Callable) -> None:
+    """Give a raw op a kernel written in Python."""
+    library.impl(name, function, dispatch_key)

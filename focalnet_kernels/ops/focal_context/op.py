@@ -10,14 +10,17 @@ from torch import Tensor
 from ... import dispatch
 from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
 from .._library import define
-from . import native
+from . import native, triton_launch
 from .reference import focal_context_reference
 
 # ctx: (B, C, *spatial); gates: (B, L+1, *spatial); weights: L tensors (C, 1, *k), odd k; any strides
 # -> ctx_all: (B, C, *spatial) with ctx's memory order; mean: (B, C) float32, of the last level over all pixels
 
 
-@define("focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> (Tensor, Tensor)")
+@define(
+    "focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> (Tensor, Tensor)",
+    backends=("", "_triton"),
+)
 def _(ctx, gates, weights, normalize):
     return torch.empty_like(ctx), ctx.new_empty(ctx.shape[:2], dtype=torch.float32)
 
@@ -27,7 +30,8 @@ def _(ctx, gates, weights, normalize):
 
 @define(
     "focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, Tensor[] weights, Tensor mean, bool normalize,"
-    " int needed) -> Tensor[]"
+    " int needed) -> Tensor[]",
+    backends=("", "_triton"),
 )
 def _(grad_out, ctx, gates, weights, mean, normalize, needed):
     inputs = (ctx, gates, *weights)
@@ -71,6 +75,9 @@ def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normali
 
 dispatch.register(
     "focal_context",
+    dispatch.Implementation(
+        "triton", triton_launch.why_not, triton_launch.focal_context_fwd, triton_launch.focal_context_bwd
+    ),
     dispatch.Implementation("cpu", native.why_not, native.focal_context_fwd, native.focal_context_bwd),
     dispatch.Implementation("reference", lambda *args: None, focal_context_reference),
 )

@@ -8,20 +8,21 @@ from torch import Tensor
 from ... import dispatch
 from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
 from .._library import define
-from . import native
+from . import native, triton_launch
 from .parameters import LayerParameters
 from .reference import focal_modulation_reference
 
 # x: (B, *spatial, C), any strides -> y: (B, *spatial, C) with x's memory order
-# For backward: projected (N, 2C+L+1) = f(x) and modulator (N, C) over the N = B * prod(spatial) tokens,
-# mean (B, C) float32 of the last level. Empty where `save` is false.
-
-
-@define(
-    "focal_modulation_fwd(Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
+# For backward: projected = f(x) and modulator over the N = B * prod(spatial) tokens, mean (B, C) float32 of the last
+# level. Empty where `save` is false. The C++ kernels keep (N, 2C+L+1) and (N, C), the Triton kernels their transposes.
+_FORWARD = (
+    "(Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
     " bool normalize, float ln_eps, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+@define("focal_modulation_fwd" + _FORWARD)
 def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       normalize, ln_eps, save):  # fmt: skip
     B, C = x.shape[0], x.shape[-1]
@@ -34,13 +35,29 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
     )
 
 
+@define("focal_modulation_fwd_triton" + _FORWARD)
+def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+      normalize, ln_eps, save):  # fmt: skip
+    B, C = x.shape[0], x.shape[-1]
+    tokens = x.numel() // C
+    if not save:
+        return torch.empty_like(x), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0, 0, dtype=torch.float32)
+    return (
+        torch.empty_like(x),
+        triton_launch.new_matrix(x, f_weight.shape[0], tokens),
+        triton_launch.new_matrix(x, C, tokens),
+        x.new_empty(B, C, dtype=torch.float32),
+    )
+
+
 # `needed`: bit i for input i of (x, *LayerParameters.flat()); an empty tensor for the others
 
 
 @define(
     "focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
-    " Tensor projected, Tensor modulator, Tensor mean, bool normalize, float ln_eps, int needed) -> Tensor[]"
+    " Tensor projected, Tensor modulator, Tensor mean, bool normalize, float ln_eps, int needed) -> Tensor[]",
+    backends=("", "_triton"),
 )
 def _(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       projected, modulator, mean, normalize, ln_eps, needed):  # fmt: skip
@@ -92,6 +109,9 @@ def _reference_output(x, parameters, normalize, ln_eps):
 
 dispatch.register(
     "focal_modulation",
+    dispatch.Implementation(
+        "triton", triton_launch.why_not, triton_launch.focal_modulation_fwd, triton_launch.focal_modulation_bwd
+    ),
     dispatch.Implementation("cpu", native.why_not, native.focal_modulation_fwd, native.focal_modulation_bwd),
     dispatch.Implementation("reference", lambda *args: None, _reference_output),
 )

@@ -9,14 +9,14 @@ from torch import Tensor
 from ... import dispatch
 from .._autograd import needs_grad
 from .._library import define
-from . import native
+from . import native, triton_launch
 from .reference import modulate_reference
 
 # q, ctx_all: (B, C, *spatial); weight: (C, C); bias: (C,) or None; any strides
 # -> (B, C, *spatial) with q's memory order
 
 
-@define("modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor")
+@define("modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor", backends=("", "_triton"))
 def _(q, ctx_all, weight, bias):
     return torch.empty_like(q)
 
@@ -56,6 +56,7 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 dispatch.register(
     "modulate",
+    dispatch.Implementation("triton", triton_launch.why_not, triton_launch.modulate_fwd),
     dispatch.Implementation("cpu", native.why_not, native.modulate_fwd),
     dispatch.Implementation("reference", lambda *args: None, modulate_reference),
 )

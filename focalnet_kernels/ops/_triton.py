@@ -1,0 +1,102 @@
+"""What the Triton backends share: whether they can run, and how a kernel is launched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import implement
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: no changing it later
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:  # looks without importing it
+        return "the package triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+        return "this torch was built for CPUs only (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    return None
+
+
+MISSING = _missing()  # why Triton cannot be used on this machine, or None
+
+
+def why_not_triton(tensor: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this device and dtype; None where they can."""
+    if tensor.dtype not in DTYPES:
+        return f"dtype {tensor.dtype} is left to the reference (kernels: float32, bfloat16, float16)"
+    if INTERPRETED:
+        if tensor.device.type != "cpu":
+            return "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+        if tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+    elif tensor.device.type != "cuda":
+        return (
+            f"the tensors are on {tensor.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+        )
+    return MISSING
+
+
+def implement_triton(name: str, function: Callable) -> None:
+    """Make `function` the raw op's kernel for GPU tensors, or CPU tensors under the interpreter."""
+    implement(name, "CPU" if INTERPRETED else "CUDA", function)
+
+
+class Launch(NamedTuple):
+    """A kernel launch as `recorded_launches` keeps it."""
+
+    kernel: Callable
+    programs: int
+    args: tuple
+    constants: dict
+
+
+_recorder: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Launches are recorded meanwhile, not run: what a call on "meta" tensors would ask of a GPU."""
+    global _recorder
+    previous, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+def launch(kernel, programs: int, device: torch.device, *args, **constants) -> None:
+    """Run `programs` instances of a kernel on `device`'s current stream. All on grid axis 0, which reaches 2^31."""
+    if programs == 0:
+        return
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, programs, args, constants))
+        return
+    # not every default is the same in every Triton: say what we want
+    options = {} if INTERPRETED else {"enable_fp_fusion": True}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constants, **options)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least."""
+    if device.type == "meta":
+        return 132
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

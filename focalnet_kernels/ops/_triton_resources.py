@@ -1,0 +1,88 @@
+"""What a recorded kernel launch costs on a GPU that need not be there: compiled ahead of time, read from machine code."""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ._triton import Launch
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel. None where the target's tools do not tell."""
+
+    shared: int
+    registers: int | None = None
+    stack: int | None = None
+    instructions: int | None = None
+    tensor_core: int | None = None
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile a launch for `target`: "sm_90", "gfx942"."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        signature[name] = _describe(value, (i,), constants, attributes)
+    options = {k: v for k, v in launch.constants.items() if k in OPTIONS} | {"enable_fp_fusion": True}
+    for name, value in launch.constants.items():
+        if name not in OPTIONS:
+            signature[name] = "constexpr"
+            constants[(names.index(name),)] = value
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    if target.startswith("sm_"):
+        built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+        return Resources(built.metadata.shared, *_read_machine_code(built.asm["cubin"]))
+    built = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
+    return Resources(built.metadata.shared)
+
+
+def _describe(value, path, constants, attributes):
+    """A launch argument's type, specialised as Triton's launcher would: 1 is a constant, multiples of 16 are known."""
+    if isinstance(value, tuple):
+        return tuple(_describe(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        constants[path] = value
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _read_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with triton
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    count = collections.Counter(name.split(".")[0] for name in found)
+    tensor_core = sum(count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA"))
+    return registers, stack, sum(count.values()), tensor_core

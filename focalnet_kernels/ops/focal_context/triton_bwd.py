@@ -1,0 +1,337 @@
+"""focal_context backward: levels recomputed and every gradient of a block of channels found in one launch.
+
+The steps are those of README.md. Planes: the inputs of the levels ctx_0..ctx_{L-1}, then z_1..z_L, each of which
+dz_l takes the place of. What crosses channels or images goes to partial sums (triton_reduce.py).
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_chain import (
+    clear,
+    convolve,
+    copy_in,
+    count_tiles,
+    gelu,
+    gelu_slope,
+    in_map,
+    in_plane,
+    pixel,
+    segments,
+    tap_offset,
+)
+
+
+@triton.jit
+def context_bwd_kernel(
+    grad_out, grad_out_strides, ctx, ctx_strides, gates, gates_strides, mean, weights, scratch, grad_means,
+    grad_ctx, grad_ctx_strides, ctx_all, ctx_all_strides, grad_gates, grad_weights,
+    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size,
+    KERNELS: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, LEFT_PAD: tl.constexpr,
+    RIGHT_PAD: tl.constexpr, WINDOW: tl.constexpr, NB: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
+    G: tl.constexpr, PIXELS: tl.constexpr, REACH: tl.constexpr, ALL_TAPS: tl.constexpr,
+    WANT_CTX: tl.constexpr, WANT_GATES: tl.constexpr, WANT_WEIGHTS: tl.constexpr, WANT_ALL: tl.constexpr,
+):  # fmt: skip
+    """Tasks and slots as in context_fwd_kernel. `mean` (B, C) is the forward's; REACH is the sum of all radii along T.
+
+    Written where wanted: grad_ctx; ctx_all; the partial sums grad_gates (channel block, B, L+1, T*M*W) and grad_weights
+    (image group * strips + strip, C, ALL_TAPS). grad_means (slots, G, NB) is scratch in float32.
+    """
+    L: tl.constexpr = len(KERNELS)
+    PLANES: tl.constexpr = 2 * L if L > 0 else 1
+    T, M, W = size
+    WP = (W + 7) // 8 * 8 + LEFT_PAD + RIGHT_PAD
+    blocks = (C + NB - 1) // NB
+    level_size = G * NB * plane_size
+    slot = scratch + tl.program_id(0).to(tl.int64) * (PLANES * level_size)
+    grad_means += tl.program_id(0) * (G * NB)
+    lane = tl.arange(0, NB)
+    scale = 1.0 / (L + 1) if NORMALIZE else 1.0
+    clear(slot, PLANES * level_size)
+
+    task = tl.program_id(0)
+    while task < tasks:
+        block = task % blocks
+        channel = (block * NB + lane).to(tl.int64)
+        channels_inside = channel < C
+        strip = task // blocks % strips
+        group = task // (blocks * strips)
+        b = group.to(tl.int64) * G
+        n_images = tl.minimum(B - b, G).to(tl.int32)
+        t0 = strip * strip_rows
+        t1 = tl.minimum(t0 + strip_rows, T)
+        lowest = tl.where(strips == 1, 0, t0 - TOP)
+        highest = tl.where(strips == 1, T, t1 + TOP)
+        frame = (TOP - t0, RM, MP, WP, LEFT_PAD)
+
+        ahead = 2 * REACH
+        if L > 0:
+            copy_in(
+                ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
+                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
+            )  # fmt: skip
+        for k in tl.static_range(L):
+            ahead -= KERNELS[k][0] // 2
+            _recompute_level(
+                slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
+                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
+                KERNELS[k], k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
+            )  # fmt: skip
+
+        _mean_gradient(
+            grad_out, grad_out_strides, gates + L * gates_strides[1], gates_strides, mean, grad_means, b, n_images, C,
+            channel, channels_inside, size, scale, NB, PIXELS,
+        )  # fmt: skip
+        if WANT_GATES or WANT_ALL:
+            _gates_gradient(
+                grad_out, grad_out_strides, gates, gates_strides, mean, slot + L * level_size, level_size,
+                grad_gates + (block * B + b) * ((L + 1) * T * M * W), ctx_all, ctx_all_strides, b, n_images, C,
+                channel, channels_inside, t0, t1, size, frame, plane_size, scale,
+                L, EXACT, WANT_GATES, WANT_ALL, NB, PIXELS,
+            )  # fmt: skip
+        if WANT_CTX or WANT_WEIGHTS:
+            ahead = REACH
+            for down in tl.static_range(L):
+                _level_gradient(
+                    slot + (2 * L - 1 - down) * level_size, level_size, weights[L - 1 if down == 0 else L - down],
+                    grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides, grad_means,
+                    b, n_images, channel, channels_inside,
+                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
+                    KERNELS[L - 1 if down == 0 else L - down], down == 0, EXACT, WINDOW, SEG, ROWS, NB,
+                )  # fmt: skip
+                ahead -= KERNELS[L - 1 - down][0] // 2
+        if WANT_WEIGHTS:
+            to = grad_weights + ((group * strips + strip).to(tl.int64) * C + channel) * ALL_TAPS
+            for k in tl.static_range(L):
+                _weight_gradient(
+                    slot + k * level_size, slot + (L + k) * level_size, to, channels_inside, n_images, t0, t1, size,
+                    frame, plane_size, KERNELS[k], WINDOW, SEG, ROWS, NB,
+                )  # fmt: skip
+                to += KERNELS[k][0] * KERNELS[k][1] * KERNELS[k][2]
+        if WANT_CTX:
+            _write_gradient(
+                slot + L * level_size, weights, grad_means, grad_ctx, grad_ctx_strides, b, n_images, channel,
+                channels_inside, t0, t1, size, frame, plane_size, KERNELS, WINDOW, SEG, ROWS, NB,
+            )  # fmt: skip
+        tl.debug_barrier()
+        task += tl.num_programs(0)
+
+
+@triton.jit
+def _recompute_level(
+    source, to_next, to_z, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
+    KERNEL: tl.constexpr, LAST: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr,
+    ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Rows lo..hi of z_l, `to_z` further on than the level's input, and of its GELU for the level after it."""
+    T, M, W = size
+    pitch = frame[2] * frame[3]
+    source += tl.arange(0, NB)[:, None, None] * plane_size
+    column = tl.arange(0, 8)
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
+        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
+        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
+        to = source + center[None, :, None] + column[None, None, :]
+        in_columns = w[:, None] + column[None, :] < W
+        for r in tl.static_range(ROWS):
+            inside = in_columns & ((t + r >= 0) & (t + r < T))[:, None]
+            written = (live & (t + r < hi))[None, :, None]
+            z = tl.where(inside[None, :, :], sums[r], 0.0).to(source.dtype.element_ty)
+            tl.store(to + to_z + r * pitch, z, mask=written)
+            if not LAST:
+                value = gelu(z.to(tl.float32), EXACT).to(source.dtype.element_ty)
+                tl.store(to + to_next + r * pitch, value, mask=written)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _mean_gradient(
+    grad_out, grad_out_strides, gate, gates_strides, mean, grad_means, b, n_images, C, channel, channels_inside, size,
+    scale, NB: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """What every pixel of the last level receives through the mean: from all rows of the map, whosever strip."""
+    T, M, W = size
+    n = T * M * W
+    for g in range(0, n_images):
+        grad_at = grad_out + (b + g) * grad_out_strides[0] + channel[:, None] * grad_out_strides[1]
+        total = tl.zeros([NB, PIXELS], tl.float32)
+        for start in range(0, n, PIXELS):
+            i = start + tl.arange(0, PIXELS)
+            t, m, w = pixel(i, 0, W, M)
+            factor = tl.load(gate + (b + g) * gates_strides[0] + in_map(t, m, w, gates_strides), mask=i < n, other=0.0)
+            mask = channels_inside[:, None] & (i < n)[None, :]
+            grad = tl.load(grad_at + in_map(t, m, w, grad_out_strides)[None, :], mask=mask, other=0.0)
+            total += factor.to(tl.float32)[None, :] * grad.to(tl.float32)
+        mu = tl.load(mean + (b + g) * C + channel, mask=channels_inside, other=0.0)
+        value = gelu_slope(mu, True) * tl.sum(total, 1) * (scale / n)
+        tl.store(grad_means + g * NB + tl.arange(0, NB), value)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _gates_gradient(
+    grad_out, grad_out_strides, gates, gates_strides, mean, z_planes, level_size, grad_gates, ctx_all, ctx_all_strides,
+    b, n_images, C, channel, channels_inside, t0, t1, size, frame, plane_size, scale,
+    L: tl.constexpr, EXACT: tl.constexpr, WANT_GATES: tl.constexpr, WANT_ALL: tl.constexpr, NB: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
+    """The gates' gradients, summed over this block's channels, and ctx_all once more: rows t0..t1."""
+    T, M, W = size
+    pixels = T * M * W
+    n = (t1 - t0) * M * W
+    for g in range(0, n_images):
+        glob = gelu(tl.load(mean + (b + g) * C + channel, mask=channels_inside, other=0.0), True)
+        planes = z_planes + (g * NB + tl.arange(0, NB))[:, None] * plane_size
+        for start in range(0, n, PIXELS):
+            i = start + tl.arange(0, PIXELS)
+            t, m, w = pixel(i, t0, W, M)
+            at = in_plane(t, m, w, frame)[None, :]
+            mask = channels_inside[:, None] & (i < n)[None, :]
+            grad_at = grad_out + (b + g) * grad_out_strides[0] + channel[:, None] * grad_out_strides[1]
+            grad = tl.load(grad_at + in_map(t, m, w, grad_out_strides)[None, :], mask=mask, other=0.0).to(tl.float32)
+            gate_at = gates + (b + g) * gates_strides[0] + in_map(t, m, w, gates_strides)
+            part = grad_gates + g * ((L + 1) * pixels) + t0 * M * W + i
+            everything = tl.zeros([NB, PIXELS], tl.float32)
+            for k in tl.static_range(L + 1):
+                if k < L:
+                    z = tl.load(planes + k * level_size + at, mask=(i < n)[None, :], other=0.0)
+                    level = gelu(z.to(tl.float32), EXACT).to(z.dtype).to(tl.float32)
+                else:
+                    level = tl.zeros([NB, PIXELS], tl.float32) + glob[:, None]
+                if WANT_GATES:
+                    tl.store(part + k * pixels, tl.sum(grad * level, 0) * scale, mask=i < n)
+                if WANT_ALL:
+                    gate = tl.load(gate_at + k * gates_strides[1], mask=i < n, other=0.0).to(tl.float32)
+                    everything += gate[None, :] * level
+            if WANT_ALL:
+                to = ctx_all + (b + g) * ctx_all_strides[0] + channel[:, None] * ctx_all_strides[1]
+                to += in_map(t, m, w, ctx_all_strides)[None, :]
+                tl.store(to, (everything * scale).to(ctx_all.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _level_gradient(
+    z_planes, level_size, weight_above, grad_out, grad_out_strides, gate, gates_strides, grad_means,
+    b, n_images, channel, channels_inside, lo, hi, size, frame, plane_size, scale,
+    KERNEL_ABOVE: tl.constexpr, LAST: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr,
+    ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """dz_l = (gate_l G + e) GELU'(z_l) over z_l, with e from the level above, or of the LAST level from the mean."""
+    T, M, W = size
+    pitch = frame[2] * frame[3]
+    lane = tl.arange(0, NB)
+    column = tl.arange(0, 8)
+    z_planes += lane[:, None, None] * plane_size
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
+        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
+        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+        if LAST:
+            sums = _from_mean(grad_means, g, SEG, ROWS, NB)
+        else:
+            sums = convolve(
+                z_planes + level_size, center, weight_above, channel, channels_inside, frame,
+                KERNEL_ABOVE, True, WINDOW, SEG, ROWS, NB,
+            )  # fmt: skip
+        columns = w[:, None] + column[None, :]
+        z_at = z_planes + center[None, :, None] + column[None, None, :]
+        gate_at = gate + ((b + g) * gates_strides[0])[:, None]
+        grad_at = grad_out + ((b + g) * grad_out_strides[0])[None, :, None]
+        grad_at += channel[:, None, None] * grad_out_strides[1]
+        for r in tl.static_range(ROWS):
+            row = (t + r)[:, None]
+            written = (live & (t + r < hi))[:, None]
+            inside = written & (columns < W) & (row >= 0) & (row < T)
+            mask = channels_inside[:, None, None] & inside[None, :, :]
+            factor = tl.load(gate_at + in_map(row, m[:, None], columns, gates_strides), mask=inside, other=0.0)
+            grad_offset = in_map(row, m[:, None], columns, grad_out_strides)[None, :, :]
+            grad = tl.load(grad_at + grad_offset, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(z_at + r * pitch, mask=mask, other=0.0)
+            dz = (sums[r] + factor.to(tl.float32)[None, :, :] * grad * scale) * gelu_slope(z.to(tl.float32), EXACT)
+            tl.store(z_at + r * pitch, tl.where(mask, dz, 0.0).to(z.dtype), mask=written[None, :, :])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _from_mean(grad_means, g, SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr):
+    """The mean's gradient of each segment's image, in the form of `convolve`'s result."""
+    value = tl.load(grad_means + g[None, :] * NB + tl.arange(0, NB)[:, None])[:, :, None]
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([NB, SEG, 8], tl.float32) + value,)
+    return sums
+
+
+@triton.jit
+def _write_gradient(
+    dz_planes, weights, grad_means, grad_ctx, strides, b, n_images, channel, channels_inside, t0, t1, size, frame,
+    plane_size, KERNELS: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ctx, rows t0..t1: from dz_1, or where there is no level from the mean."""
+    T, M, W = size
+    dz_planes += tl.arange(0, NB)[:, None, None] * plane_size
+    for tile in range(0, count_tiles(t0, t1, n_images, M, W, SEG, ROWS)):
+        g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
+        if len(KERNELS) == 0:
+            sums = _from_mean(grad_means, g, SEG, ROWS, NB)
+        else:
+            center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+            sums = convolve(
+                dz_planes, center, weights[0], channel, channels_inside, frame, KERNELS[0], True, WINDOW, SEG, ROWS, NB
+            )
+        columns = w[:, None] + tl.arange(0, 8)[None, :]
+        to = grad_ctx + ((b + g) * strides[0])[None, :, None] + channel[:, None, None] * strides[1]
+        for r in tl.static_range(ROWS):
+            inside = (live & (t + r < t1))[:, None] & (columns < W)
+            offset = in_map((t + r)[:, None], m[:, None], columns, strides)[None, :, :]
+            mask = channels_inside[:, None, None] & inside[None, :, :]
+            tl.store(to + offset, sums[r].to(grad_ctx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    source, dz_planes, to, channels_inside, n_images, t0, t1, size, frame, plane_size,
+    KERNEL: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """The sum over rows t0..t1 of dz(p) ctx(p + tap), for every tap.
+
+    By windows: windows^T [WINDOW, SEG] times dz [SEG, 8] holds every product of a kernel row; what belongs to one tap
+    lies on one diagonal, summed once at the end.
+    """
+    T, M, W = size
+    pitch = frame[2] * frame[3]
+    KT: tl.constexpr = KERNEL[0]
+    KW: tl.constexpr = KERNEL[2]
+    column = tl.arange(0, 8)
+    plane = tl.arange(0, NB)[:, None, None] * plane_size
+    tiles = count_tiles(t0, t1, n_images, M, W, SEG, ROWS)
+    if WINDOW:
+        LEFT: tl.constexpr = WINDOW // 4
+        i = tl.arange(0, WINDOW)
+        tap = i[:, None] - column[None, :] - (LEFT - KW // 2)
+        for k in range(0, KT):
+            products = tl.zeros([NB, WINDOW, 8], tl.float32)
+            for tile in range(0, tiles):
+                g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
+                center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+                dz_at = dz_planes + plane + center[None, :, None] + column[None, None, :]
+                window_at = source + plane + center[None, None, :] + i[None, :, None] + ((k - KT // 2) * pitch - LEFT)
+                for r in tl.static_range(ROWS):
+                    dz = tl.load(dz_at + r * pitch, mask=(live & (t + r < t1))[None, :, None], other=0.0)
+                    products = tl.dot(tl.load(window_at + r * pitch), dz, products)
+            for j in tl.static_range(KW):
+                value = tl.sum(tl.sum(tl.where((tap == j)[None, :, :], products, 0.0), 2), 1)
+                tl.store(to + k * KW + j, value, mask=channels_inside)
+    else:
+        for tap in range(0, KT * KERNEL[1] * KW):
+            products = tl.zeros([NB, SEG, 8], tl.float32)
+            for tile in range(0, tiles):
+                g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
+                center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+                at = plane + center[None, :, None] + column[None, None, :]
+                own = (live & (t < t1))[None, :, None]
+                dz = tl.load(dz_planes + at, mask=own, other=0.0).to(tl.float32)
+                value = tl.load(source + at + tap_offset(tap, frame, KERNEL), mask=own, other=0.0).to(tl.float32)
+                products += dz * value
+            tl.store(to + tap, tl.sum(tl.sum(products, 2), 1), mask=channels_inside)

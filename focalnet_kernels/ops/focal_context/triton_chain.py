@@ -1,0 +1,200 @@
+"""What the forward and the backward kernel share: GELU, planes in scratch memory, and the depthwise convolution.
+
+A program owns NB channels of G images (or of a strip of one image). It keeps every level's map in a slot of global
+scratch memory of its own, small enough to stay in the caches, as planes padded by zeros, so that no later step knows
+the strides of the user's tensors, masks a border or waits for another program:
+
+    plane[row t][mid m][column w]   at ((t + top) * MP + m + RM) * WP + left + w
+
+where `frame` = (top, RM, MP, WP, left). One to three spatial axes are `size` = (T, M, W): a sequence is (1, 1, N), an
+image (H, 1, W), a volume (D, H, W). Strides of the user's tensors are tuples (b, c, t, m, w).
+Segments of 8 columns are the unit of work: SEG of them at once, each over ROWS rows.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gelu(x, EXACT: tl.constexpr):
+    """x * Phi(x). Not EXACT: Phi as the logistic function of an odd quintic, 3e-5 off at most: a bfloat16's rounding
+    of values near 1 is 100 times that, and the exact form costs three times the instructions."""
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * _logistic_phi(x)
+
+
+@triton.jit
+def gelu_slope(x, EXACT: tl.constexpr):
+    """The derivative of gelu: Phi(x) + x phi(x)."""
+    if EXACT:
+        bell = tl.exp2(x * x * -0.7213475204444817) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * bell
+    phi = _logistic_phi(x)
+    s = tl.minimum(x * x, 42.25)
+    return phi + x * phi * (1.0 - phi) * (1.59501577 + s * (0.22203387 - s * 0.00351515))
+
+
+@triton.jit
+def _logistic_phi(x):
+    s = tl.minimum(x * x, 42.25)  # beyond |x| = 6.5 the polynomial would turn back
+    logit = x * (1.59501577 + s * (0.07401129 - s * 0.00070303))
+    return 1.0 / (1.0 + tl.exp2(logit * -1.4426950408889634))
+
+
+@triton.jit
+def pixel(i, t0, W, M):
+    """Pixel i of a map whose first row is t0."""
+    return t0 + i // (W * M), i // W % M, i % W
+
+
+@triton.jit
+def in_plane(t, m, w, frame):
+    """Offset of a pixel in its plane."""
+    top, RM, MP, WP, left = frame
+    return ((t + top) * MP + m + RM) * WP + left + w
+
+
+@triton.jit
+def in_map(t, m, w, strides):
+    """Offset of a pixel in a tensor with strides (b, c, t, m, w), in 64 bits."""
+    return t.to(tl.int64) * strides[2] + m.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]
+
+
+@triton.jit
+def count_tiles(lo, hi, n_images, M, W, SEG: tl.constexpr, ROWS: tl.constexpr):
+    """How many tiles of SEG segments cover rows lo..hi of n_images images."""
+    return (n_images * ((hi - lo + ROWS - 1) // ROWS) * M * ((W + 7) // 8) + SEG - 1) // SEG
+
+
+@triton.jit
+def segments(tile, lo, hi, n_images, M, W, SEG: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's segments: image, first row, mid, first column, and whether there is such a segment at all."""
+    i = tile * SEG + tl.arange(0, SEG)
+    n_w = (W + 7) // 8
+    w = i % n_w * 8
+    i = i // n_w
+    m = i % M
+    i = i // M
+    groups = (hi - lo + ROWS - 1) // ROWS
+    g = i // groups
+    live = g < n_images
+    return tl.where(live, g, 0), lo + i % groups * ROWS, m, w, live
+
+
+@triton.jit
+def clear(slot, size):
+    """Padding is never written later, and must be zero."""
+    for start in range(0, size, 1024):
+        i = start + tl.arange(0, 1024)
+        tl.store(slot + i, tl.zeros([1024], slot.dtype.element_ty), mask=i < size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def convolve(
+    source, center, weight, channel, channels_inside, frame,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
+    NB: tl.constexpr,
+):  # fmt: skip
+    """Depthwise convolution (FLIP: its transpose) of segments: a tuple of ROWS float32 tiles [NB, SEG, 8].
+
+    Args:
+        source: pointers to the planes' channels, [NB, 1, 1].
+        center: offset of each segment's first output, [SEG].
+        channel, channels_inside: [NB].
+    """
+    if WINDOW:
+        return _convolve_by_bands(
+            source, center, weight, channel, channels_inside, frame, KERNEL, FLIP, WINDOW, SEG, ROWS, NB
+        )
+    else:
+        return _convolve_by_taps(source, center, weight, channel, channels_inside, frame, KERNEL, FLIP, SEG, NB)
+
+
+@triton.jit
+def _convolve_by_taps(
+    source, center, weight, channel, channels_inside, frame,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, SEG: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """For any kernel, one row at a time."""
+    KM: tl.constexpr = KERNEL[1]
+    KW: tl.constexpr = KERNEL[2]
+    TAPS: tl.constexpr = KERNEL[0] * KM * KW
+    sums = tl.zeros([NB, SEG, 8], tl.float32)
+    at = source + center[None, :, None] + tl.arange(0, 8)[None, None, :]
+    for tap in range(0, TAPS):
+        from_tap = TAPS - 1 - tap if FLIP else tap
+        factor = tl.load(weight + channel * TAPS + from_tap, mask=channels_inside, other=0.0).to(tl.float32)
+        value = tl.load(at + tap_offset(tap, frame, KERNEL)).to(tl.float32)
+        sums += factor[:, None, None] * value
+    return (sums,)
+
+
+@triton.jit
+def tap_offset(tap, frame, KERNEL: tl.constexpr):
+    """Where, from an output, the input of its tap lies."""
+    MP = frame[2]
+    WP = frame[3]
+    t = tap // (KERNEL[1] * KERNEL[2]) - KERNEL[0] // 2
+    m = tap // KERNEL[2] % KERNEL[1] - KERNEL[1] // 2
+    return (t * MP + m) * WP + tap % KERNEL[2] - KERNEL[2] // 2
+
+
+@triton.jit
+def _convolve_by_bands(
+    source, center, weight, channel, channels_inside, frame,
+    KERNEL: tl.constexpr, FLIP: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
+    NB: tl.constexpr,
+):  # fmt: skip
+    """As matrix products, for tensor cores. The 8 outputs of a segment's row read a window of WINDOW inputs around
+    them; windows [SEG, WINDOW] times one kernel row as a band [WINDOW, 8] are those outputs. A row of windows is loaded
+    once and used by every output row it reaches."""
+    pitch = frame[2] * frame[3]
+    KT: tl.constexpr = KERNEL[0]
+    KW: tl.constexpr = KERNEL[2]
+    LEFT: tl.constexpr = WINDOW // 4  # inputs of the window before its first output
+    i = tl.arange(0, WINDOW)
+    tap = i[:, None] - tl.arange(0, 8)[None, :] - (LEFT - KW // 2)
+    in_band = (tap >= 0) & (tap < KW)
+    if FLIP:
+        tap = KW - 1 - tap
+    bands = ()
+    for k in tl.static_range(KT):
+        row = KT - 1 - k if FLIP else k
+        from_tap = weight + channel[:, None, None] * (KT * KW) + row * KW + tap[None, :, :]
+        bands = bands + (tl.load(from_tap, mask=in_band[None, :, :] & channels_inside[:, None, None], other=0.0),)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([NB, SEG, 8], tl.float32),)
+    at = source + center[None, :, None] - LEFT + i[None, None, :]
+    for j in tl.static_range(ROWS + KT - 1):
+        window = tl.load(at + (j - KT // 2) * pitch)
+        new = ()
+        for r in tl.static_range(ROWS):
+            if j >= r and j - r < KT:
+                new = new + (tl.dot(window, bands[j - r], sums[r]),)
+            else:
+                new = new + (sums[r],)
+        sums = new
+    return sums
+
+
+@triton.jit
+def copy_in(
+    ctx, strides, b, n_images, channel, channels_inside, plane, plane_size, lo, hi, size, frame,
+    NB: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Rows lo..hi of the user's map into planes [image][NB], rows outside the map as zeros."""
+    T, M, W = size
+    n = (hi - lo) * M * W
+    for g in range(0, n_images):
+        from_image = ctx + (b + g) * strides[0] + channel[:, None] * strides[1]
+        to_image = plane + (g * NB + tl.arange(0, NB))[:, None] * plane_size
+        for start in range(0, n, PIXELS):
+            i = start + tl.arange(0, PIXELS)
+            t, m, w = pixel(i, lo, W, M)
+            inside = channels_inside[:, None] & ((i < n) & (t >= 0) & (t < T))[None, :]
+            value = tl.load(from_image + in_map(t, m, w, strides)[None, :], mask=inside, other=0.0)
+            tl.store(to_image + in_plane(t, m, w, frame)[None, :], value, mask=(i < n)[None, :])
+    tl.debug_barrier()

@@ -1,0 +1,146 @@
+"""focal_context forward: all levels, gates and the global context in one launch."""
+
+import triton
+import triton.language as tl
+
+from .triton_chain import clear, convolve, copy_in, count_tiles, gelu, in_map, in_plane, pixel, segments
+
+
+@triton.jit
+def context_fwd_kernel(
+    ctx, ctx_strides, gates, gates_strides, out, out_strides, shares, weights, scratch,
+    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size,
+    KERNELS: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, LEFT_PAD: tl.constexpr,
+    RIGHT_PAD: tl.constexpr, WINDOW: tl.constexpr, NB: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
+    G: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """A task is a block of NB channels of G images, or of one of `strips` strips of an image: then `out` lacks the
+    global context and `shares` (strips, B, C) are the strips' parts of the mean (see context_finish_kernel)."""
+    L: tl.constexpr = len(KERNELS)
+    T, M, W = size
+    WP = (W + 7) // 8 * 8 + LEFT_PAD + RIGHT_PAD
+    blocks = (C + NB - 1) // NB
+    level_size = G * NB * plane_size
+    slot = scratch + tl.program_id(0).to(tl.int64) * ((L + 1) * level_size)
+    lane = tl.arange(0, NB)
+    clear(slot, (L + 1) * level_size)
+
+    task = tl.program_id(0)
+    while task < tasks:
+        channel = (task % blocks * NB + lane).to(tl.int64)
+        channels_inside = channel < C
+        strip = task // blocks % strips
+        b = (task // (blocks * strips)).to(tl.int64) * G
+        n_images = tl.minimum(B - b, G).to(tl.int32)
+        t0 = strip * strip_rows
+        t1 = tl.minimum(t0 + strip_rows, T)
+        # a strip's slot sits elsewhere in the map for every task: rows beyond the map are written, as zeros. A whole
+        # map's lie in the padding.
+        lowest = tl.where(strips == 1, 0, t0 - TOP)
+        highest = tl.where(strips == 1, T, t1 + TOP)
+        frame = (TOP - t0, RM, MP, WP, LEFT_PAD)
+
+        ahead = 0  # rows that the levels to come need beyond the strip
+        for k in tl.static_range(L):
+            ahead += KERNELS[k][0] // 2
+        copy_in(
+            ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
+            tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
+        )  # fmt: skip
+        for k in tl.static_range(L):
+            ahead -= KERNELS[k][0] // 2
+            _level(
+                slot + k * level_size, level_size, weights[k], channel, channels_inside, n_images,
+                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
+                KERNELS[k], EXACT, WINDOW, SEG, ROWS, NB,
+            )  # fmt: skip
+
+        for g in range(0, n_images):
+            planes = slot + (g * NB + lane)[:, None] * plane_size
+            total = tl.zeros([NB, PIXELS], tl.float32)
+            padded = (t1 - t0) * MP * WP
+            for start in range(0, padded, PIXELS):
+                i = (start + tl.arange(0, PIXELS))[None, :]
+                last = planes + L * level_size + TOP * MP * WP + i
+                total += tl.load(last, mask=i < padded, other=0.0).to(tl.float32)
+            share = tl.sum(total, 1) / (T * M * W)
+            tl.store(shares + (strip * B + b + g) * C + channel, share, mask=channels_inside)
+            glob = gelu(share, True)
+
+            n = (t1 - t0) * M * W
+            for start in range(0, n, PIXELS):
+                i = start + tl.arange(0, PIXELS)
+                t, m, w = pixel(i, t0, W, M)
+                gate_at = gates + (b + g) * gates_strides[0] + in_map(t, m, w, gates_strides)
+                at = in_plane(t, m, w, frame)[None, :]
+                value = tl.zeros([NB, PIXELS], tl.float32)
+                for k in tl.static_range(L):
+                    gate = tl.load(gate_at + k * gates_strides[1], mask=i < n, other=0.0).to(tl.float32)
+                    level = tl.load(planes + (k + 1) * level_size + at, mask=(i < n)[None, :], other=0.0)
+                    value += gate[None, :] * level.to(tl.float32)
+                if strips == 1:
+                    gate = tl.load(gate_at + L * gates_strides[1], mask=i < n, other=0.0).to(tl.float32)
+                    value += gate[None, :] * glob[:, None]
+                    if NORMALIZE:
+                        value = value / (L + 1)
+                to = out + (b + g) * out_strides[0] + channel[:, None] * out_strides[1]
+                to += in_map(t, m, w, out_strides)[None, :]
+                tl.store(to, value.to(out.dtype.element_ty), mask=channels_inside[:, None] & (i < n)[None, :])
+        tl.debug_barrier()
+        task += tl.num_programs(0)
+
+
+@triton.jit
+def _level(
+    source, level_size, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
+    KERNEL: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
+    NB: tl.constexpr,
+):  # fmt: skip
+    """Rows lo..hi of a level, from the planes at `source` into those `level_size` further on."""
+    T, M, W = size
+    pitch = frame[2] * frame[3]
+    source += tl.arange(0, NB)[:, None, None] * plane_size
+    column = tl.arange(0, 8)
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
+        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
+        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
+        to = source + level_size + center[None, :, None] + column[None, None, :]
+        in_columns = w[:, None] + column[None, :] < W
+        for r in tl.static_range(ROWS):
+            inside = in_columns & ((t + r >= 0) & (t + r < T))[:, None]
+            value = tl.where(inside[None, :, :], gelu(sums[r], EXACT), 0.0).to(source.dtype.element_ty)
+            tl.store(to + r * pitch, value, mask=(live & (t + r < hi))[None, :, None])
+    tl.debug_barrier()
+
+
+@triton.jit
+def context_finish_kernel(
+    gates, gates_strides, out, out_strides, shares, mean, B, C, size, strips,
+    DIVISOR: tl.constexpr, LAST: tl.constexpr, NB: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """The global context where images were cut into strips: out = (out + gates[LAST] * GELU(mean)) / DIVISOR, and the
+    mean (B, C) itself."""
+    T, M, W = size
+    blocks = (C + NB - 1) // NB
+    chunks = (T * M * W + PIXELS - 1) // PIXELS
+    pid = tl.program_id(0)
+    channel = (pid % blocks * NB + tl.arange(0, NB)).to(tl.int64)
+    inside = channel < C
+    chunk = pid // blocks % chunks
+    b = (pid // (blocks * chunks)).to(tl.int64)
+    total = tl.zeros([NB], tl.float32)
+    for strip in range(0, strips):
+        total += tl.load(shares + (strip * B + b) * C + channel, mask=inside, other=0.0)
+    if chunk == 0:
+        tl.store(mean + b * C + channel, total, mask=inside)
+    i = chunk * PIXELS + tl.arange(0, PIXELS)
+    t, m, w = pixel(i, 0, W, M)
+    valid = i < T * M * W
+    gate_at = gates + b * gates_strides[0] + LAST * gates_strides[1] + in_map(t, m, w, gates_strides)
+    gate = tl.load(gate_at, mask=valid, other=0.0).to(tl.float32)
+    at = out + b * out_strides[0] + channel[:, None] * out_strides[1] + in_map(t, m, w, out_strides)[None, :]
+    mask = inside[:, None] & valid[None, :]
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    value = (value + gate[None, :] * gelu(total, True)[:, None]) / DIVISOR
+    tl.store(at, value.to(out.dtype.element_ty), mask=mask)

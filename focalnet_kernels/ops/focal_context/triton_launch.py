@@ -1,0 +1,133 @@
+"""focal_context through the Triton kernels (triton_fwd.py, triton_bwd.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._autograd import bit_mask
+from .._triton import cdiv, implement_triton, launch, why_not_triton
+from .triton_plan import make_plan, padded_kernel, padded_map, why_too_large
+
+
+def why_not(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> str | None:
+    return why_not_triton(ctx) or why_too_large(ctx.shape[0], padded_map(ctx)[0], [w.shape[2:] for w in weights])
+
+
+def focal_context_fwd(ctx, gates, weights, normalize) -> tuple[Tensor, Tensor]:
+    return torch.ops.focalnet_kernels.focal_context_fwd_triton(ctx, gates, list(weights), normalize)
+
+
+def focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed) -> list[Tensor]:
+    return torch.ops.focalnet_kernels.focal_context_bwd_triton(
+        grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed)
+    )
+
+
+def _focal_context_fwd(ctx, gates, weights, normalize):
+    ctx_all = torch.empty_like(ctx)
+    return ctx_all, context_fwd(ctx, gates, weights, normalize, ctx_all)
+
+
+def _focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed):
+    grad_ctx = torch.empty_like(ctx) if needed & 1 else None
+    grad_gates = torch.empty_like(gates) if needed & 2 else None
+    want_weights = needed >> 2 != 0
+    grad_weights = context_bwd(
+        grad_out, ctx, gates, weights, mean, normalize, grad_ctx, grad_gates, want_weights=want_weights
+    )
+    found = [grad_ctx, grad_gates, *(grad_weights if want_weights else [None] * len(weights))]
+    return [
+        strided_like(gradient, t) if needed >> i & 1 else ctx.new_empty(0)
+        for i, (gradient, t) in enumerate(zip(found, (ctx, gates, *weights), strict=True))
+    ]
+
+
+implement_triton("focal_context_fwd_triton", _focal_context_fwd)
+implement_triton("focal_context_bwd_triton", _focal_context_bwd)
+
+
+def context_fwd(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, out: Tensor) -> Tensor:
+    """Writes ctx_all into `out`; returns the mean (B, C) of the last level."""
+    from .triton_fwd import context_finish_kernel, context_fwd_kernel
+
+    (B, C), (size, ctx_strides) = ctx.shape[:2], padded_map(ctx)
+    gates_strides, out_strides = padded_map(gates)[1], padded_map(out)[1]
+    kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
+    plan = make_plan(B, C, size, kernels, ctx.dtype, ctx.device)
+    shares = torch.empty((plan.strips, B, C), dtype=torch.float32, device=ctx.device)
+    scratch = ctx.new_empty(plan.slots * plan.slot_size)
+    launch(
+        context_fwd_kernel, plan.slots, ctx.device,
+        ctx, ctx_strides, gates, gates_strides, out, out_strides, shares, tuple(w.contiguous() for w in weights),
+        scratch, B, C, size, *plan.arguments(),
+        NORMALIZE=normalize, EXACT=ctx.dtype != torch.bfloat16, **plan.constants(),
+    )  # fmt: skip
+    if plan.strips == 1:
+        return shares[0]
+    mean = torch.empty_like(shares[0])
+    channels, pixels = 8, 256
+    launch(
+        context_finish_kernel, B * cdiv(C, channels) * cdiv(size[0] * size[1] * size[2], pixels), ctx.device,
+        gates, gates_strides, out, out_strides, shares, mean, B, C, size, plan.strips,
+        DIVISOR=len(weights) + 1.0 if normalize else 1.0, LAST=len(weights), NB=channels, PIXELS=pixels,
+    )  # fmt: skip
+    return mean
+
+
+def context_bwd(
+    grad_out: Tensor, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], mean: Tensor, normalize: bool,
+    grad_ctx: Tensor | None, grad_gates: Tensor | None, want_weights: bool, ctx_all: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Writes the gradients of ctx and gates, and ctx_all again, where given; returns the weights' gradients if wanted."""
+    from .triton_bwd import context_bwd_kernel
+    from .triton_reduce import reduce_partials_kernel
+
+    (B, C), L, device = ctx.shape[:2], len(weights), ctx.device
+    size, ctx_strides = padded_map(ctx)
+    pixels = size[0] * size[1] * size[2]
+    kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
+    taps = tuple(k[0] * k[1] * k[2] for k in kernels)
+    plan = make_plan(B, C, size, kernels, ctx.dtype, device, backward=True)
+    blocks, groups = cdiv(C, plan.channels), cdiv(B, plan.images) * plan.strips
+
+    def part(wanted, *shape):
+        return torch.empty(shape if wanted else (1,), dtype=torch.float32, device=device)
+
+    nothing = ctx.new_empty((1,) * ctx.ndim)  # in the place of what is not wanted
+
+    def with_strides(tensor):
+        tensor = nothing if tensor is None else tensor
+        return tensor, padded_map(tensor)[1]
+
+    grad_means = part(True, plan.slots, plan.images, plan.channels)
+    gates_parts = part(grad_gates is not None, blocks, B, L + 1, pixels)
+    weights_parts = part(want_weights, groups, C, sum(taps))
+    scratch = ctx.new_empty(plan.slots * plan.slot_size)
+    launch(
+        context_bwd_kernel, plan.slots, device,
+        *with_strides(grad_out), ctx, ctx_strides, *with_strides(gates), mean, tuple(w.contiguous() for w in weights),
+        scratch, grad_means, *with_strides(grad_ctx), *with_strides(ctx_all), gates_parts, weights_parts,
+        B, C, size, *plan.arguments(),
+        NORMALIZE=normalize, EXACT=ctx.dtype != torch.bfloat16, REACH=sum(k[0] // 2 for k in kernels),
+        ALL_TAPS=sum(taps), WANT_CTX=grad_ctx is not None, WANT_GATES=grad_gates is not None,
+        WANT_WEIGHTS=want_weights, WANT_ALL=ctx_all is not None, **plan.constants(),
+    )  # fmt: skip
+    grad_weights = tuple(torch.empty(w.shape, dtype=w.dtype, device=device) for w in weights) if want_weights else ()
+    BLOCK = 256
+    gate_programs = cdiv(B * (L + 1) * pixels, BLOCK) if grad_gates is not None else 0
+    weight_programs = cdiv(C * sum(taps), BLOCK) if want_weights else 0
+    launch(
+        reduce_partials_kernel, gate_programs + weight_programs, device,
+        gates_parts, *with_strides(grad_gates), weights_parts, grad_weights, gate_programs, blocks, groups, B, C, size,
+        TAPS=taps if want_weights else (), BLOCK=BLOCK, ALL_TAPS=sum(taps), LEVELS=L + 1,
+    )  # fmt: skip
+    return list(grad_weights)
+
+
+def strided_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """`gradient` with the strides of `tensor`, which gradient buckets (DDP) count on: mostly as it is."""
+    like = torch.empty_like(tensor)
+    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)

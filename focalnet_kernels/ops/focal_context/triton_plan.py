@@ -1,0 +1,134 @@
+"""Tile sizes of the chain kernels, and the scratch memory that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .._triton import cdiv, multiprocessors, next_power_of_2
+
+Kernel = tuple[int, int, int]  # a level's taps along (T, M, W)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one direction of focal_context is cut into programs. See triton_chain.py for the names."""
+
+    kernels: tuple[Kernel, ...]
+    window: int
+    channels: int  # NB
+    segments: int  # SEG
+    rows: int  # ROWS
+    images: int  # G
+    strips: int
+    strip_rows: int
+    top: int
+    mid_pad: int  # RM
+    left_pad: int
+    right_pad: int
+    plane_size: int
+    MP: int
+    tasks: int
+    slots: int
+    slot_size: int
+    pixels: int
+    warps: int
+
+    def arguments(self) -> tuple[int, ...]:
+        """The kernels' run-time arguments."""
+        return self.tasks, self.strips, self.strip_rows, self.MP, self.mid_pad, self.top, self.plane_size
+
+    def constants(self) -> dict:
+        """The kernels' compile-time arguments."""
+        return {
+            "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
+            "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "G": self.images, "PIXELS": self.pixels,
+            "num_warps": self.warps, "num_stages": 1,
+        }  # fmt: skip
+
+
+def padded_kernel(size: Sequence[int]) -> Kernel:
+    """One to three taps' counts as (T, M, W)."""
+    return {1: (1, 1, *size), 2: (size[0], 1, size[-1]), 3: tuple(size)}[len(size)]
+
+
+def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
+    """The spatial sizes of a (B, C, *spatial) tensor as (T, M, W), and its strides (b, c, t, m, w)."""
+    (b, c, *strides), sizes = tensor.stride(), tensor.shape[2:]
+    if len(sizes) == 1:
+        return (1, 1, sizes[0]), (b, c, 0, 0, strides[0])
+    if len(sizes) == 2:
+        return (sizes[0], 1, sizes[1]), (b, c, strides[0], 0, strides[1])
+    return tuple(sizes), (b, c, *strides)
+
+
+def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]]) -> str | None:
+    """Why the kernels' 32-bit offsets within one image's planes, or counts of pixels, cannot hold; None where they can."""
+    (T, M, W), kernels = size, [padded_kernel(k) for k in kernels]
+    rows = T + 8 + 2 * sum(k[0] for k in kernels)
+    plane = rows * (M + max((k[1] for k in kernels), default=0)) * (W + 64 + max((k[2] for k in kernels), default=0))
+    if plane * 8 * max(1, len(kernels)) >= 2**31 or B * T * M * W >= 2**31:
+        return f"maps of {T * M * W} pixels in a batch of {B} are too large for its 32-bit offsets"
+    return None
+
+
+# (backward, kernel width at most) -> channels, segments, rows, warps of a program: the largest without spilled registers
+_TENSOR_CORES = {
+    (False, 9): (4, 16, 4, 4),
+    (False, 13): (2, 16, 4, 4),
+    (True, 9): (4, 16, 4, 4),
+    (True, 13): (2, 16, 2, 4),
+}
+_TAPS = (4, 32, 1, 4)
+_SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
+_LARGEST_SCRATCH = 2**27  # elements
+
+
+def make_plan(
+    B: int, C: int, size: tuple[int, int, int], kernels: tuple[Kernel, ...], dtype: torch.dtype,
+    device: torch.device, backward: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan for ctx (B, C, *size) on that device."""
+    T, M, W = size
+    widest = max((k[2] for k in kernels), default=1)
+    band = dtype != torch.float32 and M == 1 and widest <= 13 and all(k[1] == 1 for k in kernels)
+    if band:
+        window = 16 if widest <= 9 else 32
+        channels, segments, rows, warps = _TENSOR_CORES[backward, 9 if widest <= 9 else 13]
+        rows = min(rows, next_power_of_2(T))
+    else:
+        window, (channels, segments, rows, warps) = 0, _TAPS
+    # windows start WINDOW / 4 columns before their segment: put that on a boundary of 8
+    left_pad = cdiv(widest // 2, 8) * 8 + 8 if not band else 8 + window // 4
+    right_pad = left_pad if not band else window - left_pad + 8
+    reach = [k[0] // 2 for k in kernels]
+    mid_pad = max((k[1] // 2 for k in kernels), default=0)
+    columns = cdiv(W, 8) * 8 + left_pad + right_pad
+
+    blocks, processors = cdiv(C, channels), multiprocessors(device)
+    per_image = cdiv(T, rows) * M * cdiv(W, 8)
+    images = min(next_power_of_2(max(1, segments // max(1, per_image))), next_power_of_2(max(1, B)))
+    strips, halo = 1, sum(reach) * (2 if backward else 1)
+    tasks = cdiv(B, images) * blocks
+    if images == 1 and 0 < tasks < 2 * processors:  # a strip costs `halo` rows on both sides: none shorter than that
+        strips = max(1, min(cdiv(2 * processors, tasks), T // max(rows, halo)))
+    strip_rows = cdiv(cdiv(max(1, T), strips), rows) * rows if strips > 1 else max(1, T)
+    strips = cdiv(max(1, T), strip_rows)
+    top = halo if strips > 1 else max(reach, default=0)
+    MP = M + 2 * mid_pad
+    # a row of slack above the first and below the last tile, for windows that start before or end after their row
+    plane_size = (strip_rows + 2 * top + rows + 1) * MP * columns
+    plane_size = cdiv(plane_size, 16) * 16
+    tasks = cdiv(B, images) * blocks * strips
+    slots = min(tasks, processors * _SLOTS_PER_MULTIPROCESSOR[backward])
+    planes = max(1, 2 * len(kernels)) if backward else len(kernels) + 1
+    slot_size = planes * images * channels * plane_size
+    slots = max(min(1, tasks), min(slots, _LARGEST_SCRATCH // slot_size))
+    return Plan(
+        kernels=kernels, window=window, channels=channels, segments=segments, rows=rows, images=images, strips=strips,
+        strip_rows=strip_rows, top=top, mid_pad=mid_pad, left_pad=left_pad, right_pad=right_pad,
+        plane_size=plane_size, MP=MP, tasks=tasks, slots=slots, slot_size=slot_size,
+        pixels=256, warps=warps,
+    )  # fmt: skip

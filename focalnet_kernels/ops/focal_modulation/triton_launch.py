@@ -1,0 +1,175 @@
+"""focal_modulation through the Triton kernels.
+
+Everything between f and proj is a (channels, tokens) matrix, logically. In memory it is either planes (tokens adjacent:
+what the depthwise chain wants, no permute anywhere) or tokens (channels adjacent: what cuBLAS writes with a bias).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._autograd import bit_mask
+from .._triton import cdiv, implement_triton, launch, why_not_triton
+from ..focal_context.triton_launch import context_bwd, context_fwd, strided_like
+from ..focal_context.triton_plan import padded_map, why_too_large
+from ..modulate.triton_launch import LARGEST_LN, LARGEST_PROJ, Tail, modulate, rows_bwd, rows_fwd
+from .parameters import LayerParameters
+
+
+def why_not(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
+    size = padded_map(x.movedim(-1, 1))[0]
+    return why_not_triton(x) or why_too_large(x.shape[0], size, [w.shape[2:] for w in parameters.focal_weights])
+
+
+def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:
+    flat = parameters.flat()
+    return torch.ops.focalnet_kernels.focal_modulation_fwd_triton(x, *flat[:8], list(flat[8:]), normalize, ln_eps, save)
+
+
+def focal_modulation_bwd(
+    grad_y, x, parameters: LayerParameters, intermediate, normalize, ln_eps, needed
+) -> list[Tensor]:
+    flat = parameters.flat()
+    return torch.ops.focalnet_kernels.focal_modulation_bwd_triton(
+        grad_y, x, *flat[:8], list(flat[8:]), *intermediate, normalize, ln_eps, bit_mask(needed)
+    )
+
+
+def in_planes(x: Tensor) -> bool:
+    """Whether matrices lie as planes. Where the products around the chain are bound by memory (kernels in 16 bits, few
+    channels) our own stream as well as cuBLAS; elsewhere cuBLAS computes faster, and writes tokens."""
+    return x.dtype != torch.float32 and x.shape[-1] <= 256
+
+
+def new_matrix(x: Tensor, rows: int, tokens: int) -> Tensor:
+    """An empty (rows, tokens) matrix in the layout of this layer."""
+    return x.new_empty(rows, tokens) if in_planes(x) else x.new_empty(tokens, rows).t()
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, a (rows, tokens) matrix, in the layout of this layer."""
+    return a @ b if in_planes(x) else (b.t() @ a.t()).t()
+
+
+def _as_map(matrix: Tensor, x: Tensor) -> Tensor:
+    """A (rows, tokens) matrix as (B, rows, *spatial), without a copy."""
+    strides = [matrix.stride(1)]
+    for size in reversed(x.shape[1:-1]):
+        strides.insert(0, strides[0] * size)
+    return matrix.as_strided((x.shape[0], len(matrix), *x.shape[1:-1]), (strides[0], matrix.stride(0), *strides[1:]))
+
+
+def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Tensor:
+    """f(x) as a (2C+L+1, tokens) matrix."""
+    if not in_planes(x):
+        return F.linear(x.reshape(tokens, x.shape[-1]), weight, bias).t()
+    from .triton_linear import linear_planes_kernel
+
+    out = new_matrix(x, len(weight), tokens)
+    size, strides = padded_map(x.movedim(-1, 1))
+    BF, BN, BK = (64, 128, 32)
+    launch(
+        linear_planes_kernel, cdiv(len(weight), BF) * cdiv(tokens, BN), x.device,
+        x, strides, weight, weight.stride(), weight if bias is None else bias.contiguous(), out, tokens, len(weight),
+        x.shape[-1], size, HAS_BIAS=bias is not None, BF=BF, BN=BN, BK=BK, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _focal_modulation_fwd(
+    x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+    normalize, ln_eps, save,
+):  # fmt: skip
+    B, C = x.shape[0], x.shape[-1]
+    tokens = x.numel() // C
+    projected = _linear_f(x, f_weight, f_bias, tokens)
+    q, ctx, gates = projected.split((C, C, len(focal_weights) + 1))
+    ctx_all = new_matrix(x, C, tokens)
+    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), focal_weights, normalize, _as_map(ctx_all, x))
+    kept = None
+    if _by_rows(x, ln_weight):
+        kept = F.linear(ctx_all.t(), h_weight, h_bias).t()
+        z = rows_fwd(q, kept, ln_weight, ln_bias, ln_eps, new_matrix(x, C, tokens) if save else kept)
+        y = _like(x, F.linear(z.t(), proj_weight, proj_bias))
+    else:
+        kept = new_matrix(x, C, tokens) if save else None
+        arguments = _as_map(q, x), _as_map(ctx_all, x), h_weight, h_bias
+        modulator = None if kept is None else _as_map(kept, x)
+        if C <= LARGEST_PROJ:
+            y = torch.empty_like(x)
+            tail = Tail(ln_weight, ln_bias, ln_eps, proj_weight, proj_bias)
+            modulate(*arguments, y.movedim(-1, 1), modulator, tail)
+        else:
+            z = new_matrix(x, C, tokens)
+            modulate(*arguments, _as_map(z, x), modulator, Tail(ln_weight, ln_bias, ln_eps))
+            y = _like(x, F.linear(z.t(), proj_weight, proj_bias))
+    if save:
+        return y, projected, kept, mean
+    return y, x.new_empty(0, 0), x.new_empty(0, 0), mean.new_empty(0, 0)
+
+
+def _by_rows(x: Tensor, ln_weight: Tensor | None) -> bool:
+    """Whether h is cuBLAS's and what follows it a kernel of its own: float32, where `tl.dot` is slow, and LayerNorm over
+    more channels than a tile of products holds."""
+    return x.dtype == torch.float32 or (ln_weight is not None and x.shape[-1] > LARGEST_LN)
+
+
+def _like(x: Tensor, tokens: Tensor) -> Tensor:
+    """A contiguous (tokens, C) matrix as (B, *spatial, C) in x's memory order: mostly as it is."""
+    result = tokens.view(x.shape)
+    like = torch.empty_like(x)
+    return result if result.stride() == like.stride() else like.copy_(result)
+
+
+def _focal_modulation_bwd(
+    grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+    projected, modulator, mean, normalize, ln_eps, needed,
+):  # fmt: skip
+    inputs = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
+    wants = [t is not None and bool(needed >> i & 1) for i, t in enumerate(inputs)]
+    wants_x, wants_f, wants_f_bias, wants_h, wants_h_bias, wants_proj, wants_proj_bias, *wants_ln_and_levels = wants
+    wants_ln, wants_levels = wants_ln_and_levels[:2], wants_ln_and_levels[2:]
+    wants_projected = wants_x or wants_f or wants_f_bias
+    found: list[Tensor | None] = [None] * len(inputs)
+    C, tokens = x.shape[-1], x.numel() // x.shape[-1]
+    dy = grad_y.reshape(tokens, C)
+    q, ctx, gates = projected.split((C, C, len(focal_weights) + 1))
+
+    grad_projected = new_matrix(x, len(projected), tokens)
+    grad_q, grad_ctx, grad_gates = grad_projected.split((C, C, len(focal_weights) + 1))
+    z = _product(x, proj_weight.t(), dy.t())  # the gradient of proj's input, until rows_bwd puts the input there
+    grad_modulator = new_matrix(x, C, tokens)
+    sums = rows_bwd(q, modulator, z, ln_weight, ln_bias, ln_eps, grad_q, grad_modulator)
+    if wants_proj:
+        found[5] = dy.t() @ z.t()
+    if wants_proj_bias:
+        found[6] = dy.sum(0)
+    if wants_h_bias or any(wants_ln):
+        found[4], found[7], found[8] = sums.sum(0).to(x.dtype)
+
+    if wants_projected or wants_h or any(wants_levels):
+        grad_ctx_all = _product(x, h_weight.t(), grad_modulator)
+        ctx_all = new_matrix(x, C, tokens) if wants_h else None
+        found[9:] = context_bwd(
+            _as_map(grad_ctx_all, x), _as_map(ctx, x), _as_map(gates, x), focal_weights, mean, normalize,
+            _as_map(grad_ctx, x) if wants_projected else None, _as_map(grad_gates, x) if wants_projected else None,
+            want_weights=any(wants_levels), ctx_all=None if ctx_all is None else _as_map(ctx_all, x),
+        ) or [None] * len(focal_weights)  # fmt: skip
+        if wants_h:
+            found[3] = grad_modulator @ ctx_all.t()
+    if wants_x:
+        found[0] = _like(x, grad_projected.t() @ f_weight)
+    if wants_f:
+        found[1] = grad_projected @ x.reshape(tokens, C)
+    if wants_f_bias:
+        found[2] = grad_projected.sum(1)
+    return [
+        strided_like(gradient, t) if want else x.new_empty(0)
+        for gradient, t, want in zip(found, inputs, wants, strict=True)
+    ]
+
+
+implement_triton("focal_modulation_fwd_triton", _focal_modulation_fwd)
+implement_triton("focal_modulation_bwd_triton", _focal_modulation_bwd)

@@ -1,0 +1,80 @@
+"""q * (h ctx_all + b) in one launch, with LayerNorm and the output projection where a tile holds every channel."""
+
+import triton
+import triton.language as tl
+
+from ..focal_context.triton_chain import in_map, pixel
+
+
+@triton.jit
+def token_offsets(i, strides, size):
+    """Offsets of tokens i = (b, t, m, w) in a tensor with strides (b, c, t, m, w)."""
+    T, M, W = size
+    pixels = T * M * W
+    t, m, w = pixel(i % pixels, 0, W, M)
+    return (i // pixels).to(tl.int64) * strides[0] + in_map(t, m, w, strides)
+
+
+@triton.jit
+def modulate_fwd_kernel(
+    q, q_strides, ctx_all, ctx_all_strides, h, h_strides, h_bias, modulator, modulator_strides,
+    ln_weight, ln_bias, ln_eps, proj, proj_strides, proj_bias, out, out_strides, tokens, C, size,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, LN: tl.constexpr, PROJ: tl.constexpr, PROJ_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile is ROWS output channels of BN tokens: all channels with LN or PROJ. Channels are rows so that channel
+    planes, as focal_context leaves them, are read and written along the tokens."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    row_tiles = (C + ROWS - 1) // ROWS
+    pid = tl.program_id(0)
+    row = pid % row_tiles * ROWS + tl.arange(0, ROWS)
+    i = pid // row_tiles * BN + tl.arange(0, BN)
+    mask = (row < C)[:, None] & (i < tokens)[None, :]
+    from_ctx = ctx_all + token_offsets(i, ctx_all_strides, size)[None, :]
+    sums = tl.zeros([ROWS, BN], tl.float32)
+    for start in range(0, C, BK):
+        k = start + tl.arange(0, BK)
+        at = h + row.to(tl.int64)[:, None] * h_strides[0] + k[None, :] * h_strides[1]
+        weight = tl.load(at, mask=(row < C)[:, None] & (k < C)[None, :], other=0.0)
+        at = from_ctx + k.to(tl.int64)[:, None] * ctx_all_strides[1]
+        sums = tl.dot(
+            weight, tl.load(at, mask=(k < C)[:, None] & (i < tokens)[None, :], other=0.0), sums, input_precision="ieee"
+        )
+    if HAS_BIAS:
+        sums += tl.load(h_bias + row, mask=row < C, other=0.0).to(tl.float32)[:, None]
+    channel = row.to(tl.int64)[:, None]
+    if SAVE:
+        to = modulator + token_offsets(i, modulator_strides, size)[None, :] + channel * modulator_strides[1]
+        tl.store(to, sums.to(DTYPE), mask=mask)
+    at = q + token_offsets(i, q_strides, size)[None, :] + channel * q_strides[1]
+    z = sums * tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if LN:
+        z = layer_norm(z, row, C, ln_weight, ln_bias, ln_eps)
+    to = out + token_offsets(i, out_strides, size)[None, :] + channel * out_strides[1]
+    if PROJ:
+        at = proj + row.to(tl.int64)[:, None] * proj_strides[0] + row[None, :] * proj_strides[1]
+        weight = tl.load(at, mask=(row < C)[:, None] & (row < C)[None, :], other=0.0)
+        y = tl.dot(weight, tl.where(mask, z, 0.0).to(DTYPE), input_precision="ieee")
+        if PROJ_BIAS:
+            y += tl.load(proj_bias + row, mask=row < C, other=0.0).to(tl.float32)[:, None]
+        tl.store(to, y.to(DTYPE), mask=mask)
+    else:
+        tl.store(to, z.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def layer_norm(z, row, C, weight, bias, eps):
+    """LayerNorm of every column of z [rows, tokens] over its first C rows."""
+    normal, _ = normalized(z, row, C, eps)
+    gamma = tl.load(weight + row, mask=row < C, other=0.0).to(tl.float32)
+    beta = tl.load(bias + row, mask=row < C, other=0.0).to(tl.float32)
+    return normal * gamma[:, None] + beta[:, None]
+
+
+@triton.jit
+def normalized(z, row, C, eps):
+    """Every column of z, over its first C rows, with mean 0 and variance 1; and what it was multiplied by for that."""
+    z = tl.where((row < C)[:, None], z, 0.0)
+    z = tl.where((row < C)[:, None], z - (tl.sum(z, 0) / C)[None, :], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 0) / C + eps)
+    return z * rstd[None, :], rstd

@@ -1,0 +1,119 @@
+"""modulate through the Triton kernels (triton_fwd.py, triton_rows.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, why_not_triton
+from ..focal_context.triton_plan import padded_map, why_too_large
+
+
+def why_not(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return why_not_triton(q) or why_too_large(q.shape[0], padded_map(q)[0], ())
+
+
+def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.focalnet_kernels.modulate_fwd_triton(q, ctx_all, weight, bias)
+
+
+def _modulate_fwd(q, ctx_all, weight, bias):
+    out = torch.empty_like(q)
+    modulate(q, ctx_all, weight, bias, out)
+    return out
+
+
+implement_triton("modulate_fwd_triton", _modulate_fwd)
+
+
+class Tail(NamedTuple):
+    """What may follow q * modulator in the same tile: LayerNorm, the output projection."""
+
+    ln_weight: Tensor | None = None
+    ln_bias: Tensor | None = None
+    ln_eps: float = 0.0
+    proj_weight: Tensor | None = None
+    proj_bias: Tensor | None = None
+
+
+# A tile with every channel: LayerNorm needs one column's sums; the projection needs its weight in shared memory too.
+LARGEST_LN, LARGEST_PROJ = 256, 128
+
+
+def modulate(
+    q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, modulator: Tensor | None = None,
+    tail: Tail = Tail(),  # noqa: B008 (immutable)
+) -> None:  # fmt: skip
+    """Writes proj?(LN?(q * (weight @ ctx_all + bias))) into `out`, and the modulator where given; all (B, C, *spatial)."""
+    from .triton_fwd import modulate_fwd_kernel
+
+    C = q.shape[1]
+    size, q_strides = padded_map(q)
+    tokens = q.shape[0] * size[0] * size[1] * size[2]
+    whole = tail.ln_weight is not None or tail.proj_weight is not None
+    rows = max(16, next_power_of_2(C)) if whole else min(128, max(16, next_power_of_2(C)))
+    BN, BK, warps = (64, 32, 8) if rows > 64 else (64, 32, 4)
+    nothing = weight  # stands for what is absent
+    launch(
+        modulate_fwd_kernel, cdiv(C, rows) * cdiv(tokens, BN), q.device,
+        q, q_strides, ctx_all, padded_map(ctx_all)[1], weight, weight.stride(), _or(bias, nothing),
+        _or(modulator, out), padded_map(_or(modulator, out))[1],
+        _or(tail.ln_weight, nothing), _or(tail.ln_bias, nothing), tail.ln_eps,
+        _or(tail.proj_weight, nothing), _or(tail.proj_weight, nothing).stride(), _or(tail.proj_bias, nothing),
+        out, padded_map(out)[1], tokens, C, size,
+        HAS_BIAS=bias is not None, SAVE=modulator is not None, LN=tail.ln_weight is not None,
+        PROJ=tail.proj_weight is not None, PROJ_BIAS=tail.proj_bias is not None, ROWS=rows, BN=BN, BK=BK,
+        num_warps=warps, num_stages=3,
+    )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor.contiguous() if tensor.ndim == 1 else tensor
+
+
+def _rows_tile(C: int, tokens_adjacent: bool, ln: bool) -> dict:
+    """ROWS x BN: about 4096 elements, wide along whichever axis is adjacent in memory."""
+    if ln:
+        rows = next_power_of_2(C)
+        return {"ROWS": rows, "BN": max(1, 4096 // rows), "num_warps": 8}
+    rows, columns = (32, 128) if tokens_adjacent else (128, 32)
+    return {"ROWS": rows, "BN": columns, "num_warps": 8}
+
+
+def rows_fwd(
+    q: Tensor, modulator: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, ln_eps: float, out: Tensor
+) -> Tensor:
+    """LN?(q * modulator) of (C, tokens) matrices, into `out`, which may be `modulator`."""
+    from .triton_rows import rows_fwd_kernel
+
+    C, tokens = q.shape
+    tile = _rows_tile(C, q.stride(1) == 1, ln_weight is not None)
+    launch(
+        rows_fwd_kernel, cdiv(C, tile["ROWS"]) * cdiv(tokens, tile["BN"]), q.device,
+        q, q.stride(), modulator, modulator.stride(), _or(ln_weight, q), _or(ln_bias, q), ln_eps,
+        out, out.stride(), tokens, C, LN=ln_weight is not None, **tile,
+    )  # fmt: skip
+    return out
+
+
+def rows_bwd(
+    q: Tensor, modulator: Tensor, grad: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, ln_eps: float,
+    grad_q: Tensor, grad_modulator: Tensor,
+) -> Tensor:  # fmt: skip
+    """Backward of `rows_fwd`, see rows_bwd_kernel: z goes over `grad`; returns the (programs, 3, C) sums."""
+    from .triton_rows import rows_bwd_kernel
+
+    C, tokens = q.shape
+    tile = _rows_tile(C, q.stride(1) == 1, ln_weight is not None)
+    row_tiles, token_tiles = cdiv(C, tile["ROWS"]), cdiv(tokens, tile["BN"])
+    programs = max(1, min(token_tiles, cdiv(4 * multiprocessors(q.device), row_tiles)))
+    sums = torch.empty((programs, 3, C), dtype=torch.float32, device=q.device)
+    launch(
+        rows_bwd_kernel, row_tiles * programs, q.device,
+        q, q.stride(), modulator, modulator.stride(), grad, grad.stride(), _or(ln_weight, q), _or(ln_bias, q), ln_eps,
+        grad_q, grad_q.stride(), grad_modulator, grad_modulator.stride(), sums, tokens, C, programs,
+        LN=ln_weight is not None, **tile,
+    )  # fmt: skip
+    return sums
