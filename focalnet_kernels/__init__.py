@@ -5,13 +5,23 @@ Importing touches no GPU driver and works without any compiled extension: then t
 
 from ._version import __version__
 from .dispatch import BackendError, use_backend
-from .functional import explain, focal_context, focal_modulation, modulate
+from .functional import cross_focal_modulation, explain, focal_context, focal_modulation, modulate
 from .integrations import accelerate, restore
 from .models import FocalNet, create_model, list_models, load_checkpoint
-from .nn import FocalModulation, FocalModulation1d, FocalModulation3d
+from .nn import (
+    CrossFocalModulation,
+    CrossFocalModulation1d,
+    CrossFocalModulation3d,
+    FocalModulation,
+    FocalModulation1d,
+    FocalModulation3d,
+)
 
 __all__ = [
     "BackendError",
+    "CrossFocalModulation",
+    "CrossFocalModulation1d",
+    "CrossFocalModulation3d",
     "FocalModulation",
     "FocalModulation1d",
     "FocalModulation3d",
@@ -19,6 +29,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "create_model",
+    "cross_focal_modulation",
     "explain",
     "focal_context",
     "focal_modulation",

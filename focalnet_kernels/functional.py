@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from ._arguments import check_levels, check_map, check_matrix, check_shape, same_kind
 from .dispatch import Explanation, explain_call
 from .ops.focal_modulation.parameters import LayerParameters
 from .ops.focal_modulation.reference import focal_modulation_reference
 
-__all__ = ["explain", "focal_context", "focal_modulation", "modulate"]
+__all__ = ["cross_focal_modulation", "explain", "focal_context", "focal_modulation", "modulate"]
 
 
 def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False) -> Tensor:
@@ -101,12 +103,76 @@ def focal_modulation(
     return ops.focal_modulation(*arguments)
 
 
+def cross_focal_modulation(
+    x: Tensor,
+    target: Tensor,
+    f_weight: Tensor,
+    f_bias: Tensor | None,
+    focal_weights: Sequence[Tensor],
+    h_weight: Tensor,
+    h_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 1e-5,
+    normalize: bool = False,
+) -> Tensor:
+    """Focal modulation of one map by the context of another: q = f_q(x), and ctx, gates = f_ctx(target).
+
+    y = proj(LN?(q * h(resample(focal_context(ctx, gates))))). With target = x it is `focal_modulation`.
+
+    Levels and gates stay at the target's size; only their sum ctx_all is brought to the query's, by (bi-, tri-)linear
+    interpolation with align_corners=False. Before it, a kernel would cover another part of the scene and a gate weigh
+    another pixel than the one it was computed from; after h nothing would change, as h acts on each pixel alone and
+    the weights of an interpolation sum to 1. Reduction does not smooth first: at more than a factor of 2 pixels of
+    the target fall between the samples, though each sample still sees its receptive field.
+
+    Args:
+        x: (B, *spatial, C), the query; any strides.
+        target: (B, *target_spatial, C), as many spatial axes, at least one pixel; any strides.
+        f_weight, f_bias: (2C+L+1, C) and (2C+L+1,) or None. Rows: q (of x), ctx, gates (of the target).
+        focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, ln_eps, normalize: see
+            `focal_modulation`.
+
+    Returns:
+        (B, *spatial, C), dtype of `x` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+    """
+    x, target, p, normalize, ln_eps = _prepare_cross_focal_modulation(
+        x, target, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
+        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, normalize=normalize,
+    )  # fmt: skip
+    C, spatial = x.shape[-1], x.shape[1:-1]
+    q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C])
+    ctx_all = focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize)
+    if ctx_all.shape[2:] != spatial:
+        ctx_all = F.interpolate(ctx_all, size=spatial, mode=_LINEAR[len(spatial)], align_corners=False)
+    y = modulate(q.movedim(-1, 1), ctx_all, p.h_weight, p.h_bias).movedim(1, -1)
+    if p.ln_weight is not None:
+        y = F.layer_norm(y, (C,), p.ln_weight, p.ln_bias, ln_eps)
+    return F.linear(y, p.proj_weight, p.proj_bias)
+
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def _context_of(target: Tensor, p: LayerParameters) -> tuple[Tensor, Tensor]:
+    """ctx (B, C, *spatial) and gates (B, L+1, *spatial): f without the rows of q."""
+    C = target.shape[-1]
+    projected = F.linear(target, p.f_weight[C:], None if p.f_bias is None else p.f_bias[C:]).movedim(-1, 1)
+    return projected.split((C, len(p.focal_weights) + 1), 1)
+
+
 def explain(op, *args, **kwargs) -> Explanation:
     """Which backend would run `op` for these tensors, and for each other backend the reason why not.
 
     Args:
-        op: `focal_context`, `modulate` or `focal_modulation` (the function or its name), or a module such as
-            `FocalModulation`.
+        op: `focal_context`, `modulate`, `focal_modulation` or `cross_focal_modulation` (the function or its name), or
+            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`.
         *args, **kwargs: what it would be called with.
 
     Returns:
@@ -116,30 +182,30 @@ def explain(op, *args, **kwargs) -> Explanation:
         TypeError: `op` is none of these.
     """
     if isinstance(op, torch.nn.Module) and hasattr(op, "functional_arguments"):
-        (x,) = args
-        return explain("focal_modulation", *op.functional_arguments(x)[0], **op.functional_arguments(x)[1])
+        args, kwargs = op.functional_arguments(*args)
+        op = op.functional
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
-    return explain_call(name, *_PREPARE[name](*args, **kwargs))
+    return explain_call(_CORE.get(name, name), *_PREPARE[name](*args, **kwargs))
 
 
 def _prepare_focal_context(ctx, gates, weights, *, normalize=False):
-    _check_map("ctx", ctx)
-    weights = _levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
+    check_map("ctx", ctx)
+    weights = check_levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
     expected = (ctx.shape[0], len(weights) + 1, *ctx.shape[2:])
-    _check_shape("gates", gates, expected, f"(B, L+1, *spatial) for L = {len(weights)} weights")
-    ctx, gates, *weights = _same_kind((ctx, gates, *weights), ("ctx", "gates"), "weights")
+    check_shape("gates", gates, expected, f"(B, L+1, *spatial) for L = {len(weights)} weights")
+    ctx, gates, *weights = same_kind((ctx, gates, *weights), ("ctx", "gates"), "weights")
     return ctx, gates, tuple(weights), bool(normalize)
 
 
 def _prepare_modulate(q, ctx_all, weight, bias=None):
-    _check_map("q", q)
-    _check_shape("ctx_all", ctx_all, tuple(q.shape), "q's shape")
+    check_map("q", q)
+    check_shape("ctx_all", ctx_all, tuple(q.shape), "q's shape")
     C = q.shape[1]
-    weight = _matrix("weight", weight, C, C)
-    _check_shape("bias", bias, (C,), "(C,)", optional=True)
-    return tuple(_same_kind((q, ctx_all, weight, bias), ("q", "ctx_all", "weight", "bias")))
+    weight = check_matrix("weight", weight, C, C)
+    check_shape("bias", bias, (C,), "(C,)", optional=True)
+    return tuple(same_kind((q, ctx_all, weight, bias), ("q", "ctx_all", "weight", "bias")))
 
 
 _LAYER = ("x", "f_weight", "f_bias", "h_weight", "h_bias", "proj_weight", "proj_bias", "ln_weight", "ln_bias")
@@ -149,100 +215,47 @@ def _prepare_focal_modulation(
     x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *,
     ln_weight=None, ln_bias=None, ln_eps=1e-5, normalize=False, return_gates=False,
 ):  # fmt: skip
-    _check_map("x", x, layout="(B, *spatial, C)")
+    check_map("x", x, layout="(B, *spatial, C)")
     C = x.shape[-1]
-    focal_weights = _levels("focal_weights", focal_weights, C, x.ndim - 2)
+    focal_weights = check_levels("focal_weights", focal_weights, C, x.ndim - 2)
     f_out = 2 * C + len(focal_weights) + 1
-    f_weight = _matrix("f_weight", f_weight, f_out, C)
-    h_weight = _matrix("h_weight", h_weight, C, C)
-    proj_weight = _matrix("proj_weight", proj_weight, C, C)
-    _check_shape("f_bias", f_bias, (f_out,), "(2C+L+1,)", optional=True)
-    _check_shape("h_bias", h_bias, (C,), "(C,)", optional=True)
-    _check_shape("proj_bias", proj_bias, (C,), "(C,)", optional=True)
-    _check_shape("ln_weight", ln_weight, (C,), "(C,)", optional=True)
-    _check_shape("ln_bias", ln_bias, (C,), "(C,)", optional=True)
+    f_weight = check_matrix("f_weight", f_weight, f_out, C)
+    h_weight = check_matrix("h_weight", h_weight, C, C)
+    proj_weight = check_matrix("proj_weight", proj_weight, C, C)
+    check_shape("f_bias", f_bias, (f_out,), "(2C+L+1,)", optional=True)
+    check_shape("h_bias", h_bias, (C,), "(C,)", optional=True)
+    check_shape("proj_bias", proj_bias, (C,), "(C,)", optional=True)
+    check_shape("ln_weight", ln_weight, (C,), "(C,)", optional=True)
+    check_shape("ln_bias", ln_bias, (C,), "(C,)", optional=True)
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight, ln_bias: give both or neither")
     tensors = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
-    x, *flat = _same_kind(tensors, _LAYER, "focal_weights")
+    x, *flat = same_kind(tensors, _LAYER, "focal_weights")
     return x, LayerParameters.from_flat(flat), bool(normalize), float(ln_eps)
+
+
+def _prepare_cross_focal_modulation(x, target, *args, **kwargs):
+    x, parameters, normalize, ln_eps = _prepare_focal_modulation(x, *args, **kwargs)
+    check_map("target", target, layout="(B, *spatial, C)")
+    B, C = x.shape[0], x.shape[-1]
+    if target.ndim != x.ndim or (target.shape[0], target.shape[-1]) != (B, C) or 0 in target.shape[1:-1]:
+        raise ValueError(
+            f"target: expected x's batch {B}, channels {C} and {x.ndim - 2} spatial axes of at least one pixel, "
+            f"got shape {tuple(target.shape)}"
+        )
+    x, target = same_kind((x, target), ("x", "target"))
+    return x, target, parameters, normalize, ln_eps
+
+
+def _prepare_cross_context(*args, **kwargs):
+    _, target, p, normalize, _ = _prepare_cross_focal_modulation(*args, **kwargs)
+    return _prepare_focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize)
 
 
 _PREPARE = {
     "focal_context": _prepare_focal_context,
     "modulate": _prepare_modulate,
     "focal_modulation": _prepare_focal_modulation,
+    "cross_focal_modulation": _prepare_cross_context,
 }
-
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _check_tensor(name: str, tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-
-
-def _check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
-    _check_tensor(name, tensor)
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
-    if not 3 <= tensor.ndim <= 5:
-        raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
-
-
-def _check_shape(name: str, tensor, expected: tuple, meaning: str, optional: bool = False) -> None:
-    if optional and tensor is None:
-        return
-    _check_tensor(name, tensor)
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(tensor.shape)}")
-
-
-def _levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
-    try:
-        weights = tuple(weights)
-    except TypeError:
-        got = type(weights).__name__
-        raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
-    for i, weight in enumerate(weights):  # messages are made where they are needed: this runs in every call
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(weight).__name__}")
-        shape = tuple(weight.shape)
-        if len(shape) != ndim + 2 or shape[:2] != (C, 1):
-            raise ValueError(f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {shape}")
-        for k in shape[2:]:
-            if k % 2 == 0:
-                raise ValueError(
-                    f"{name}[{i}]: expected odd kernel sizes, got {shape[2:]} (an even one would change the map's size)"
-                )
-    return weights
-
-
-def _matrix(name: str, weight, rows: int, columns: int) -> Tensor:
-    """A Linear's weight, or a 1x1 convolution's with its ones dropped."""
-    _check_tensor(name, weight)
-    shape = tuple(weight.shape)
-    if shape[:2] != (rows, columns) or any(n != 1 for n in shape[2:]):
-        raise ValueError(f"{name}: expected shape ({rows}, {columns}) or a 1x1 convolution's, got {shape}")
-    return weight.flatten(1) if weight.ndim > 2 else weight
-
-
-def _same_kind(tensors: Sequence[Tensor | None], names: tuple[str, ...], levels: str = "") -> Sequence[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
-
-    `names` of the first tensors; the others are the list called `levels`.
-    """
-    device = tensors[0].device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    dtype = tensors[0].dtype
-    for i, tensor in enumerate(tensors):
-        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
-            continue
-        name = names[i] if i < len(names) else f"{levels}[{i - len(names)}]"
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {tensor.device}")
-        raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {tensor.dtype}")
-    return tensors
+_CORE = {"cross_focal_modulation": "focal_context"}

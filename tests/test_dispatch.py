@@ -150,7 +150,7 @@ def test_explain_modules(module):
 
 @pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])
 def test_explain_refuses_what_it_does_not_know(op):
-    with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation or"):
+    with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation, cross_"):
         fk.explain(op, torch.zeros(1))
 
 

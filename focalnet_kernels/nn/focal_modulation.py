@@ -9,8 +9,11 @@ from ..functional import focal_modulation
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-class _FocalModulationNd(nn.Module):
+class FocalModulationNd(nn.Module):
+    """The parameters of focal modulation over `ndim` spatial axes, and its forward."""
+
     ndim: int
+    functional = staticmethod(focal_modulation)
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class _FocalModulationNd(nn.Module):
             self.ln = nn.LayerNorm(dim)
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
-        """What `forward` hands to `functional.focal_modulation`."""
+        """What `forward` hands to `functional`."""
         ln = getattr(self, "ln", None)
         args = (
             x,
@@ -75,20 +78,23 @@ class _FocalModulationNd(nn.Module):
         }
 
     def forward(self, x: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        if x.ndim != self.ndim + 2 or x.shape[-1] != self.dim:
-            axes = ("N", "H, W", "D, H, W")[self.ndim - 1]
-            raise ValueError(f"x: expected shape (B, {axes}, C={self.dim}), got {tuple(x.shape)}")
+        self.check_input("x", x)
         args, kwargs = self.functional_arguments(x)
         if return_gates:
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
             return self.proj_drop(y), gates, modulator
         return self.proj_drop(focal_modulation(*args, **kwargs))
 
+    def check_input(self, name: str, x: Tensor) -> None:
+        if x.ndim != self.ndim + 2 or x.shape[-1] != self.dim:
+            axes = ("N", "H, W", "D, H, W")[self.ndim - 1]
+            raise ValueError(f"{name}: expected shape (B, {axes}, C={self.dim}), got {tuple(x.shape)}")
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_sizes={self.kernel_sizes}"
 
 
-class FocalModulation(_FocalModulationNd):
+class FocalModulation(FocalModulationNd):
     """Focal modulation of a map (paper, section 3.2), with the authors' constructor and state_dict keys.
 
     Args:
@@ -112,13 +118,13 @@ class FocalModulation(_FocalModulationNd):
     ndim = 2
 
 
-class FocalModulation1d(_FocalModulationNd):
+class FocalModulation1d(FocalModulationNd):
     """`FocalModulation` of a sequence: (B, N, C) -> (B, N, C), same arguments."""
 
     ndim = 1
 
 
-class FocalModulation3d(_FocalModulationNd):
+class FocalModulation3d(FocalModulationNd):
     """`FocalModulation` of a volume or video: (B, D, H, W, C) -> (B, D, H, W, C), same arguments."""
 
     ndim = 3

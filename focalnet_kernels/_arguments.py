@@ -1,0 +1,80 @@
+"""Checks of what users hand over: an error names the argument, what came, and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
+    if not 3 <= tensor.ndim <= 5:
+        raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
+
+
+def check_shape(name: str, tensor, expected: tuple, meaning: str, optional: bool = False) -> None:
+    if optional and tensor is None:
+        return
+    check_tensor(name, tensor)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(tensor.shape)}")
+
+
+def check_levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
+    try:
+        weights = tuple(weights)
+    except TypeError:
+        got = type(weights).__name__
+        raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
+    for i, weight in enumerate(weights):  # messages are made where they are needed: this runs in every call
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(weight).__name__}")
+        shape = tuple(weight.shape)
+        if len(shape) != ndim + 2 or shape[:2] != (C, 1):
+            raise ValueError(f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {shape}")
+        for k in shape[2:]:
+            if k % 2 == 0:
+                raise ValueError(
+                    f"{name}[{i}]: expected odd kernel sizes, got {shape[2:]} (an even one would change the map's size)"
+                )
+    return weights
+
+
+def check_matrix(name: str, weight, rows: int, columns: int) -> Tensor:
+    """A Linear's weight, or a 1x1 convolution's with its ones dropped."""
+    check_tensor(name, weight)
+    shape = tuple(weight.shape)
+    if shape[:2] != (rows, columns) or any(n != 1 for n in shape[2:]):
+        raise ValueError(f"{name}: expected shape ({rows}, {columns}) or a 1x1 convolution's, got {shape}")
+    return weight.flatten(1) if weight.ndim > 2 else weight
+
+
+def same_kind(tensors: Sequence[Tensor | None], names: tuple[str, ...], levels: str = "") -> Sequence[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
+
+    `names` of the first tensors; the others are the list called `levels`.
+    """
+    device = tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = tensors[0].dtype
+    for i, tensor in enumerate(tensors):
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
+            continue
+        name = names[i] if i < len(names) else f"{levels}[{i - len(names)}]"
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {tensor.device}")
+        raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {tensor.dtype}")
+    return tensors

@@ -1,0 +1,55 @@
+"""Cross modulation: the query from one map, the context from another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..functional import cross_focal_modulation
+from .focal_modulation import FocalModulationNd
+
+
+class CrossFocalModulationNd(FocalModulationNd):
+    """The parameters of `FocalModulationNd`, with f's rows shared out between query and target."""
+
+    functional = staticmethod(cross_focal_modulation)
+
+    def functional_arguments(self, x: Tensor, target: Tensor) -> tuple[tuple, dict]:
+        (x, *parameters), kwargs = super().functional_arguments(x)
+        return (x, target, *parameters), kwargs
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        self.check_input("x", x)
+        self.check_input("target", target)
+        args, kwargs = self.functional_arguments(x, target)
+        return self.proj_drop(cross_focal_modulation(*args, **kwargs))
+
+
+class CrossFocalModulation(CrossFocalModulationNd):
+    """Focal modulation of a map by the context of another: `layer(x, target)`.
+
+    Constructor and state_dict keys are `FocalModulation`'s, so the weights of either load into the other, and
+    `layer(x, x)` is `FocalModulation`. How a target of another size meets the query: `cross_focal_modulation`.
+
+    Args:
+        As `FocalModulation`.
+
+    Shape:
+        x (B, H, W, C), target (B, H', W', C) -> (B, H, W, C).
+
+    Raises:
+        ValueError: a level's kernel size is even, or x or target has another shape.
+    """
+
+    ndim = 2
+
+
+class CrossFocalModulation1d(CrossFocalModulationNd):
+    """`CrossFocalModulation` of sequences: (B, N, C) by (B, M, C) -> (B, N, C), same arguments."""
+
+    ndim = 1
+
+
+class CrossFocalModulation3d(CrossFocalModulationNd):
+    """`CrossFocalModulation` of volumes or videos: (B, D, H, W, C) by (B, D', H', W', C), same arguments."""
+
+    ndim = 3
