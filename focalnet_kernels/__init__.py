@@ -5,6 +5,7 @@ Importing touches no GPU driver and works without any compiled extension: then t
 
 from ._version import __version__
 from .dispatch import BackendError, use_backend
+from .forms import SimilarityFocalModulation, similarity_focal_modulation
 from .functional import cross_focal_modulation, explain, focal_context, focal_modulation, modulate
 from .integrations import accelerate, restore
 from .models import FocalNet, create_model, list_models, load_checkpoint
@@ -26,6 +27,7 @@ __all__ = [
     "FocalModulation1d",
     "FocalModulation3d",
     "FocalNet",
+    "SimilarityFocalModulation",
     "__version__",
     "accelerate",
     "create_model",
@@ -37,5 +39,6 @@ __all__ = [
     "load_checkpoint",
     "modulate",
     "restore",
+    "similarity_focal_modulation",
     "use_backend",
 ]

@@ -15,10 +15,20 @@ def check_tensor(name: str, tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
-def check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
+def check_floating(name: str, tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
+
+
+def check_tokens(name: str, tensor) -> None:
+    check_floating(name, tensor)
+    if tensor.ndim != 3:
+        raise ValueError(f"{name}: expected (B, N, C), got shape {tuple(tensor.shape)}")
+
+
+def check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
+    check_floating(name, tensor)
     if not 3 <= tensor.ndim <= 5:
         raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
 
@@ -60,7 +70,7 @@ def check_matrix(name: str, weight, rows: int, columns: int) -> Tensor:
     return weight.flatten(1) if weight.ndim > 2 else weight
 
 
-def same_kind(tensors: Sequence[Tensor | None], names: tuple[str, ...], levels: str = "") -> Sequence[Tensor | None]:
+def same_kind(tensors: Sequence[Tensor | None], names: Sequence[str], levels: str = "") -> Sequence[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
 
     `names` of the first tensors; the others are the list called `levels`.
