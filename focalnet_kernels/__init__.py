@@ -16,6 +16,11 @@ from .nn import (
     FocalModulation,
     FocalModulation1d,
     FocalModulation3d,
+    PatchEmbed,
+    PatchMerging,
+    PatchMerging1d,
+    PatchSplitting,
+    PatchSplitting1d,
 )
 
 __all__ = [
@@ -27,6 +32,11 @@ __all__ = [
     "FocalModulation1d",
     "FocalModulation3d",
     "FocalNet",
+    "PatchEmbed",
+    "PatchMerging",
+    "PatchMerging1d",
+    "PatchSplitting",
+    "PatchSplitting1d",
     "SimilarityFocalModulation",
     "__version__",
     "accelerate",
