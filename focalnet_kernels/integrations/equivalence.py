@@ -16,7 +16,6 @@ from ..dispatch import use_backend
 from .adapter import Adapter
 
 TOLERANCE = 1e-9  # relative; the same formula in another order of sums stays below 1e-13
-STORABLE = ("gates", "modulator")
 
 
 class Verdict(NamedTuple):
@@ -44,34 +43,35 @@ def compare(adapter: Adapter, module: nn.Module) -> Verdict:
         ):
             return _compare(adapter, module)
     except Exception as error:  # the forward is foreign code: whatever it raises, the layer is left alone
-        return Verdict(f"its forward could not be checked: {type(error).__name__}: {error}")
+        return Verdict(f"its forward fails on input for the {adapter.form} form: {type(error).__name__}: {error}")
 
 
 def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     twin = _twin(module, generator)
     setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
-    C = adapter.parts(module).h.in_channels
-    x = torch.randn(adapter.example_shape(C), generator=generator, dtype=torch.float64, device="cpu")
-    for training in (False, True):
-        twin.train(training)
-        y, stored = _run(type(module).forward, twin, x)
-        if strange := sorted(stored.keys() - set(STORABLE)):
-            return Verdict(f"its forward also stores {', '.join(strange)} on the module")
-        our_y, our_stored = _run(adapter.forward, twin, x, STORABLE)
-        for name, theirs in {"output": y, **stored}.items():
-            difference = _relative_difference(theirs, our_stored.get(name, our_y))
-            if not difference <= TOLERANCE:
-                mode = "training" if training else "evaluation"
-                return Verdict(
-                    f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
-                )
-    return Verdict(None, tuple(name for name in STORABLE if name in stored))
+    stores: tuple[str, ...] = ()
+    for shapes in adapter.examples(module, adapter.parts(module).h.in_channels):
+        xs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
+        for mode in ("evaluation", "training"):
+            twin.train(mode == "training")
+            y, stored = _run(type(module).forward, twin, xs)
+            if strange := sorted(stored.keys() - set(adapter.storable)):
+                return Verdict(f"its forward also stores {', '.join(strange)} on the module")
+            our_y, our_stored = _run(adapter.forward, twin, xs, stores=adapter.storable)
+            for name, theirs in {"output": y, **stored}.items():
+                difference = _relative_difference(theirs, our_stored.get(name, our_y))
+                if not difference <= TOLERANCE:
+                    return Verdict(
+                        f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
+                    )
+            stores = tuple(name for name in adapter.storable if name in stored)
+    return Verdict(None, stores)
 
 
-def _run(forward, twin: nn.Module, x: Tensor, *args) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(forward, twin: nn.Module, xs: list[Tensor], **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and the tensors that were left on the module, which are taken off it."""
-    y = forward(twin, x.clone(), *args)
+    y = forward(twin, *(x.clone() for x in xs), **kwargs)
     return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
 
 

@@ -15,13 +15,26 @@ from ..nn import FocalModulation, FocalModulation1d, FocalModulation3d
 from .adapter import Adapter
 from .equivalence import Verdict, compare, configuration
 from .official import OfficialClassification, OfficialDetection
+from .query_context import QueryContext
+from .spatio_temporal import SpatioTemporal
 from .timm import Timm
 from .transformers import Transformers
+from .volume import Volume
+from .yolo import Yolo
 
-ADAPTERS: tuple[Adapter, ...] = (OfficialClassification(), OfficialDetection(), Timm(), Transformers())
+ADAPTERS: tuple[Adapter, ...] = (
+    OfficialClassification(),
+    OfficialDetection(),
+    Timm(),
+    Transformers(),
+    Volume(),
+    Yolo(),
+    SpatioTemporal(),
+    QueryContext(),
+)
 
 _OURS = (FocalModulation, FocalModulation1d, FocalModulation3d)
-_NAMED_SO = re.compile(r"Focal(Net)?Modulation(\dd)?$")
+_NAMED_SO = re.compile(r"Focal(Net)?Modulat(e|ion|or)(\d[dD])?$")
 _ALREADY_OURS = "already ours"
 
 
@@ -60,16 +73,16 @@ class AcceleratedForward:
         self.stores = stores
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        if self._must_be_original(args, kwargs):
+        # not ours: an FX proxy, say, or a call for the class to refuse in its own words
+        inputs = self.adapter.inputs(self.module, args, kwargs)
+        if inputs is None or self._must_be_original():
             return type(self.module).forward(self.module, *args, **kwargs)
         with nullcontext() if self.backend is None else dispatch.use_backend(self.backend):
-            return self.adapter.forward(self.module, *args, self.stores)
+            return self.adapter.forward(self.module, *inputs, stores=self.stores)
 
-    def _must_be_original(self, args, kwargs) -> bool:
+    def _must_be_original(self) -> bool:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return True  # what leaves this process must not need our ops
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-            return True  # such as an FX proxy; or for the class to refuse in its own words
         reason = self.adapter.bypassed(self.module)
         if reason is not None:
             dispatch.warn_once(
@@ -96,11 +109,12 @@ class AcceleratedForward:
 def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> Report:
     """Make the focal modulation layers inside a live model run through our ops.
 
-    Known are the authors' classes (classification; detection and segmentation), timm's and Hugging Face
-    transformers'. Each instance gets its own bound `forward`; parameters, state_dict, the layer's hooks and
-    dropout stay as they are, and `type(layer).forward` remains the original. A layer is recognised by its
-    members and by running both forwards on random numbers, never by its name: one that computes anything else
-    is left alone and reported. Calling it again replaces the earlier choice.
+    Known are the authors' classes (classification; detection and segmentation), timm's, Hugging Face
+    transformers', 3-D volumes, the channels-first form of YOLO forks, Video-FocalNets' spatio-temporal layer, and
+    layers whose query and context are two inputs. Each instance gets its own bound `forward`; parameters,
+    state_dict, the layer's hooks and dropout stay as they are, and `type(layer).forward` remains the original. A
+    layer is recognised by its members and by running both forwards on random numbers, never by its name: one that
+    computes anything else is left alone and reported. Calling it again replaces the earlier choice.
 
     The class's own forward still runs under torch.jit.trace, torch.export and FX tracing, and when an inner
     module gets replaced or hooked later on; torch.jit.script restores the layers that it compiles. Not for
@@ -179,7 +193,7 @@ def _recognise(module: nn.Module, verdicts: dict) -> tuple[Adapter | None, Verdi
     forward = vars(module).get("forward")
     if forward is not None and not isinstance(forward, AcceleratedForward):
         return None, Verdict(f"its forward is already bound to something else ({forward!r})")
-    adapter = min(ADAPTERS, key=lambda adapter: len(adapter.missing(module)))
+    adapter = min(ADAPTERS, key=lambda adapter: adapter.distance(module))
     if missing := adapter.missing(module):
         return None, Verdict(f"not a known form: nearest is {adapter.form}, without {', '.join(missing)}")
     if reason := adapter.why_not(module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Parts
+from .adapter import Adapter
 
 
 class Timm(Adapter):
@@ -13,8 +13,8 @@ class Timm(Adapter):
     norm, norm_flag = "norm", "use_post_norm"
     projection = nn.Conv2d
 
-    def example_shape(self, C: int) -> tuple[int, ...]:
-        return (2, C, 5, 4)
+    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        return [((2, C, 5, 4),)]
 
     def post_norm(self, module: nn.Module) -> nn.Module | None:
         norm = getattr(module, self.norm, None)  # called whatever the flag says
@@ -23,15 +23,16 @@ class Timm(Adapter):
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def as_original(self, y: Tensor, x: Tensor, parts: Parts) -> Tensor:
+    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
         # its own convolutions pass on the order of x or of their weights; its post norm permutes to and
         # fro, so that proj sees channels_last whatever the layer was given
-        last = parts.norm is not None or _is_channels_last(x) or _is_channels_last(parts.f.weight)
+        parts = self.parts(module)
+        last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f.weight)
         memory_format = torch.channels_last if last else torch.contiguous_format
-        return y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+        return module.proj_drop(y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format))
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether a convolution takes this for channels_last: torch's rule on strides, so for slices too."""
     least = 0 if x.stride(1) else 1
     for axis in (1, 3, 2, 0):

@@ -1,4 +1,4 @@
-"""Layers of other people: the authors' forms in short, look-alikes with another formula, and small instances."""
+"""Layers of other people, retold in short: the forms that we know, and small instances of them."""
 
 import torch
 from timm.models.focalnet import FocalModulation as TimmModulation
@@ -10,11 +10,13 @@ from transformers.models.focalnet.modeling_focalnet import FocalNetModulation
 class AuthorsBase(nn.Module):
     """Members and formula of the authors' two classes; look-alikes override a step of it."""
 
+    Conv = nn.Conv2d
+
     def __init__(self, dim, focal_window, focal_level, focal_factor, bias, proj_drop, postln):
         super().__init__()
         self.dim, self.focal_level = dim, focal_level
         self.f = nn.Linear(dim, 2 * dim + focal_level + 1, bias=bias)
-        self.h = nn.Conv2d(dim, dim, 1, bias=bias)
+        self.h = self.Conv(dim, dim, 1, bias=bias)
         self.act = nn.GELU()
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -24,22 +26,29 @@ class AuthorsBase(nn.Module):
             self.ln = nn.LayerNorm(dim)
 
     def level(self, dim, k):
-        return nn.Sequential(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, bias=False), nn.GELU())
+        return nn.Sequential(self.Conv(dim, dim, k, padding=k // 2, groups=dim, bias=False), nn.GELU())
 
     def gate(self, gates):
         return gates
 
-    def run(self, x, postln, normalize):
-        """The output, the gates and the modulator."""
-        q, ctx, gates = self.f(x).permute(0, 3, 1, 2).split((self.dim, self.dim, self.focal_level + 1), 1)
+    def modulator_of(self, ctx, gates, normalize):
         gates, total = self.gate(gates), 0
         for level, layer in enumerate(self.focal_layers):
             ctx = layer(ctx)
             total = total + ctx * gates[:, level : level + 1]
-        total = total + self.act(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
-        modulator = self.h(total / (self.focal_level + 1) if normalize else total)
-        y = (q * modulator).permute(0, 2, 3, 1).contiguous()
-        return self.proj_drop(self.proj(self.ln(y) if postln else y)), gates, modulator
+        spatial = tuple(range(2, ctx.ndim))
+        total = total + self.act(ctx.mean(spatial, keepdim=True)) * gates[:, self.focal_level :]
+        return self.h(total / (self.focal_level + 1) if normalize else total)
+
+    def finish(self, y, postln):
+        y = y.movedim(1, -1).contiguous()
+        return self.proj_drop(self.proj(self.ln(y) if postln else y))
+
+    def run(self, x, postln, normalize):
+        """The output, the gates and the modulator."""
+        q, ctx, gates = self.f(x).movedim(-1, 1).contiguous().split((self.dim, self.dim, self.focal_level + 1), 1)
+        modulator = self.modulator_of(ctx, gates, normalize)
+        return self.finish(q * modulator, postln), gates, modulator
 
 
 class AuthorsClassification(AuthorsBase):
@@ -72,41 +81,69 @@ class AuthorsDetection(AuthorsBase):
         return self.run(x, self.use_postln, False)[0]
 
 
-class SigmoidGates(AuthorsDetection):
-    def gate(self, gates):
-        return gates.sigmoid()
+class VolumeLayer(AuthorsClassification):
+    Conv = nn.Conv3d
 
 
-class ParallelLevels(AuthorsDetection):
-    def forward(self, x):
-        q, ctx, gates = self.f(x).permute(0, 3, 1, 2).split((self.dim, self.dim, self.focal_level + 1), 1)
-        total = gates[:, self.focal_level :] * self.act(ctx.mean((2, 3), keepdim=True))
-        for level, layer in enumerate(self.focal_layers):
-            total = total + layer(ctx) * gates[:, level : level + 1]
-        return self.proj_drop(self.proj((q * self.h(total)).permute(0, 2, 3, 1)))
+class YoloLayer(AuthorsClassification):
+    """Channels first; its post norm, if on, takes the width for the channels."""
 
-
-class BatchNormLevels(AuthorsDetection):
-    def level(self, dim, k):
-        return nn.Sequential(*super().level(dim, k)[:1], nn.BatchNorm2d(dim), nn.GELU())
-
-
-class NoiseInTraining(AuthorsDetection):
-    """The formula in evaluation, dropped gates in training."""
-
-    def gate(self, gates):
-        return nn.functional.dropout(gates, 0.1, self.training)
-
-
-class FocalModulation(AuthorsDetection):
-    """The authors' very name and members, but GELU's other approximation."""
+    def __init__(self, dim, focal_window=3, focal_level=2, **options):
+        super().__init__(dim, focal_window, focal_level, **options)
+        self.f_linear = nn.Conv2d(*reversed(self.f.weight.shape), 1, bias=self.f.bias is not None)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        del self.f
 
     def forward(self, x):
-        gelu, self.act.forward = self.act.forward, lambda t: nn.functional.gelu(t, approximate="tanh")
-        try:
-            return super().forward(x)
-        finally:
-            self.act.forward = gelu
+        q, ctx, gates = self.f_linear(x).contiguous().split((self.dim, self.dim, self.focal_level + 1), 1)
+        y = (q * self.modulator_of(ctx, gates, self.normalize_modulator)).contiguous()
+        return self.proj_drop(self.proj(self.ln(y) if self.use_postln_in_modulation else y))
+
+
+class SpatioTemporalLayer(AuthorsClassification):
+    """Frames (B*T, H, W, C). Time has f, h and levels of its own, whose convolutions are dense."""
+
+    def __init__(self, dim, focal_window, focal_level, *, num_frames=8, bias=True, **options):
+        super().__init__(dim, focal_window, focal_level, bias=bias, **options)
+        self.num_frames = num_frames
+        self.f_temporal = nn.Linear(dim, dim + focal_level + 1, bias=bias)
+        self.h_temporal = nn.Conv1d(dim, dim, 1, bias=bias)
+        kernels = [conv.kernel_size[0] for conv, _ in self.focal_layers]
+        self.focal_layers_temporal = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(dim, dim, k, padding=k // 2, bias=False), nn.GELU()) for k in kernels
+        )
+
+    def forward(self, x):
+        (frames, H, W, C), T, L = x.shape, self.num_frames, self.focal_level
+        tokens = x.reshape(frames // T, T, H, W, C).permute(0, 2, 3, 1, 4).reshape(-1, T, C)
+        ctx, self.gates_temporal = self.f_temporal(tokens).mT.contiguous().split((C, L + 1), 1)
+        total = 0
+        for level, layer in enumerate(self.focal_layers_temporal):
+            ctx = layer(ctx)
+            total = total + ctx * self.gates_temporal[:, level : level + 1]
+        total = total + self.act(ctx.mean(2, keepdim=True)) * self.gates_temporal[:, L:]
+        over_time = self.h_temporal(total / (L + 1) if self.normalize_modulator else total)
+        over_time = over_time.reshape(frames // T, H, W, C, T).permute(0, 4, 3, 1, 2).reshape(frames, C, H, W)
+        self.modulator_temporal = over_time
+
+        q, ctx, self.gates = self.f(x).movedim(-1, 1).contiguous().split((C, C, L + 1), 1)
+        self.modulator = self.modulator_of(ctx, self.gates, self.normalize_modulator)
+        return self.finish(q * self.modulator * self.modulator_temporal, self.use_postln_in_modulation)
+
+
+class QueryContextLayer(AuthorsDetection):
+    """Channels first; q from x, context and gates from v. Only the gates are kept."""
+
+    def __init__(self, dim, focal_window, focal_level, bias=True, **options):
+        super().__init__(dim, focal_window=focal_window, focal_level=focal_level, **options)
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.f = nn.Linear(dim, dim + focal_level + 1, bias=bias)
+
+    def forward(self, x, v=None):
+        q = self.q(x.movedim(1, -1)).movedim(-1, 1)
+        projected = self.f((x if v is None else v).movedim(1, -1)).movedim(-1, 1).contiguous()
+        ctx, self.gates = projected.split((self.dim, self.focal_level + 1), 1)
+        return self.finish(q * self.modulator_of(ctx, self.gates, False), self.use_postln).movedim(-1, 1)
 
 
 def _authors(C, levels, options):
@@ -127,19 +164,53 @@ def _transformers(C, levels, options):
     return FocalNetModulation(config, 0, C, projection_dropout=dropout)
 
 
-BUILD = {"authors": _authors, "detection": _detection, "timm": _timm, "transformers": _transformers}
+def _volume(C, levels, options):
+    return VolumeLayer(C, 3, levels, **options)
+
+
+def _yolo(C, levels, options):
+    return YoloLayer(C, 3, levels, **options)
+
+
+def _video(C, levels, options):
+    return SpatioTemporalLayer(C, 3, levels, **{"num_frames": 3} | options)
+
+
+def _query_context(C, levels, options):
+    return QueryContextLayer(C, 3, levels, **options)
+
+
+BUILD = {
+    "authors": _authors,
+    "detection": _detection,
+    "timm": _timm,
+    "transformers": _transformers,
+    "volume": _volume,
+    "yolo": _yolo,
+    "video": _video,
+    "query_context": _query_context,
+}
 FORMS = {
     "authors": "authors' classification",
     "detection": "authors' detection and segmentation",
     "timm": "timm",
     "transformers": "transformers",
+    "volume": "3-D volumes",
+    "yolo": "YOLO forks",
+    "video": "Video-FocalNets' spatio-temporal",
+    "query_context": "query and context apart",
 }
 POSTLN = {
     "authors": "use_postln_in_modulation",
     "detection": "use_postln",
     "timm": "use_post_norm",
     "transformers": "use_post_layernorm_in_modulation",
+    "volume": "use_postln_in_modulation",
+    "yolo": "use_postln_in_modulation",
+    "video": "use_postln_in_modulation",
+    "query_context": "use_postln",
 }
+CHANNELS_FIRST = ("timm", "yolo", "query_context")
 DROPOUT = {"transformers": "projection_dropout"}
 
 
@@ -156,4 +227,5 @@ def build(form, C=12, levels=2, *, postln=False, dropout=0.0, **options):
 
 def example(form, C=12, B=2, H=7, W=6, dtype=torch.float32):
     """An input in the form's layout."""
-    return torch.randn((B, C, H, W) if form == "timm" else (B, H, W, C), dtype=dtype)
+    shapes = {"volume": (B, H, 4, W, C), "video": (3 * B, H, W, C)}
+    return torch.randn(shapes.get(form, (B, C, H, W) if form in CHANNELS_FIRST else (B, H, W, C)), dtype=dtype)

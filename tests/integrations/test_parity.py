@@ -10,7 +10,15 @@ from torch.func import functional_call
 
 from focalnet_kernels.integrations import accelerate, restore
 from focalnet_kernels.testing import BACKWARD_FACTOR, FORWARD_FACTOR, assert_accurate
-from integrations.foreign_layers import BUILD, FORMS, AuthorsClassification, build, example
+from integrations.foreign_layers import (
+    BUILD,
+    CHANNELS_FIRST,
+    FORMS,
+    AuthorsClassification,
+    AuthorsDetection,
+    build,
+    example,
+)
 
 CASES = {
     "plain": {},
@@ -18,6 +26,11 @@ CASES = {
     "three_levels_postln": {"levels": 3, "postln": True},
     "odd_channels": {"C": 7, "levels": 1},
 }
+
+
+def every_form(*cases):
+    """With each of the cases that our forward takes."""
+    return [(form, case) for form in BUILD for case in cases if form != "yolo" or not CASES[case].get("postln")]
 
 
 def output_and_gradients(layer, x, grad_output):
@@ -49,8 +62,7 @@ def test_authors_form_of_these_tests_is_the_authors(name):
             assert golden.relative_error(result, tensors[what]) < 1e-12
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", BUILD)
+@pytest.mark.parametrize(("form", "case"), every_form(*CASES))
 def test_float32(form, case, backend):
     layer = build(form, **CASES[case])
     x = example(form, C=CASES[case].get("C", 12))
@@ -64,7 +76,7 @@ def test_float32(form, case, backend):
         assert golden.relative_error(result, expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("form", ["authors", "timm", "transformers"])
+@pytest.mark.parametrize("form", ["authors", "timm", "transformers", "volume", "yolo", "video"])
 def test_normalized_modulator_without_bias(form, backend):
     options = {"normalize_modulator": True} | ({} if form == "transformers" else {"bias": False})
     layer, x = build(form, **options), example(form)
@@ -73,8 +85,7 @@ def test_normalized_modulator_without_bias(form, backend):
     assert golden.relative_error(layer(x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["plain", "three_levels_postln"])
-@pytest.mark.parametrize("form", BUILD)
+@pytest.mark.parametrize(("form", "case"), every_form("plain", "three_levels_postln"))
 def test_bfloat16(form, case, backend):
     layer = build(form, **CASES[case]).bfloat16()
     x = example(form, dtype=torch.bfloat16)
@@ -127,19 +138,30 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("postln", [False, True])
-@pytest.mark.parametrize("form", BUILD)
-def test_output_strides(form, postln, memory_format, layout, backend):
-    layer = build(form, postln=postln).to(memory_format=memory_format)
-    x = LAYOUTS[layout](2, 12, 7, 6)
-    x = x if form == "timm" else x.permute(0, 2, 3, 1)
-    expected = layer(x)
+@pytest.mark.parametrize(
+    ("form", "case"), [pair for pair in every_form("plain", "three_levels_postln") if pair[0] != "volume"]
+)
+def test_output_strides(form, case, memory_format, backend):
+    layer = build(form, **CASES[case]).to(memory_format=memory_format)
     accelerate(layer, backend)
-    y = layer(x)
-    assert y.stride() == expected.stride()
-    assert golden.relative_error(y, expected) < 1e-5
+    for name, layout in LAYOUTS.items():
+        x = layout(3, 12, 7, 6)
+        check_output(layer, x if form in CHANNELS_FIRST else x.permute(0, 2, 3, 1), name)
+
+
+def test_output_strides_of_a_volume(backend):
+    layer = build("volume")
+    accelerate(layer, backend)
+    check_output(layer, example("volume"), "contiguous")
+    check_output(layer, torch.randn(2, 12, 7, 4, 6).movedim(1, -1), "channels first")
+
+
+def check_output(layer, x, name):
+    """Values and strides are those of the layer's class."""
+    y, expected = layer(x), type(layer).forward(layer, x)
+    assert y.stride() == expected.stride(), name
+    assert golden.relative_error(y, expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("form", BUILD)
@@ -155,27 +177,42 @@ def test_dropout(form, backend):
     assert not (layer.eval()(x) == 0).any()
 
 
-def test_gates_and_modulator_on_request():
-    layer, x = build("authors"), example("authors")
-    layer(x)
-    gates, modulator = layer.gates, layer.modulator
-    report = accelerate(layer, keep_modulator=True)
-    assert report.notes == []
-    del layer.gates, layer.modulator
-    layer(x)
-    assert golden.relative_error(layer.gates, gates) < 1e-5
-    assert golden.relative_error(layer.modulator, modulator) < 1e-5
+STORED = {
+    "authors": ["gates", "modulator"],
+    "volume": ["gates", "modulator"],
+    "video": ["gates", "gates_temporal", "modulator", "modulator_temporal"],
+    "query_context": ["gates"],
+}
 
-    report = accelerate(layer)
-    assert "keep_modulator" in str(report)
+
+def stored_on(layer):
+    """What a forward leaves on the layer, taken off it."""
+    return {name: vars(layer).pop(name) for name in sorted(vars(layer)) if isinstance(vars(layer)[name], torch.Tensor)}
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_gates_and_modulator_on_request(form):
+    layer, x = build(form), example(form)
     layer(x)
-    assert not hasattr(layer, "gates") and not hasattr(layer, "modulator")
+    expected = stored_on(layer)
+    assert list(expected) == STORED[form]
+    assert accelerate(layer, keep_modulator=True).notes == []
+    layer(x)
+    kept = stored_on(layer)
+    assert list(kept) == STORED[form]
+    for name, value in kept.items():
+        assert golden.relative_error(value, expected[name]) < 1e-5, name
+
+    layer(x)
+    assert "keep_modulator" in str(accelerate(layer))
+    layer(x)
+    assert stored_on(layer) == {}
     restore(layer)
     layer(x)
-    assert torch.equal(layer.gates, gates)
+    assert torch.equal(layer.gates, expected["gates"])
 
 
-@pytest.mark.parametrize("form", ["detection", "timm", "transformers"])
+@pytest.mark.parametrize("form", [form for form in BUILD if form not in STORED])
 def test_no_gates_where_the_class_stores_none(form):
     layer = build(form)
     accelerate(layer, keep_modulator=True)
@@ -183,11 +220,77 @@ def test_no_gates_where_the_class_stores_none(form):
     assert not hasattr(layer, "gates") and not hasattr(layer, "modulator")
 
 
-def test_autocast_gives_the_dtype_of_eager(backend):
-    layer, x = build("timm", postln=True), example("timm")
+@pytest.mark.parametrize("form", ["timm", "video", "query_context"])
+def test_autocast_gives_the_dtype_of_eager(form, backend):
+    layer, x = build(form, postln=True), example(form)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
         accelerate(layer, backend)
         y = layer(x)
     assert y.dtype == expected.dtype
     assert golden.relative_error(y, expected) < 0.05
+
+
+def test_detection_takes_dropout_second():
+    """The authors' two classes differ in the order of their arguments: a layer is known by what it holds."""
+    layer = AuthorsDetection(12, 0.25, 2, 3)
+    assert accelerate(layer).replaced == [("", FORMS["detection"])]
+    y = layer.train()(example("detection", B=32))
+    assert 0.2 < (y == 0).float().mean() < 0.3
+
+
+def query_and_context(dtype=torch.float32):
+    return torch.randn(2, 2, 12, 7, 6, dtype=dtype).unbind()
+
+
+@pytest.mark.parametrize("options", [{}, {"levels": 3, "postln": True}, {"levels": 0, "bias": False}])
+def test_context_from_another_map(options, backend):
+    layer = build("query_context", **options)
+    x, v = (t.requires_grad_() for t in query_and_context())
+
+    def run():
+        y = layer(x, v)
+        names = ["output", "grad x", "grad v", *dict(layer.named_parameters())]
+        return dict(zip(names, [y, *torch.autograd.grad(y.square().sum(), [x, v, *layer.parameters()])], strict=True))
+
+    expected = run()
+    accelerate(layer, backend, keep_modulator=True)
+    for name, result in run().items():
+        assert golden.relative_error(result, expected[name]) < 1e-5, name
+    gates = layer.gates
+    assert layer(x, v).stride() == expected["output"].stride()
+    assert torch.equal(layer(x, v=v), layer(x, v)) and torch.equal(layer(x, None), layer(x))
+    type(layer).forward(layer, x, v)
+    assert golden.relative_error(gates, layer.gates) < 1e-5
+
+
+def test_broadcast_context_is_left_to_the_class():
+    layer = build("query_context")
+    x, v = query_and_context()
+    expected = layer(x, v[..., :1, :1])
+    accelerate(layer)
+    assert torch.equal(layer(x, v[..., :1, :1]), expected)
+    with pytest.raises(TypeError, match="positional"):
+        layer(x, v, x)
+
+
+def test_frames_that_make_no_clip_are_left_to_the_class():
+    layer = build("video")
+    with pytest.raises(RuntimeError) as expected:
+        layer(torch.randn(4, 7, 6, 12))
+    accelerate(layer)
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(4, 7, 6, 12))
+    assert str(caught.value) == str(expected.value)
+
+
+def test_context_from_another_map_in_bfloat16(backend):
+    layer = build("query_context").bfloat16()
+    x, v = query_and_context(torch.bfloat16)
+    double = copy.deepcopy(layer).double()
+    calls = [(x, v), *((nearby(x), nearby(v)) for _ in range(3))]
+    with torch.no_grad():
+        eager, exact = [layer(*call) for call in calls], [double(*(t.double() for t in call)) for call in calls]
+        accelerate(layer, backend)
+        neighbours = list(zip(eager[1:], exact[1:], strict=True))
+        assert_accurate("output", layer(x, v), eager[0], exact[0], FORWARD_FACTOR, neighbours)

@@ -6,15 +6,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from focalnet_kernels.integrations import accelerate
-from integrations import foreign_layers
+from integrations import foreign_layers, look_alikes
 from integrations.foreign_layers import BUILD, build, example
 
 DIFFERENT = "its forward computes something else"
 
 
-def refusal(layer):
+def refusal(layer, x=None):
     """The reason, after making sure that the layer is as it was."""
-    x = example("timm" if type(layer).__module__.startswith("timm") else "detection")
+    x = example("detection") if x is None else x
     before = layer.eval()(x)
     with pytest.warns(RuntimeWarning, match="nothing was replaced"):
         report = accelerate(layer)
@@ -25,18 +25,60 @@ def refusal(layer):
     return reason
 
 
+FAILS = "its forward fails on input for the {} form"
+OTHER = "not a known form: nearest is"
+
+
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "arguments", "reason"),
     [
-        ("SigmoidGates", DIFFERENT),
-        ("ParallelLevels", DIFFERENT),
-        ("NoiseInTraining", DIFFERENT),
-        ("FocalModulation", DIFFERENT),
-        ("BatchNormLevels", "focal_layers[0][1] is a BatchNorm2d"),
+        ("SigmoidGates", (12,), DIFFERENT),
+        ("ParallelLevels", (12,), DIFFERENT),
+        ("NoiseInTraining", (12,), DIFFERENT),
+        ("FocalModulation", (12,), DIFFERENT),
+        ("BatchNormLevels", (12,), "focal_layers[0][1] is a BatchNorm2d"),
+        ("ParallelVolume", (12, 3, 2), FAILS.format("3-D volumes")),
+        ("CausalSpeech", (12,), OTHER),
+        ("FocalModulation1d", (12,), OTHER),
+        ("ScrambledSigmoid", (12, 3, 2), FAILS.format("authors' classification")),
+        ("FocalNetModulation", (12,), OTHER),
+        ("FocalModulate", (12,), OTHER),
+        ("FocalModulateAsAuthors", (12,), "focal_layers[0][0] is not depthwise over 12 channels without bias"),
     ],
 )
-def test_look_alikes(name, reason):
-    assert reason in refusal(getattr(foreign_layers, name)(12))
+def test_look_alikes(name, arguments, reason):
+    layer = getattr(look_alikes, name)(*arguments)
+    assert reason in refusal(layer, look_alikes.layout(layer))
+
+
+def test_post_norm_of_yolo_forks():
+    """Right only where the map is as wide as it has channels, and then not the formula."""
+    layer = build("yolo", postln=True)
+    assert "the width, for channels" in refusal(layer, torch.randn(2, 12, 5, 12))
+
+
+@pytest.mark.parametrize(
+    ("form", "spoil", "reason"),
+    [
+        ("query_context", lambda layer: setattr(layer, "q", nn.Identity()), "q is a Identity"),
+        ("query_context", lambda layer: setattr(layer, "q", nn.Linear(12, 12, bias=False)), "as f, bias=True"),
+        ("query_context", lambda layer: layer.q.register_forward_hook(lambda *a: None), "q has hooks"),
+        (
+            "video",
+            lambda layer: layer.focal_layers_temporal[1][0].register_forward_hook(lambda *a: None),
+            "focal_layers_temporal.1.0 has hooks",
+        ),
+        ("video", lambda layer: setattr(layer, "f_temporal", Wrapped(12, 15)), "f_temporal is a Wrapped"),
+        ("volume", lambda layer: setattr(layer.h, "groups", 3), "h is not a plain 1x1 convolution"),
+        ("yolo", lambda layer: setattr(layer, "f_linear", nn.Linear(12, 27)), "f is a Linear, expected a Conv2d"),
+    ],
+)
+def test_changed_parts_of_further_forms(form, spoil, reason):
+    layer = build(form)
+    spoil(layer)
+    with pytest.warns(RuntimeWarning, match="nothing was replaced"):
+        report = accelerate(layer)
+    assert reason in report.kept[0][1] and "forward" not in vars(layer)
 
 
 def test_verdicts_are_not_shared_among_configurations():
@@ -141,7 +183,8 @@ def test_a_forward_that_fails_is_left_alone():
 
     with pytest.warns(RuntimeWarning):
         report = accelerate(Broken(8))
-    assert report.kept == [("", "its forward could not be checked: KeyError: 'only on Tuesdays'")]
+    reason = "its forward fails on input for the authors' detection and segmentation form: KeyError: 'only on Tuesdays'"
+    assert report.kept == [("", reason)]
 
 
 @pytest.mark.parametrize(("form", "norm"), [("detection", "ln"), ("timm", "norm")])

@@ -1,0 +1,69 @@
+"""Modulation of one map by the context of another: forward(x, v=None), q from x, ctx and gates from v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import focal_context, modulate
+from .official import OfficialDetection
+
+
+class QueryContext(OfficialDetection):
+    """Channels first outside, Linear projections inside. Without v the layer is the authors', f cut in two."""
+
+    form = "query and context apart"
+    extra = ("q",)
+
+    def f_outputs(self, C: int, L: int) -> int:
+        return C + L + 1
+
+    def why_not(self, module: nn.Module) -> str | None:
+        return super().why_not(module) or _why_not_query(module.q, module.f)
+
+    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        return [((2, C, 5, 4),), ((2, C, 5, 4), (2, C, 5, 4))]
+
+    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+        if len(args) == 1 and kwargs.keys() == {"v"}:
+            args, kwargs = (*args, kwargs["v"]), {}
+        if len(args) != 2:
+            return super().inputs(module, args, kwargs)
+        x, v = args
+        if v is None:
+            return super().inputs(module, (x,), kwargs)
+        same = isinstance(x, Tensor) and isinstance(v, Tensor) and x.shape == v.shape  # else v is broadcast
+        return (x, v) if same and not kwargs else None
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        return super().as_original(module, y, x).permute(0, 3, 1, 2)
+
+    def functional_arguments(self, module: nn.Module, x: Tensor) -> tuple[tuple, dict]:
+        (x, f_weight, f_bias, *rest), kwargs = super().functional_arguments(module, x)
+        f_weight = torch.cat((module.q.weight, f_weight))
+        f_bias = None if f_bias is None else torch.cat((module.q.bias, f_bias))
+        return (x, f_weight, f_bias, *rest), kwargs
+
+    def forward(self, module: nn.Module, x: Tensor, v: Tensor | None = None, *, stores: tuple[str, ...] = ()) -> Tensor:
+        if v is None:
+            return super().forward(module, x, stores=stores)
+        _, h, proj, _, focal_layers, norm, _ = self.parts(module)
+        q = module.q(self.channels_last(x)).movedim(-1, 1)
+        projected = module.f(self.channels_last(v)).movedim(-1, 1)
+        ctx, gates = projected.split((h.in_channels, len(focal_layers) + 1), 1)
+        ctx_all = focal_context(ctx, gates, [level[0].weight for level in focal_layers])
+        y = modulate(q, ctx_all, h.weight, h.bias).movedim(1, -1)
+        if "gates" in stores:
+            module.gates = gates
+        return self.as_original(module, proj(y if norm is None else norm(y)), x)
+
+
+def _why_not_query(q: nn.Module, f: nn.Linear) -> str | None:
+    if type(q) is not nn.Linear:
+        return f"q is a {type(q).__name__}, expected a Linear"
+    if (q.out_features, q.in_features, q.bias is None) != (f.in_features, f.in_features, f.bias is None):
+        return f"q is {q}, expected {f.in_features} input and output channels and, as f, bias={f.bias is not None}"
+    return None

@@ -1,0 +1,64 @@
+"""Video-FocalNets' layer: the authors' layer of every frame, modulated once more along time."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..functional import focal_context, modulate
+from .official import OfficialClassification
+
+
+class SpatioTemporal(OfficialClassification):
+    """y = proj(LN?(q * modulator * modulator_temporal)) of frames (B*T, H, W, C), T = `num_frames`.
+
+    The modulator of space runs through our ops. The one of time has dense convolutions, which are matrix
+    products and PyTorch's business; it is computed without the original's copies of x.
+    """
+
+    form = "Video-FocalNets' spatio-temporal"
+    extra = ("f_temporal", "h_temporal", "focal_layers_temporal")
+    storable = ("gates", "modulator", "gates_temporal", "modulator_temporal")
+
+    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        return [((2 * module.num_frames, 5, 4, C),)]
+
+    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+        inputs = super().inputs(module, args, kwargs)
+        whole = inputs is not None and inputs[0].ndim == 4 and inputs[0].shape[0] % module.num_frames == 0
+        return inputs if whole else None
+
+    def forward(self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = ()) -> Tensor:
+        f, h, proj, _, focal_layers, norm, _ = self.parts(module)
+        C, L = x.shape[-1], len(focal_layers)
+        q, ctx, gates = f(x).movedim(-1, 1).split((C, C, L + 1), 1)
+        weights = [level[0].weight for level in focal_layers]
+        ctx_all = focal_context(ctx, gates, weights, normalize=module.normalize_modulator)
+        gates_temporal, modulator_temporal = _temporal(module, x)
+        if stores:
+            modulator = h(ctx_all)
+            values = (gates, modulator, gates_temporal, modulator_temporal.movedim(-1, 1))
+            for name, value in zip(self.storable, values, strict=True):
+                if name in stores:
+                    setattr(module, name, value)
+            y = q * modulator
+        else:
+            y = modulate(q, ctx_all, h.weight, h.bias)
+        y = y.movedim(1, -1) * modulator_temporal
+        return self.as_original(module, proj(y if norm is None else norm(y)), x)
+
+
+def _temporal(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """gates_temporal (B*H*W, L+1, T) and the modulator of time (B*T, H, W, C)."""
+    (frames, H, W, C), T, L = x.shape, module.num_frames, len(module.focal_layers_temporal)
+    B = frames // T
+    projected = module.f_temporal(x).unflatten(0, (B, T))  # (B, T, H, W, C+L+1): before x is moved, not after
+    ctx, gates = projected.permute(0, 2, 3, 4, 1).flatten(0, 2).split((C, L + 1), 1)
+    ctx_all = 0
+    for level, layer in enumerate(module.focal_layers_temporal):
+        ctx = layer(ctx)
+        ctx_all = ctx_all + ctx * gates[:, level : level + 1]
+    ctx_all = ctx_all + module.act(ctx.mean(2, keepdim=True)) * gates[:, L:]
+    if module.normalize_modulator:
+        ctx_all = ctx_all / (L + 1)
+    modulator = module.h_temporal(ctx_all).unflatten(0, (B, H, W))  # (B, H, W, C, T)
+    return gates, modulator.permute(0, 4, 1, 2, 3).flatten(0, 1)

@@ -1,0 +1,24 @@
+"""The form that forks of YOLO share: channels first, 1x1 convolutions for projections, `f_linear`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .timm import Timm, is_channels_last
+
+
+class Yolo(Timm):
+    form = "YOLO forks"
+    f, norm, norm_flag = "f_linear", "ln", "use_postln_in_modulation"
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if getattr(module, self.norm_flag):
+            return f"{self.norm_flag} is on: its LayerNorm takes the last axis of (B, C, H, W), the width, for channels"
+        return super().why_not(module)
+
+    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        # it makes every map contiguous, and only proj's convolution can pass on another order: its weight's
+        last = is_channels_last(module.proj.weight)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        return module.proj_drop(y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format))
