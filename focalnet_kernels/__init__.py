@@ -5,7 +5,7 @@ Importing touches no GPU driver and works without any compiled extension: then t
 
 from ._version import __version__
 from .dispatch import BackendError, use_backend
-from .forms import SimilarityFocalModulation, similarity_focal_modulation
+from .forms import SequenceFocalNet, SimilarityFocalModulation, similarity_focal_modulation
 from .functional import cross_focal_modulation, explain, focal_context, focal_modulation, modulate
 from .integrations import accelerate, restore
 from .models import FocalNet, create_model, list_models, load_checkpoint
@@ -37,6 +37,7 @@ __all__ = [
     "PatchMerging1d",
     "PatchSplitting",
     "PatchSplitting1d",
+    "SequenceFocalNet",
     "SimilarityFocalModulation",
     "__version__",
     "accelerate",

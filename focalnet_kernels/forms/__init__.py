@@ -3,6 +3,7 @@
 docs/forms.md tells the forms apart.
 """
 
+from .sequence_focal_net import SequenceFocalNet
 from .similarity import SimilarityFocalModulation, similarity_focal_modulation
 
-__all__ = ["SimilarityFocalModulation", "similarity_focal_modulation"]
+__all__ = ["SequenceFocalNet", "SimilarityFocalModulation", "similarity_focal_modulation"]
