@@ -110,4 +110,17 @@ def _attributes(module: nn.Module):
     for name, value in sorted(vars(module).items()):
         if name not in _INTERNAL and not isinstance(value, Tensor):
             plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
-            yield name, repr(value) if plain else id(value)
+            yield name, repr(value) if plain else _Identity(value)
+
+
+class _Identity:
+    """Equal to itself alone; kept in a key, it keeps the object's id from passing to another one."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

@@ -11,7 +11,10 @@ class OfficialClassification(Adapter):
 
 
 class OfficialDetection(Adapter):
-    """The form of mmdetection and mmsegmentation backbones, and of their many copies."""
+    """The form of mmdetection and mmsegmentation backbones, and of their many copies.
+
+    Where such a copy took over the options of classification, as detrex did, it is taken for that form.
+    """
 
     form = "authors' detection and segmentation"
     norm_flag = "use_postln"

@@ -33,7 +33,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     QueryContext(),
 )
 
-_OURS = (FocalModulation, FocalModulation1d, FocalModulation3d)
+OURS = (FocalModulation, FocalModulation1d, FocalModulation3d)
 _NAMED_SO = re.compile(r"Focal(Net)?Modulat(e|ion|or)(\d[dD])?$")
 _ALREADY_OURS = "already ours"
 
@@ -144,21 +144,30 @@ def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: 
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
-        adapter, verdict = _recognise(module, verdicts)
-        if verdict.why_not is not None:
+        adapter, verdict = accelerate_layer(module, backend, keep_modulator, verdicts)
+        if verdict.why_not is None:
+            report.replaced.append((name, adapter.form))
+            forgetful += bool(verdict.stores) and not keep_modulator
+        else:
             report.kept.append((name, verdict.why_not))
-            continue
-        if not keep_modulator:
-            forgetful += bool(verdict.stores)
-            for stored in verdict.stores:
-                vars(module).pop(stored, None)  # from an earlier forward: stale from now on
-        AcceleratedForward(module, adapter, backend, verdict.stores if keep_modulator else ()).bind()
-        report.replaced.append((name, adapter.form))
     if forgetful:
         report.notes.append(f"{forgetful} layers no longer store gates and modulator: keep_modulator=True keeps that")
     if not report.replaced and (_ALREADY_OURS not in dict(report.kept).values()):
         warnings.warn(f"accelerate: nothing was replaced\n{report}", RuntimeWarning, stacklevel=2)
     return report
+
+
+def accelerate_layer(
+    module: nn.Module, backend: str | None, keep_modulator: bool, verdicts: dict
+) -> tuple[Adapter | None, Verdict]:
+    """Bind one layer's forward to our ops if its form is known. `verdicts`: those of earlier layers, added to."""
+    adapter, verdict = _recognise(module, verdicts)
+    if verdict.why_not is None:
+        if not keep_modulator:
+            for stored in verdict.stores:
+                vars(module).pop(stored, None)  # from an earlier forward: stale from now on
+        AcceleratedForward(module, adapter, backend, verdict.stores if keep_modulator else ()).bind()
+    return adapter, verdict
 
 
 def restore(model: nn.Module) -> None:
@@ -188,7 +197,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 def _recognise(module: nn.Module, verdicts: dict) -> tuple[Adapter | None, Verdict]:
     """The form of a candidate, and why to leave it alone. Layers of one configuration share a verdict."""
-    if isinstance(module, _OURS):
+    if isinstance(module, OURS):
         return None, Verdict(_ALREADY_OURS)
     forward = vars(module).get("forward")
     if forward is not None and not isinstance(forward, AcceleratedForward):

@@ -81,6 +81,29 @@ class AuthorsDetection(AuthorsBase):
         return self.run(x, self.use_postln, False)[0]
 
 
+class DetrexLayer(AuthorsDetection):
+    """Of detection, with the options of classification; `use_postln` is taken and not used."""
+
+    def __init__(
+        self,
+        dim,
+        proj_drop=0.0,
+        focal_level=2,
+        focal_window=7,
+        focal_factor=2,
+        use_postln=False,
+        use_postln_in_modulation=False,
+        normalize_modulator=False,
+    ):
+        super().__init__(dim, proj_drop, focal_level, focal_window, focal_factor, use_postln_in_modulation)
+        del self.use_postln
+        self.use_postln_in_modulation = use_postln_in_modulation
+        self.normalize_modulator = normalize_modulator
+
+    def forward(self, x):
+        return self.run(x, self.use_postln_in_modulation, self.normalize_modulator)[0]
+
+
 class VolumeLayer(AuthorsClassification):
     Conv = nn.Conv3d
 
@@ -164,6 +187,10 @@ def _transformers(C, levels, options):
     return FocalNetModulation(config, 0, C, projection_dropout=dropout)
 
 
+def _detrex(C, levels, options):
+    return DetrexLayer(C, focal_level=levels, focal_window=3, **options)
+
+
 def _volume(C, levels, options):
     return VolumeLayer(C, 3, levels, **options)
 
@@ -183,6 +210,7 @@ def _query_context(C, levels, options):
 BUILD = {
     "authors": _authors,
     "detection": _detection,
+    "detrex": _detrex,
     "timm": _timm,
     "transformers": _transformers,
     "volume": _volume,
@@ -193,6 +221,7 @@ BUILD = {
 FORMS = {
     "authors": "authors' classification",
     "detection": "authors' detection and segmentation",
+    "detrex": "authors' classification",
     "timm": "timm",
     "transformers": "transformers",
     "volume": "3-D volumes",
@@ -203,6 +232,7 @@ FORMS = {
 POSTLN = {
     "authors": "use_postln_in_modulation",
     "detection": "use_postln",
+    "detrex": "use_postln_in_modulation",
     "timm": "use_post_norm",
     "transformers": "use_post_layernorm_in_modulation",
     "volume": "use_postln_in_modulation",

@@ -16,6 +16,7 @@ from integrations.foreign_layers import (
     FORMS,
     AuthorsClassification,
     AuthorsDetection,
+    DetrexLayer,
     build,
     example,
 )
@@ -76,9 +77,9 @@ def test_float32(form, case, backend):
         assert golden.relative_error(result, expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("form", ["authors", "timm", "transformers", "volume", "yolo", "video"])
+@pytest.mark.parametrize("form", ["authors", "detrex", "timm", "transformers", "volume", "yolo", "video"])
 def test_normalized_modulator_without_bias(form, backend):
-    options = {"normalize_modulator": True} | ({} if form == "transformers" else {"bias": False})
+    options = {"normalize_modulator": True} | ({} if form in ("detrex", "transformers") else {"bias": False})
     layer, x = build(form, **options), example(form)
     expected = layer(x)
     accelerate(layer, backend)
@@ -231,11 +232,12 @@ def test_autocast_gives_the_dtype_of_eager(form, backend):
     assert golden.relative_error(y, expected) < 0.05
 
 
-def test_detection_takes_dropout_second():
+@pytest.mark.parametrize(("form", "layer"), [("detection", AuthorsDetection), ("detrex", DetrexLayer)])
+def test_detection_takes_dropout_second(form, layer):
     """The authors' two classes differ in the order of their arguments: a layer is known by what it holds."""
-    layer = AuthorsDetection(12, 0.25, 2, 3)
-    assert accelerate(layer).replaced == [("", FORMS["detection"])]
-    y = layer.train()(example("detection", B=32))
+    layer = layer(12, 0.25, 2, 3)
+    assert accelerate(layer).replaced == [("", FORMS[form])]
+    y = layer.train()(example(form, B=32))
     assert 0.2 < (y == 0).float().mean() < 0.3
 
 
