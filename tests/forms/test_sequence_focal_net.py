@@ -1,14 +1,9 @@
-"""The pseudo-code's network: its dimensions, and that it learns."""
-
-import importlib.util
-from pathlib import Path
+"""The pseudo-code's network: its dimensions, and its forward layer by layer. That it learns: test_examples.py."""
 
 import pytest
 import torch
 
 import focalnet_kernels as fk
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def make_network(depth=12, dim=8, image_size=(8, 16), **options):
@@ -96,21 +91,3 @@ def test_tokens_that_do_not_pair_are_refused(image_size, depth, layer, tokens):
 def test_other_images_are_refused():
     with pytest.raises(ValueError, match=r"^x: expected shape \(B, 3, 8, 16\), got \(2, 3, 16, 8\)"):
         make_network()(torch.zeros(2, 3, 16, 8))
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_begins_to_learn_digits(seed):
-    pytest.importorskip("sklearn")
-    assert load_example("digits").train(epochs=4, seed=seed) >= 0.8
-
-
-@pytest.mark.slow
-def test_learns_digits(seed):
-    pytest.importorskip("sklearn")
-    assert load_example("digits").train(epochs=12, seed=seed) >= 0.95

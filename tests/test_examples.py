@@ -1,0 +1,44 @@
+"""The examples run, and what they train learns."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_begins_to_learn_digits(seed):
+    pytest.importorskip("sklearn")
+    assert load("digits").train(epochs=4, seed=seed) >= 0.8
+
+
+@pytest.mark.slow
+def test_learns_digits(seed):
+    pytest.importorskip("sklearn")
+    assert load("digits").train(epochs=12, seed=seed) >= 0.95
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 40), (24, 8)])
+@pytest.mark.parametrize("options", [{}, {"in_chans": 3, "out_chans": 5, "dim": 8, "patch_size": 4, "depth": 1}])
+def test_decoder_ends_at_the_input_size(shape, options):
+    model = load("encoder_decoder").EncoderDecoder(**options)
+    image = torch.randn(2, options.get("in_chans", 1), *shape)
+    y = model(image)
+    assert y.shape == (2, options.get("out_chans", 1), *shape)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_encoder_decoder_learns_to_find_discs(seed):
+    example = load("encoder_decoder")
+    torch.manual_seed(seed)
+    assert example.train(example.EncoderDecoder(), steps=40, size=32, seed=seed) >= 0.4
