@@ -1,16 +1,17 @@
-"""The examples run, and what they train learns."""
+"""The examples and the benchmark of the forms run, and what the examples train learns."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load(name, folder="examples"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,3 +43,17 @@ def test_encoder_decoder_learns_to_find_discs(seed):
     example = load("encoder_decoder")
     torch.manual_seed(seed)
     assert example.train(example.EncoderDecoder(), steps=40, size=32, seed=seed) >= 0.4
+
+
+def test_similarity_benchmark_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "similarity.py --batch 1 --tokens 9 --dim 8 --contexts 2 --rounds 1".split())
+    load("similarity", "benchmarks").main()
+    header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert header == ["dtype", "part", "mode", "literal", "fused", "ratio"]
+    assert [row[:3] for row in rows] == [
+        [dtype, part, mode]
+        for dtype in ("float32", "bfloat16")
+        for part in ("affine", "layer")
+        for mode in ("forward", "forward+backward")
+    ]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
