@@ -45,8 +45,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     # compared under the checkpoint's names: its owner knows them, and timm's tell where the norms stand
     expected_layout = layout
     if layout.startswith("timm"):
-        expected_layout = "timm_postln" if _uses_postln(model) else "timm"
-    expected = convert_state_dict(own, model_layout, expected_layout)
+        expected_layout = layout.removesuffix("_postln") + "_postln" * _uses_postln(model)
+    try:
+        expected = convert_state_dict(own, model_layout, expected_layout)
+    except ValueError as error:  # of a backbone, which lacks what the model has
+        raise ValueError(f"{path}: expected a checkpoint of this model, got one of a backbone: {error}") from None
     _check_same(expected, given, f"{path}: expected a checkpoint of this model")
     model.load_state_dict(convert_state_dict(given, layout, model_layout))
     return model

@@ -31,6 +31,13 @@ _TIMM_AS_AUTHORS: Rules = (
     ("layers.<i>.blocks.<j>.<*>", "layers.<i>.blocks.<j>.<*>"),
     ("norm.<*>", "norm.<*>"),
 )
+
+
+def _features(rules: Rules) -> Rules:
+    """timm's names in a model made with `features_only`, which has no final norm and no head."""
+    return tuple((a, b.replace("layers.", "layers_")) for a, b in rules if not a.startswith(("norm.", "head.")))
+
+
 _MODEL: Rules = (
     ("patch_embed.proj.<*>", "embeddings.patch_embeddings.projection.<*>"),
     ("patch_embed.norm.<*>", "embeddings.norm.<*>"),
@@ -50,15 +57,22 @@ _MODEL: Rules = (
     ("norm.<*>", "layernorm.<*>"),
 )
 _HEAD: Rules = (("head.<*>", "classifier.<*>"),)
+_BACKBONE = ("patch_embed.<*>", "layers.<*>", "norm<i>.<*>")
 
 _RULES: dict[str, Rules] = {
     "authors": (("<*>", "<*>"),),
+    "detection": tuple((a, f"backbone.{a}") for a in _BACKBONE),
     "timm": _TIMM + _TIMM_AS_AUTHORS,
     "timm_postln": _TIMM + _TIMM_POSTLN + _TIMM_AS_AUTHORS,
+    "timm_features": _features(_TIMM + _TIMM_AS_AUTHORS),
+    "timm_features_postln": _features(_TIMM + _TIMM_POSTLN + _TIMM_AS_AUTHORS),
     "huggingface": tuple((a, f"focalnet.{b}") for a, b in _MODEL) + _HEAD,
     "huggingface_bare": _MODEL + _HEAD,
 }
+# detection: the backbone of a detector or segmenter. It has a norm for each stage's map, norm0 and so on, and no
+# final norm or head; by itself, without the detector's prefix, it goes as "authors".
 # timm_postln: timm's names in a model with `use_postln`; timm names norms by where they stand.
+# timm_features: as flattened for `features_only`.
 # huggingface_bare: a `FocalNetModel` without the classifier around it.
 LAYOUTS = tuple(_RULES)
 
@@ -75,8 +89,11 @@ def recognise_layout(keys: Iterable[str], what: str = "keys") -> str:
     keys = list(keys)
     if "patch_embed.proj.weight" in keys:
         return "authors"
+    if "backbone.patch_embed.proj.weight" in keys:
+        return "detection"
     if "stem.proj.weight" in keys:
-        return "timm_postln" if any(".norm1_post." in key for key in keys) else "timm"
+        layout = "timm_features" if any(key.startswith("layers_0.") for key in keys) else "timm"
+        return f"{layout}_postln" if any(".norm1_post." in key for key in keys) else layout
     if "focalnet.embeddings.patch_embeddings.projection.weight" in keys:
         return "huggingface"
     if "embeddings.patch_embeddings.projection.weight" in keys:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from .checkpoint import load_checkpoint
 from .focalnet import FocalNet
@@ -96,3 +100,19 @@ def create_model(name: str, pretrained: str | os.PathLike | None = None, **overr
         raise TypeError(f"pretrained: expected a path or None (nothing is downloaded), got {pretrained!r}")
     model = FocalNet(**(VARIANTS[name] | overrides))
     return model if pretrained is None else load_checkpoint(model, pretrained)
+
+
+def recognise_variant(state_dict: Mapping[str, Tensor]) -> str | None:
+    """The published variant that has just these parameters, by name and shape and whatever the head; None if none.
+
+    Args:
+        state_dict: under the authors' names, see `key_maps.convert_state_dict`.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if not key.startswith("head.")}
+    width = shapes.get("patch_embed.proj.weight", (None,))[0]
+    for name in [name for name, config in VARIANTS.items() if config["embed_dim"] == width]:
+        with torch.device("meta"):
+            expected = create_model(name, num_classes=0).state_dict()
+        if {key: tuple(tensor.shape) for key, tensor in expected.items()} == shapes:
+            return name
+    return None

@@ -2,8 +2,9 @@
 
 import timm.models.focalnet
 import torch
+from timm.models._features import FeatureListNet
 from torch import nn
-from transformers import FocalNetConfig, FocalNetForImageClassification
+from transformers import FocalNetBackbone, FocalNetConfig, FocalNetForImageClassification
 
 from focalnet_kernels.models import FocalNet
 
@@ -71,6 +72,19 @@ def huggingface_config(config: dict) -> FocalNetConfig:
 def huggingface_model(config: dict) -> nn.Module:
     """Hugging Face's FocalNet with its classifier, for the authors' arguments."""
     return FocalNetForImageClassification(huggingface_config(config)).eval()
+
+
+def timm_backbone(config: dict, out_indices: tuple[int, ...]) -> nn.Module:
+    """timm's FocalNet as `features_only` wraps it."""
+    return FeatureListNet(timm_model(config), out_indices, flatten_sequential=True).eval()
+
+
+def huggingface_backbone(config: dict, out_indices: tuple[int, ...]) -> nn.Module:
+    """Hugging Face's backbone."""
+    foreign = huggingface_config(config)
+    foreign.hidden_sizes = [config["embed_dim"] * 2**stage for stage in range(len(config["depths"]))]
+    foreign.out_features = [f"stage{i + 1}" for i in out_indices]
+    return FocalNetBackbone(foreign).eval()
 
 
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

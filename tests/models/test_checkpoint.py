@@ -11,7 +11,7 @@ from torch import nn
 
 from focalnet_kernels.models import FocalNet, load_checkpoint
 from focalnet_kernels.models.checkpoint import read_checkpoint
-from models.foreign import SMALL, huggingface_model, small_config, small_model, timm_model
+from models.foreign import SMALL, huggingface_model, small_config, small_model, timm_backbone, timm_model
 
 OPTIONS = SMALL["postln_in_modulation"]
 BUILD = {"ours": lambda config: FocalNet(**config), "timm": timm_model, "huggingface": huggingface_model}
@@ -117,6 +117,14 @@ def test_another_variant_under_foreign_names(tmp_path):
     check_refused(model, prenorm, "16 missing: 'layers.0.blocks.0.norm1_post.weight'", "16 unexpected")
     theirs = save(huggingface_model(small_config(use_layerscale=True)).state_dict(), tmp_path / "hf.pth")
     check_refused(timm_model(small_config()), theirs, "8 unexpected: 'focalnet.encoder.stages.0.layers.0.gamma_1'")
+
+
+@pytest.mark.parametrize("options", [SMALL["plain"], OPTIONS], ids=["plain", "postln"])
+def test_of_a_feature_extractor(options, tmp_path):
+    source, target = (timm_backbone(small_config(**options), (0, 1, 2)) for _ in range(2))
+    path = save(source.state_dict(), tmp_path / "features.pth")
+    assert states_equal(load_checkpoint(target, path), source)
+    check_refused(FocalNet(**small_config(**options)), path, "of a backbone", "'norm.weight': no such parameter")
 
 
 @pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from focalnet_kernels.models import create_model, list_models
-from focalnet_kernels.models.variants import VARIANTS
+from focalnet_kernels.models.variants import VARIANTS, recognise_variant
 
 ZOO = json.loads((Path(__file__).parents[1] / "data" / "zoo.json").read_text())
 
@@ -28,6 +28,16 @@ def test_published_configuration_and_size(name):
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == entry["parameters"]
     assert len(model.state_dict()) == entry["state_dict_keys"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_variants_are_known_by_their_weights(name):
+    with torch.device("meta"):
+        state = create_model(name, num_classes=7).state_dict()
+    assert recognise_variant(state) == name
+    del state["norm.bias"]
+    assert recognise_variant(state) is None
+    assert recognise_variant({"head.bias": torch.zeros(7)}) is None
 
 
 def test_list_models_takes_a_pattern():
