@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from ops.golden import relative_error
+from ops.strategies import DTYPES, dtype_name
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import assert_op_accurate, draw, make_layer_inputs
@@ -99,7 +100,7 @@ def test_loops(spatial, target_spatial, seed):
 
 
 @for_every_size
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_every_backend(backend, spatial, target_spatial, dtype, seed):
     inputs = make_inputs(spatial, target_spatial, seed, dtype=dtype, postln=True) | {"normalize": True}
     generator = torch.Generator().manual_seed(seed + 2)
