@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def convert(source: Path, target: Path, library: str, postln: bool | None, parti
         raise click.BadParameter(f"{source}: {error}", param_hint="IN") from error
     try:
         _write(save, converted, target, force)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer and safetensors' have their own
         raise click.BadParameter(f"{target}: cannot be written: {error}", param_hint="OUT") from error
 
     click.echo(f"{target}: {len(converted)} tensors, from the {layout} to the {new_layout} layout")

@@ -70,7 +70,8 @@ _RULES: dict[str, Rules] = {
     "huggingface_bare": _MODEL + _HEAD,
 }
 # detection: the backbone of a detector or segmenter. It has a norm for each stage's map, norm0 and so on, and no
-# final norm or head; by itself, without the detector's prefix, it goes as "authors".
+# final norm or head; by itself, without the detector's prefix, it goes as "authors". Mind that the authors pad
+# the overlapping stem (`use_conv_embed`) of their detection and segmentation by 3, and of classification by 2.
 # timm_postln: timm's names in a model with `use_postln`; timm names norms by where they stand.
 # timm_features: as flattened for `features_only`.
 # huggingface_bare: a `FocalNetModel` without the classifier around it.

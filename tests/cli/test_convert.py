@@ -147,7 +147,7 @@ def test_overwrites_only_by_force(checkpoint, tmp_path):
     assert source.read_bytes() == target.read_bytes()
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()])
 def test_all_or_nothing(error, checkpoint, tmp_path, monkeypatch):
     _, source = checkpoint
     target = tmp_path / "out.pth"

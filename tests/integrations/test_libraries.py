@@ -5,6 +5,7 @@ import functools
 import pickle
 import sys
 import types
+import warnings
 
 import pytest
 import timm
@@ -155,6 +156,23 @@ def test_a_subclass_is_not_taken_for_its_base():
     with patch_timm():
         assert accelerated(Doubled(8, 3, 2)) == 0
         assert accelerated(Renamed(8, 3, 2)) == 1
+
+
+def test_verdicts_are_of_the_objects_that_a_layer_holds(monkeypatch):
+    """An object's id may pass to the next one; its verdict must not."""
+
+    class Scaled(AuthorsDetection):
+        def __init__(self, dim, scale):
+            super().__init__(dim)
+            self.scale = types.SimpleNamespace(value=scale)
+
+        def forward(self, x):
+            return super().forward(x) * self.scale.value
+
+    monkeypatch.setattr(foreign_layers, "Scaled", Scaled, raising=False)
+    with patch_official(foreign_layers), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert [accelerated(Scaled(8, scale)) for scale in (1, 2, 1, 2, 1, 2)] == [1, 0] * 3
 
 
 def test_look_alikes_are_built_as_they_are():
