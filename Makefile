@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks tests
 
-.PHONY: install demo test test-slow sanitize lint format bench clean
+.PHONY: install demo test test-slow check-compile sanitize lint format bench clean
 
 install: $(VENV)/.installed
 
@@ -23,9 +23,16 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops
+
+# what the Triton kernels compile to on GPUs that need not be there: spilled registers are failures
+TARGETS = sm_80,sm_90,sm_100,gfx942
+check-compile: install
+	$(BIN)/python -m focalnet_kernels check --compile $(TARGETS) $(ARGS)
 
 # the kernel tests over a build with AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set
 SANITIZED = build/sanitize

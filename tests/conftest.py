@@ -1,22 +1,41 @@
 """Fixtures of all tests: poisoned memory, backends, instruction sets, seeds."""
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from focalnet_kernels import _native
+from focalnet_kernels.ops._triton import INTERPRETED
 from focalnet_kernels.testing import fresh_seed
 
 settings.register_profile(
     "focalnet_kernels",
     deadline=None,
-    max_examples=30,
+    max_examples=10 if INTERPRETED else 30,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("focalnet_kernels")
+
+
+_SLOW_INTERPRETED = ("detection-float32", "odd-channels", "tiny-model-stage", "detection-float16")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under TRITON_INTERPRET=1 only what runs on the Triton kernels, once per op: the rest has its own run."""
+    if not INTERPRETED:
+        return
+    # an interpreter takes its time for every tile, whatever its size
+    import_module("focalnet_kernels.ops.focal_context.triton_plan")._TAPS = (16, 64, 1, 4, 255)
+    for item in items:
+        if any(part in item.name for part in _SLOW_INTERPRETED):
+            item.add_marker(pytest.mark.slow)
+    chosen = [item for item in items if {"backend", "kernels", "interpreted"} & set(item.fixturenames)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,12 +61,27 @@ def cpu_kernels():
     skip_without_cpu_kernels()
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu"])
+@pytest.fixture(scope="session", params=["triton"] if INTERPRETED else ["reference", "cpu"])
 def backend(request):
-    """Every backend that runs on a CPU."""
+    """Every backend that runs on a CPU: the Triton kernels do so in Triton's interpreter, in a run of their own."""
     if request.param == "cpu":
         skip_without_cpu_kernels()
     return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels(backend):
+    """Every backend but the reference."""
+    if backend == "reference":
+        pytest.skip("the reference leaves this to PyTorch")
+    return backend
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """For tests of single Triton kernels on a CPU."""
+    if not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1: see `make test`")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

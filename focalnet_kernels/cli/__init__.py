@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .bench import bench
+from .check import check
 from .convert import convert
 from .demo import demo
 from .info import info
@@ -16,6 +17,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(check)
 main.add_command(convert)
 main.add_command(demo)
 main.add_command(info)

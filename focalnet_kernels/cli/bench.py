@@ -26,6 +26,7 @@ from .._version import __version__
 from ..dispatch import use_backend
 from ..functional import explain
 from ..integrations import accelerate
+from ..models.layers import published_layers
 from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation
 from ..testing import FORWARD_FACTOR, assert_accurate
@@ -80,8 +81,8 @@ def bench(what, variant, batch, size, dtypes, rounds, with_compile, output) -> N
 
 def _layer_cases(variant, batch, size, dtype, with_compile):
     """(shape, mode, {provider: call}) for every stage."""
-    for C, H, config in _stages(variant, size):
-        providers, x = _providers(C, H, config, batch, dtype, with_compile)
+    for layer in published_layers(variant, size):
+        providers, x = _providers(layer.dim, layer.size, layer.options, batch, dtype, with_compile)
         for mode in MODES:
             yield "x".join(map(str, x.shape)), mode, {name: _call(run, x, mode) for name, run in providers.items()}
 
@@ -115,20 +116,6 @@ def _model_cases(variant, batch, size, dtype, with_compile):
         for model in models.values():
             model.train(run is step)
         yield "x".join(map(str, x.shape)), mode, {name: partial(run, model) for name, model in models.items()}
-
-
-def _stages(variant: str, size: int):
-    """(C, H, constructor arguments) of each stage's layers."""
-    config = VARIANTS[variant]
-    patch = config.get("patch_size", 4)
-    for i, (level, window) in enumerate(zip(config["focal_levels"], config["focal_windows"], strict=True)):
-        options = {
-            "focal_window": window,
-            "focal_level": level,
-            "normalize_modulator": config.get("normalize_modulator", False),
-            "use_postln_in_modulation": config.get("use_postln_in_modulation", False),
-        }
-        yield config["embed_dim"] * 2**i, size // patch // 2**i, options
 
 
 def _providers(C, H, config, batch, dtype, with_compile) -> tuple[dict[str, Callable], Tensor]:

@@ -19,7 +19,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:  # looks without importing it
+    try:
+        found = importlib.util.find_spec("triton")  # looks without importing it
+    except ImportError:
+        found = None
+    if found is None:
         return "the package triton is not installed"
     if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
         return "this torch was built for CPUs only (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
@@ -82,6 +86,8 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
         return
     # not every default is the same in every Triton: say what we want
     options = {} if INTERPRETED else {"enable_fp_fusion": True}
+    if torch.version.hip is not None or INTERPRETED:
+        constants.pop("maxnreg", None)  # NVIDIA's alone
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **constants, **options)
 
@@ -92,6 +98,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "meta":
         return 132
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""What a recorded kernel launch costs on a GPU that need not be there: compiled ahead of time, read from machine code."""
+"""What a recorded launch costs on a GPU that need not be there: compiled ahead of time, read from the machine code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._triton import Launch
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,8 @@ class Resources:
     tensor_core: int | None = None
 
 
-def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile a launch for `target`: "sm_90", "gfx942"."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def specialization(launch: Launch) -> tuple[dict, dict, dict, dict]:
+    """What of a launch its machine code depends on: types, constants, known divisors, compiler options."""
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
@@ -45,10 +41,21 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         if name not in OPTIONS:
             signature[name] = "constexpr"
             constants[(names.index(name),)] = value
+    return signature, constants, attributes, options
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile a launch for `target`: "sm_90", "gfx942"."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, options = specialization(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     if target.startswith("sm_"):
         built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
         return Resources(built.metadata.shared, *_read_machine_code(built.asm["cubin"]))
+    options.pop("maxnreg", None)
     built = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
     return Resources(built.metadata.shared)
 

@@ -1,18 +1,31 @@
 """What the random tests of the ops draw from."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
+from focalnet_kernels.ops._triton import INTERPRETED
 from focalnet_kernels.testing import LAYOUTS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter computes bfloat16 wrongly
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def skip_what_cannot_run(backend, dtype):
+    """Skips a test of a dtype that the backend leaves to others."""
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("float64 is the reference's")
+    if dtype == torch.bfloat16 and INTERPRETED:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+
 
 seeds = st.integers(0, 2**32 - 1)
 _layouts = st.sampled_from(LAYOUTS)
-_channels = st.sampled_from([1, 2, 3, 5, 8, 16, 17, 24, 33])
+# an interpreter needs milliseconds for each operation of each tile
+_channels = st.sampled_from([1, 3, 8, 17] if INTERPRETED else [1, 2, 3, 5, 8, 16, 17, 24, 33])
 _batches = st.sampled_from([0, 1, 2, 3])
 _largest_map = {1: 40, 2: 12, 3: 6}
-_largest_kernel = {1: 13, 2: 13, 3: 7}
+_largest_kernel = {1: 13, 2: 7, 3: 3} if INTERPRETED else {1: 13, 2: 13, 3: 7}
 
 
 def dtype_name(value):

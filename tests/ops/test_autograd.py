@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import focalnet_kernels as fk
+from focalnet_kernels.ops._triton import INTERPRETED
 from focalnet_kernels.testing import (
     LAYOUTS,
     assert_op_accurate,
@@ -21,7 +22,7 @@ from focalnet_kernels.testing import (
     named_tensors,
     run,
 )
-from ops.strategies import seeds
+from ops.strategies import seeds, skip_what_cannot_run
 
 
 def context_inputs(seed, levels=2, shape=(2, 10, 5, 6), **options):
@@ -100,7 +101,7 @@ def test_grad_output_of_any_strides(backend, op, make_inputs, function, seed):
 
 
 @for_every_op
-@settings(max_examples=15)
+@settings(max_examples=5 if INTERPRETED else 15)
 @given(data=st.data(), seed=seeds)
 def test_any_subset_of_gradients(backend, op, make_inputs, data, seed):
     inputs = make_inputs(seed)
@@ -130,6 +131,7 @@ def test_frozen_inputs_get_no_gradient(backend, op, make_inputs, seed):
 @for_every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_backward_twice(backend, op, make_inputs, dtype, seed):
+    skip_what_cannot_run(backend, dtype)
     inputs = map_tensors(lambda t: t.requires_grad_(), make_inputs(seed, dtype=dtype))
     leaves = list(named_tensors(inputs).values())
     grad_output = grad_output_for(inputs, seed)
@@ -143,6 +145,7 @@ def test_backward_twice(backend, op, make_inputs, dtype, seed):
 @for_every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_repeated_calls_agree_bitwise(backend, op, make_inputs, dtype, seed):
+    skip_what_cannot_run(backend, dtype)
     inputs = make_inputs(seed, dtype=dtype)
     grad_output = grad_output_for(inputs, seed)
     with fk.use_backend(backend):
@@ -214,11 +217,11 @@ def test_nothing_is_saved_without_need(backend, op, make_inputs, seed):
 
 
 @for_every_op
-def test_kernels_save_little(cpu_kernels, op, make_inputs, seed):
+def test_kernels_save_little(kernels, op, make_inputs, seed):
     layer = op is fk.focal_modulation
     inputs = make_inputs(seed, shape=(2, 9, 8, 40) if layer else (2, 40, 9, 8))
     map_tensors(lambda t: t.requires_grad_(), inputs)
-    with fk.use_backend("cpu"), saved_tensors() as saved:
+    with fk.use_backend(kernels), saved_tensors() as saved:
         op(**inputs)
     # the whole layer: q, ctx and gates, and the modulator; the others: nothing but their inputs and the means
     x = next(iter(inputs.values()))
@@ -246,20 +249,20 @@ def test_no_reference_cycle(backend, op, make_inputs, seed):
 
 @for_every_op
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_has_the_memory_order_of_the_input(cpu_kernels, op, make_inputs, layout, seed):
+def test_output_has_the_memory_order_of_the_input(kernels, op, make_inputs, layout, seed):
     inputs = make_inputs(seed, layout=layout)
     x = next(iter(inputs.values()))
-    with fk.use_backend("cpu"):
+    with fk.use_backend(kernels):
         assert op(**inputs).stride() == torch.empty_like(x).stride()
 
 
 @for_every_op
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_weight_gradients_have_the_weights_strides(cpu_kernels, op, make_inputs, layout, seed):
+def test_weight_gradients_have_the_weights_strides(kernels, op, make_inputs, layout, seed):
     """DDP's buckets are views with the parameters' strides, where axes of size 1 count too."""
     inputs = make_inputs(seed) | {k: v for k, v in make_inputs(seed, layout=layout).items() if k in ("x", "q", "ctx")}
     x_name, *names = named_tensors(inputs)
-    with fk.use_backend("cpu"):
+    with fk.use_backend(kernels):
         results = run(op, inputs, grad_output_for(inputs, seed))
     for name in names:
         if name not in ("gates", "ctx_all"):

@@ -7,7 +7,7 @@ from hypothesis import given
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_context_inputs
 from ops import golden
-from ops.strategies import DTYPES, context_cases, dtype_name, seeds
+from ops.strategies import DTYPES, context_cases, dtype_name, seeds, skip_what_cannot_run
 
 
 def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, **options):
@@ -20,8 +20,7 @@ def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=Fal
 @pytest.mark.parametrize("path", golden.FILES, ids=golden.NAMES)
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=dtype_name)
 def test_authors_modulator(backend, path, dtype, limit):
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("float64 is the reference's")
+    skip_what_cannot_run(backend, dtype)
     config, tensors = golden.load(path)
     layer = golden.layer_inputs(config, tensors)
     C, L = config["dim"], config["focal_level"]

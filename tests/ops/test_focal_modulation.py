@@ -7,7 +7,7 @@ from hypothesis import given
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_layer_inputs, map_tensors, run
 from ops import golden
-from ops.strategies import DTYPES, dtype_name, layer_cases, seeds
+from ops.strategies import DTYPES, dtype_name, layer_cases, seeds, skip_what_cannot_run
 
 
 def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, **options):
@@ -20,8 +20,7 @@ def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=Fal
 @pytest.mark.parametrize("path", golden.FILES, ids=golden.NAMES)
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=dtype_name)
 def test_authors_numbers(backend, path, dtype, limit):
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("float64 is the reference's")
+    skip_what_cannot_run(backend, dtype)
     config, tensors = golden.load(path)
     expected = {"output": tensors["output"]} | golden.layer_gradients(config, tensors)
     inputs = map_tensors(lambda t: t.to(dtype), golden.layer_inputs(config, tensors))

@@ -26,36 +26,35 @@ from .triton_chain import (
 def context_bwd_kernel(
     grad_out, grad_out_strides, ctx, ctx_strides, gates, gates_strides, mean, weights, scratch, grad_means,
     grad_ctx, grad_ctx_strides, ctx_all, ctx_all_strides, grad_gates, grad_weights,
-    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size,
+    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size, blocks_per_task,
     KERNELS: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, LEFT_PAD: tl.constexpr,
     RIGHT_PAD: tl.constexpr, WINDOW: tl.constexpr, NB: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
     G: tl.constexpr, PIXELS: tl.constexpr, REACH: tl.constexpr, ALL_TAPS: tl.constexpr,
     WANT_CTX: tl.constexpr, WANT_GATES: tl.constexpr, WANT_WEIGHTS: tl.constexpr, WANT_ALL: tl.constexpr,
 ):  # fmt: skip
-    """Tasks and slots as in context_fwd_kernel. `mean` (B, C) is the forward's; REACH is the sum of all radii along T.
+    """Tasks and slots as in context_fwd_kernel, but a task is `blocks_per_task` blocks of channels, one by one, which
+    adds their shares of the gates' gradients up. `mean` (B, C) is the forward's; REACH is the sum of all radii along T.
 
-    Written where wanted: grad_ctx; ctx_all; the partial sums grad_gates (channel block, B, L+1, T*M*W) and grad_weights
-    (image group * strips + strip, C, ALL_TAPS). grad_means (slots, G, NB) is scratch in float32.
+    Written where wanted: grad_ctx; ctx_all; the partial sums grad_gates (task's blocks, B, L+1, T*M*W) and grad_weights
+    (image group * strips + strip, C, ALL_TAPS). grad_means (slots, G * NB + NB * WINDOW * 8) is scratch in float32.
     """
     L: tl.constexpr = len(KERNELS)
     PLANES: tl.constexpr = 2 * L if L > 0 else 1
     T, M, W = size
     WP = (W + 7) // 8 * 8 + LEFT_PAD + RIGHT_PAD
     blocks = (C + NB - 1) // NB
+    supers = (blocks + blocks_per_task - 1) // blocks_per_task
     level_size = G * NB * plane_size
     slot = scratch + tl.program_id(0).to(tl.int64) * (PLANES * level_size)
-    grad_means += tl.program_id(0) * (G * NB)
+    grad_means += tl.program_id(0) * (G * NB + NB * WINDOW * 8)
     lane = tl.arange(0, NB)
     scale = 1.0 / (L + 1) if NORMALIZE else 1.0
     clear(slot, PLANES * level_size)
 
-    task = tl.program_id(0)
-    while task < tasks:
-        block = task % blocks
-        channel = (block * NB + lane).to(tl.int64)
-        channels_inside = channel < C
-        strip = task // blocks % strips
-        group = task // (blocks * strips)
+    # without hoisting: what one step needs would be held in registers through all the others
+    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
+        strip = task // supers % strips
+        group = task // (supers * strips)
         b = group.to(tl.int64) * G
         n_images = tl.minimum(B - b, G).to(tl.int32)
         t0 = strip * strip_rows
@@ -63,58 +62,61 @@ def context_bwd_kernel(
         lowest = tl.where(strips == 1, 0, t0 - TOP)
         highest = tl.where(strips == 1, T, t1 + TOP)
         frame = (TOP - t0, RM, MP, WP, LEFT_PAD)
-
-        ahead = 2 * REACH
-        if L > 0:
-            copy_in(
-                ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
-                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
-            )  # fmt: skip
-        for k in tl.static_range(L):
-            ahead -= KERNELS[k][0] // 2
-            _recompute_level(
-                slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
-                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                KERNELS[k], k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
-            )  # fmt: skip
-
-        _mean_gradient(
-            grad_out, grad_out_strides, gates + L * gates_strides[1], gates_strides, mean, grad_means, b, n_images, C,
-            channel, channels_inside, size, scale, NB, PIXELS,
-        )  # fmt: skip
-        if WANT_GATES or WANT_ALL:
-            _gates_gradient(
-                grad_out, grad_out_strides, gates, gates_strides, mean, slot + L * level_size, level_size,
-                grad_gates + (block * B + b) * ((L + 1) * T * M * W), ctx_all, ctx_all_strides, b, n_images, C,
-                channel, channels_inside, t0, t1, size, frame, plane_size, scale,
-                L, EXACT, WANT_GATES, WANT_ALL, NB, PIXELS,
-            )  # fmt: skip
-        if WANT_CTX or WANT_WEIGHTS:
-            ahead = REACH
-            for down in tl.static_range(L):
-                _level_gradient(
-                    slot + (2 * L - 1 - down) * level_size, level_size, weights[L - 1 if down == 0 else L - down],
-                    grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides, grad_means,
-                    b, n_images, channel, channels_inside,
-                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
-                    KERNELS[L - 1 if down == 0 else L - down], down == 0, EXACT, WINDOW, SEG, ROWS, NB,
+        part = grad_gates + (task % supers * B + b) * ((L + 1) * T * M * W)
+        first = task % supers * blocks_per_task
+        for block in tl.range(first, tl.minimum(first + blocks_per_task, blocks), disable_licm=True):
+            channel = (block * NB + lane).to(tl.int64)
+            channels_inside = channel < C
+            ahead = 2 * REACH
+            if L > 0:
+                copy_in(
+                    ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
+                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
                 )  # fmt: skip
-                ahead -= KERNELS[L - 1 - down][0] // 2
-        if WANT_WEIGHTS:
-            to = grad_weights + ((group * strips + strip).to(tl.int64) * C + channel) * ALL_TAPS
             for k in tl.static_range(L):
-                _weight_gradient(
-                    slot + k * level_size, slot + (L + k) * level_size, to, channels_inside, n_images, t0, t1, size,
-                    frame, plane_size, KERNELS[k], WINDOW, SEG, ROWS, NB,
+                ahead -= KERNELS[k][0] // 2
+                _recompute_level(
+                    slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
+                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
+                    KERNELS[k], k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
                 )  # fmt: skip
-                to += KERNELS[k][0] * KERNELS[k][1] * KERNELS[k][2]
-        if WANT_CTX:
-            _write_gradient(
-                slot + L * level_size, weights, grad_means, grad_ctx, grad_ctx_strides, b, n_images, channel,
-                channels_inside, t0, t1, size, frame, plane_size, KERNELS, WINDOW, SEG, ROWS, NB,
+
+            _mean_gradient(
+                grad_out, grad_out_strides, gates + L * gates_strides[1], gates_strides, mean, grad_means, b, n_images,
+                C, channel, channels_inside, size, scale, NB, PIXELS,
             )  # fmt: skip
-        tl.debug_barrier()
-        task += tl.num_programs(0)
+            if WANT_GATES or WANT_ALL:
+                _gates_gradient(
+                    grad_out, grad_out_strides, gates, gates_strides, mean, slot + L * level_size, level_size,
+                    part, block - first, ctx_all, ctx_all_strides, b, n_images, C,
+                    channel, channels_inside, t0, t1, size, frame, plane_size, scale,
+                    L, EXACT, WANT_GATES, WANT_ALL, NB, PIXELS,
+                )  # fmt: skip
+            if WANT_CTX or WANT_WEIGHTS:
+                ahead = REACH
+                for down in tl.static_range(L):
+                    _level_gradient(
+                        slot + (2 * L - 1 - down) * level_size, level_size, weights[L - 1 if down == 0 else L - down],
+                        grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides,
+                        grad_means, b, n_images, channel, channels_inside,
+                        tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
+                        KERNELS[L - 1 if down == 0 else L - down], down == 0, EXACT, WINDOW, SEG, ROWS, NB,
+                    )  # fmt: skip
+                    ahead -= KERNELS[L - 1 - down][0] // 2
+            if WANT_WEIGHTS:
+                to = grad_weights + ((group * strips + strip).to(tl.int64) * C + channel) * ALL_TAPS
+                for k in tl.static_range(L):
+                    _weight_gradient(
+                        slot + k * level_size, slot + (L + k) * level_size, to, grad_means + G * NB, channels_inside,
+                        n_images, t0, t1, size, frame, plane_size, KERNELS[k], WINDOW, SEG, ROWS, NB,
+                    )  # fmt: skip
+                    to += KERNELS[k][0] * KERNELS[k][1] * KERNELS[k][2]
+            if WANT_CTX:
+                _write_gradient(
+                    slot + L * level_size, weights, grad_means, grad_ctx, grad_ctx_strides, b, n_images, channel,
+                    channels_inside, t0, t1, size, frame, plane_size, KERNELS, WINDOW, SEG, ROWS, NB,
+                )  # fmt: skip
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -171,12 +173,13 @@ def _mean_gradient(
 
 @triton.jit
 def _gates_gradient(
-    grad_out, grad_out_strides, gates, gates_strides, mean, z_planes, level_size, grad_gates, ctx_all, ctx_all_strides,
-    b, n_images, C, channel, channels_inside, t0, t1, size, frame, plane_size, scale,
+    grad_out, grad_out_strides, gates, gates_strides, mean, z_planes, level_size, grad_gates, add, ctx_all,
+    ctx_all_strides, b, n_images, C, channel, channels_inside, t0, t1, size, frame, plane_size, scale,
     L: tl.constexpr, EXACT: tl.constexpr, WANT_GATES: tl.constexpr, WANT_ALL: tl.constexpr, NB: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The gates' gradients, summed over this block's channels, and ctx_all once more: rows t0..t1."""
+    """The gates' gradients, summed over this block's channels (on top of what is there if add > 0), and ctx_all once
+    more: rows t0..t1."""
     T, M, W = size
     pixels = T * M * W
     n = (t1 - t0) * M * W
@@ -200,7 +203,8 @@ def _gates_gradient(
                 else:
                     level = tl.zeros([NB, PIXELS], tl.float32) + glob[:, None]
                 if WANT_GATES:
-                    tl.store(part + k * pixels, tl.sum(grad * level, 0) * scale, mask=i < n)
+                    before = tl.load(part + k * pixels, mask=(i < n) & (i * 0 + add > 0), other=0.0)
+                    tl.store(part + k * pixels, before + tl.sum(grad * level, 0) * scale, mask=i < n)
                 if WANT_ALL:
                     gate = tl.load(gate_at + k * gates_strides[1], mask=i < n, other=0.0).to(tl.float32)
                     everything += gate[None, :] * level
@@ -291,13 +295,13 @@ def _write_gradient(
 
 @triton.jit
 def _weight_gradient(
-    source, dz_planes, to, channels_inside, n_images, t0, t1, size, frame, plane_size,
+    source, dz_planes, to, diagonals, channels_inside, n_images, t0, t1, size, frame, plane_size,
     KERNEL: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
     """The sum over rows t0..t1 of dz(p) ctx(p + tap), for every tap.
 
     By windows: windows^T [WINDOW, SEG] times dz [SEG, 8] holds every product of a kernel row; what belongs to one tap
-    lies on one diagonal, summed once at the end.
+    lies on one diagonal, summed at the end of the row on a way through `diagonals` (NB, WINDOW, 8).
     """
     T, M, W = size
     pitch = frame[2] * frame[3]
@@ -309,7 +313,8 @@ def _weight_gradient(
     if WINDOW:
         LEFT: tl.constexpr = WINDOW // 4
         i = tl.arange(0, WINDOW)
-        tap = i[:, None] - column[None, :] - (LEFT - KW // 2)
+        tap = tl.arange(0, 16)
+        plane_of_products = tl.arange(0, NB)[:, None, None] * WINDOW
         for k in range(0, KT):
             products = tl.zeros([NB, WINDOW, 8], tl.float32)
             for tile in range(0, tiles):
@@ -320,9 +325,15 @@ def _weight_gradient(
                 for r in tl.static_range(ROWS):
                     dz = tl.load(dz_at + r * pitch, mask=(live & (t + r < t1))[None, :, None], other=0.0)
                     products = tl.dot(tl.load(window_at + r * pitch), dz, products)
-            for j in tl.static_range(KW):
-                value = tl.sum(tl.sum(tl.where((tap == j)[None, :, :], products, 0.0), 2), 1)
-                tl.store(to + k * KW + j, value, mask=channels_inside)
+            tl.debug_barrier()
+            tl.store(diagonals + (plane_of_products + i[None, :, None]) * 8 + column[None, None, :], products)
+            tl.debug_barrier()
+            on_diagonal = plane_of_products + tap[None, :, None] + column[None, None, :] + (LEFT - KW // 2)
+            value = tl.load(
+                diagonals + on_diagonal * 8 + column[None, None, :], mask=(tap < KW)[None, :, None], other=0.0
+            )
+            to_tap = to[:, None] + k * KW + tap[None, :]
+            tl.store(to_tap, tl.sum(value, 2), mask=channels_inside[:, None] & (tap < KW)[None, :])
     else:
         for tap in range(0, KT * KERNEL[1] * KW):
             products = tl.zeros([NB, SEG, 8], tl.float32)

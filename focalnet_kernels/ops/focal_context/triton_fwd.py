@@ -25,8 +25,8 @@ def context_fwd_kernel(
     lane = tl.arange(0, NB)
     clear(slot, (L + 1) * level_size)
 
-    task = tl.program_id(0)
-    while task < tasks:
+    # without hoisting: what one step needs would be held in registers through all the others
+    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0), disable_licm=True):
         channel = (task % blocks * NB + lane).to(tl.int64)
         channels_inside = channel < C
         strip = task // blocks % strips
@@ -87,7 +87,6 @@ def context_fwd_kernel(
                 to += in_map(t, m, w, out_strides)[None, :]
                 tl.store(to, value.to(out.dtype.element_ty), mask=channels_inside[:, None] & (i < n)[None, :])
         tl.debug_barrier()
-        task += tl.num_programs(0)
 
 
 @triton.jit

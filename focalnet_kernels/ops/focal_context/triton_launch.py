@@ -49,14 +49,16 @@ implement_triton("focal_context_fwd_triton", _focal_context_fwd)
 implement_triton("focal_context_bwd_triton", _focal_context_bwd)
 
 
-def context_fwd(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, out: Tensor) -> Tensor:
-    """Writes ctx_all into `out`; returns the mean (B, C) of the last level."""
+def context_fwd(
+    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, out: Tensor, whole: bool = False
+) -> Tensor:
+    """Writes ctx_all into `out`; returns the mean (B, C) of the last level. `whole`: in one launch in any case."""
     from .triton_fwd import context_finish_kernel, context_fwd_kernel
 
     (B, C), (size, ctx_strides) = ctx.shape[:2], padded_map(ctx)
     gates_strides, out_strides = padded_map(gates)[1], padded_map(out)[1]
     kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
-    plan = make_plan(B, C, size, kernels, ctx.dtype, ctx.device)
+    plan = make_plan(B, C, size, kernels, ctx.dtype, ctx.device, whole=whole)
     shares = torch.empty((plan.strips, B, C), dtype=torch.float32, device=ctx.device)
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
     launch(
@@ -81,7 +83,7 @@ def context_bwd(
     grad_out: Tensor, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], mean: Tensor, normalize: bool,
     grad_ctx: Tensor | None, grad_gates: Tensor | None, want_weights: bool, ctx_all: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Writes the gradients of ctx and gates, and ctx_all again, where given; returns the weights' gradients if wanted."""
+    """Writes the gradients of ctx and gates, and ctx_all again, where given; returns the weights' if wanted."""
     from .triton_bwd import context_bwd_kernel
     from .triton_reduce import reduce_partials_kernel
 
@@ -91,7 +93,8 @@ def context_bwd(
     kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
     taps = tuple(k[0] * k[1] * k[2] for k in kernels)
     plan = make_plan(B, C, size, kernels, ctx.dtype, device, backward=True)
-    blocks, groups = cdiv(C, plan.channels), cdiv(B, plan.images) * plan.strips
+    groups = cdiv(B, plan.images) * plan.strips
+    blocks = cdiv(cdiv(C, plan.channels), plan.blocks_per_task)
 
     def part(wanted, *shape):
         return torch.empty(shape if wanted else (1,), dtype=torch.float32, device=device)
@@ -102,7 +105,7 @@ def context_bwd(
         tensor = nothing if tensor is None else tensor
         return tensor, padded_map(tensor)[1]
 
-    grad_means = part(True, plan.slots, plan.images, plan.channels)
+    grad_means = part(True, plan.slots, plan.channels * (plan.images + plan.window * 8))
     gates_parts = part(grad_gates is not None, blocks, B, L + 1, pixels)
     weights_parts = part(want_weights, groups, C, sum(taps))
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
@@ -110,7 +113,7 @@ def context_bwd(
         context_bwd_kernel, plan.slots, device,
         *with_strides(grad_out), ctx, ctx_strides, *with_strides(gates), mean, tuple(w.contiguous() for w in weights),
         scratch, grad_means, *with_strides(grad_ctx), *with_strides(ctx_all), gates_parts, weights_parts,
-        B, C, size, *plan.arguments(),
+        B, C, size, *plan.arguments(), plan.blocks_per_task,
         NORMALIZE=normalize, EXACT=ctx.dtype != torch.bfloat16, REACH=sum(k[0] // 2 for k in kernels),
         ALL_TAPS=sum(taps), WANT_CTX=grad_ctx is not None, WANT_GATES=grad_gates is not None,
         WANT_WEIGHTS=want_weights, WANT_ALL=ctx_all is not None, **plan.constants(),

@@ -33,8 +33,10 @@ class Plan:
     tasks: int
     slots: int
     slot_size: int
+    blocks_per_task: int
     pixels: int
     warps: int
+    registers: int
 
     def arguments(self) -> tuple[int, ...]:
         """The kernels' run-time arguments."""
@@ -46,6 +48,7 @@ class Plan:
             "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
             "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "G": self.images, "PIXELS": self.pixels,
             "num_warps": self.warps, "num_stages": 1,
+            "maxnreg": self.registers,
         }  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, i
 
 
 def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]]) -> str | None:
-    """Why the kernels' 32-bit offsets within one image's planes, or counts of pixels, cannot hold; None where they can."""
+    """Why 32-bit offsets within one image's planes, or counts of pixels, cannot hold; None where they can."""
     (T, M, W), kernels = size, [padded_kernel(k) for k in kernels]
     rows = T + 8 + 2 * sum(k[0] for k in kernels)
     plane = rows * (M + max((k[1] for k in kernels), default=0)) * (W + 64 + max((k[2] for k in kernels), default=0))
@@ -74,32 +77,38 @@ def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]])
     return None
 
 
-# (backward, kernel width at most) -> channels, segments, rows, warps of a program: the largest without spilled registers
+# Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most. The first line
+# that fits is the largest without spilled registers (`check --compile`):
+# (backward, widest kernel at most, levels at most) -> tile.
 _TENSOR_CORES = {
-    (False, 9): (4, 16, 4, 4),
-    (False, 13): (2, 16, 4, 4),
-    (True, 9): (4, 16, 4, 4),
-    (True, 13): (2, 16, 2, 4),
+    (False, 9, 3): (4, 16, 4, 4, 168),
+    (False, 9, 99): (4, 16, 2, 4, 168),
+    (False, 13, 99): (4, 16, 4, 4, 255),
+    (True, 7, 3): (4, 16, 4, 4, 255),
+    (True, 9, 3): (4, 16, 2, 4, 255),
+    (True, 9, 99): (4, 16, 1, 4, 255),
+    (True, 13, 99): (2, 16, 2, 4, 255),
 }
-_TAPS = (4, 32, 1, 4)
+_TAPS = (4, 32, 1, 4, 255)
 _SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
 _LARGEST_SCRATCH = 2**27  # elements
 
 
 def make_plan(
     B: int, C: int, size: tuple[int, int, int], kernels: tuple[Kernel, ...], dtype: torch.dtype,
-    device: torch.device, backward: bool = False,
+    device: torch.device, backward: bool = False, whole: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan for ctx (B, C, *size) on that device."""
+    """The plan for ctx (B, C, *size) on that device. `whole`: no strips, however few the tasks."""
     T, M, W = size
     widest = max((k[2] for k in kernels), default=1)
     band = dtype != torch.float32 and M == 1 and widest <= 13 and all(k[1] == 1 for k in kernels)
     if band:
         window = 16 if widest <= 9 else 32
-        channels, segments, rows, warps = _TENSOR_CORES[backward, 9 if widest <= 9 else 13]
+        fitting = (k for k in _TENSOR_CORES if k[0] == backward and k[1] >= widest and k[2] >= len(kernels))
+        channels, segments, rows, warps, registers = _TENSOR_CORES[next(fitting)]
         rows = min(rows, next_power_of_2(T))
     else:
-        window, (channels, segments, rows, warps) = 0, _TAPS
+        window, (channels, segments, rows, warps, registers) = 0, _TAPS
     # windows start WINDOW / 4 columns before their segment: put that on a boundary of 8
     left_pad = cdiv(widest // 2, 8) * 8 + 8 if not band else 8 + window // 4
     right_pad = left_pad if not band else window - left_pad + 8
@@ -112,7 +121,9 @@ def make_plan(
     images = min(next_power_of_2(max(1, segments // max(1, per_image))), next_power_of_2(max(1, B)))
     strips, halo = 1, sum(reach) * (2 if backward else 1)
     tasks = cdiv(B, images) * blocks
-    if images == 1 and 0 < tasks < 2 * processors:  # a strip costs `halo` rows on both sides: none shorter than that
+    if (
+        images == 1 and 0 < tasks < 2 * processors and not whole
+    ):  # a strip costs `halo` rows on both sides: none shorter than that
         strips = max(1, min(cdiv(2 * processors, tasks), T // max(rows, halo)))
     strip_rows = cdiv(cdiv(max(1, T), strips), rows) * rows if strips > 1 else max(1, T)
     strips = cdiv(max(1, T), strip_rows)
@@ -121,8 +132,12 @@ def make_plan(
     # a row of slack above the first and below the last tile, for windows that start before or end after their row
     plane_size = (strip_rows + 2 * top + rows + 1) * MP * columns
     plane_size = cdiv(plane_size, 16) * 16
-    tasks = cdiv(B, images) * blocks * strips
-    slots = min(tasks, processors * _SLOTS_PER_MULTIPROCESSOR[backward])
+    slots = processors * _SLOTS_PER_MULTIPROCESSOR[backward]
+    groups = cdiv(B, images) * strips
+    # every task of the backward writes its share of the gates' gradients: few tasks, but enough for all slots
+    blocks_per_task = max(1, min(blocks, groups * blocks // (2 * slots))) if backward else 1
+    tasks = groups * cdiv(blocks, blocks_per_task)
+    slots = min(tasks, slots)
     planes = max(1, 2 * len(kernels)) if backward else len(kernels) + 1
     slot_size = planes * images * channels * plane_size
     slots = max(min(1, tasks), min(slots, _LARGEST_SCRATCH // slot_size))
@@ -130,5 +145,5 @@ def make_plan(
         kernels=kernels, window=window, channels=channels, segments=segments, rows=rows, images=images, strips=strips,
         strip_rows=strip_rows, top=top, mid_pad=mid_pad, left_pad=left_pad, right_pad=right_pad,
         plane_size=plane_size, MP=MP, tasks=tasks, slots=slots, slot_size=slot_size,
-        pixels=256, warps=warps,
+        blocks_per_task=blocks_per_task, pixels=128 if backward else 256, warps=warps, registers=registers,
     )  # fmt: skip

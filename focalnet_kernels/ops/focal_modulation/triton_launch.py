@@ -14,7 +14,7 @@ from .._autograd import bit_mask
 from .._triton import cdiv, implement_triton, launch, why_not_triton
 from ..focal_context.triton_launch import context_bwd, context_fwd, strided_like
 from ..focal_context.triton_plan import padded_map, why_too_large
-from ..modulate.triton_launch import LARGEST_LN, LARGEST_PROJ, Tail, modulate, rows_bwd, rows_fwd
+from ..modulate.triton_launch import LARGEST_LN, LARGEST_PROJ, Tail, modulate, rows_bwd, rows_fwd, sum_programs
 from .parameters import LayerParameters
 
 
@@ -78,18 +78,17 @@ def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Te
     return out
 
 
-def _focal_modulation_fwd(
+def focal_modulation_fwd_eagerly(
     x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
     normalize, ln_eps, save,
 ):  # fmt: skip
-    B, C = x.shape[0], x.shape[-1]
-    tokens = x.numel() // C
+    C, tokens = x.shape[-1], x.numel() // x.shape[-1]
     projected = _linear_f(x, f_weight, f_bias, tokens)
     q, ctx, gates = projected.split((C, C, len(focal_weights) + 1))
     ctx_all = new_matrix(x, C, tokens)
-    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), focal_weights, normalize, _as_map(ctx_all, x))
-    kept = None
-    if _by_rows(x, ln_weight):
+    by_rows = _by_rows(x, ln_weight)
+    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), focal_weights, normalize, _as_map(ctx_all, x), by_rows)
+    if by_rows:
         kept = F.linear(ctx_all.t(), h_weight, h_bias).t()
         z = rows_fwd(q, kept, ln_weight, ln_bias, ln_eps, new_matrix(x, C, tokens) if save else kept)
         y = _like(x, F.linear(z.t(), proj_weight, proj_bias))
@@ -97,7 +96,7 @@ def _focal_modulation_fwd(
         kept = new_matrix(x, C, tokens) if save else None
         arguments = _as_map(q, x), _as_map(ctx_all, x), h_weight, h_bias
         modulator = None if kept is None else _as_map(kept, x)
-        if C <= LARGEST_PROJ:
+        if C <= LARGEST_PROJ and x.dtype != torch.float32:
             y = torch.empty_like(x)
             tail = Tail(ln_weight, ln_bias, ln_eps, proj_weight, proj_bias)
             modulate(*arguments, y.movedim(-1, 1), modulator, tail)
@@ -111,9 +110,11 @@ def _focal_modulation_fwd(
 
 
 def _by_rows(x: Tensor, ln_weight: Tensor | None) -> bool:
-    """Whether h is cuBLAS's and what follows it a kernel of its own: float32, where `tl.dot` is slow, and LayerNorm over
-    more channels than a tile of products holds."""
-    return x.dtype == torch.float32 or (ln_weight is not None and x.shape[-1] > LARGEST_LN)
+    """Whether h is cuBLAS's and what follows it a kernel of its own: for LayerNorm over more channels than a tile of
+    products holds, and in float32, where `tl.dot` is slow, unless there is so little work that launches count."""
+    if ln_weight is not None and x.shape[-1] > LARGEST_LN:
+        return True
+    return x.dtype == torch.float32 and x.shape[0] * x.shape[-1] >= 1024
 
 
 def _like(x: Tensor, tokens: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _like(x: Tensor, tokens: Tensor) -> Tensor:
     return result if result.stride() == like.stride() else like.copy_(result)
 
 
-def _focal_modulation_bwd(
+def focal_modulation_bwd_eagerly(
     grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
     projected, modulator, mean, normalize, ln_eps, needed,
 ):  # fmt: skip
@@ -147,7 +148,7 @@ def _focal_modulation_bwd(
     if wants_proj_bias:
         found[6] = dy.sum(0)
     if wants_h_bias or any(wants_ln):
-        found[4], found[7], found[8] = sums.sum(0).to(x.dtype)
+        found[4], found[7], found[8] = sum_programs(sums, x.dtype)
 
     if wants_projected or wants_h or any(wants_levels):
         grad_ctx_all = _product(x, h_weight.t(), grad_modulator)
@@ -171,5 +172,5 @@ def _focal_modulation_bwd(
     ]
 
 
-implement_triton("focal_modulation_fwd_triton", _focal_modulation_fwd)
-implement_triton("focal_modulation_bwd_triton", _focal_modulation_bwd)
+implement_triton("focal_modulation_fwd_triton", focal_modulation_fwd_eagerly)
+implement_triton("focal_modulation_bwd_triton", focal_modulation_bwd_eagerly)

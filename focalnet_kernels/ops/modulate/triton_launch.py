@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, why_not_triton
+from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory, why_not_triton
 from ..focal_context.triton_plan import padded_map, why_too_large
 
 
@@ -21,6 +22,8 @@ def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None
 
 def _modulate_fwd(q, ctx_all, weight, bias):
     out = torch.empty_like(q)
+    if q.dtype == torch.float32:  # `tl.dot` is no match for cuBLAS there
+        return torch.mul(q, F.linear(ctx_all.movedim(1, -1), weight, bias).movedim(-1, 1), out=out)
     modulate(q, ctx_all, weight, bias, out)
     return out
 
@@ -46,7 +49,7 @@ def modulate(
     q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, modulator: Tensor | None = None,
     tail: Tail = Tail(),  # noqa: B008 (immutable)
 ) -> None:  # fmt: skip
-    """Writes proj?(LN?(q * (weight @ ctx_all + bias))) into `out`, and the modulator where given; all (B, C, *spatial)."""
+    """Writes proj?(LN?(q * (weight @ ctx_all + bias))) into `out`, and the modulator where given: (B, C, *spatial)."""
     from .triton_fwd import modulate_fwd_kernel
 
     C = q.shape[1]
@@ -54,7 +57,7 @@ def modulate(
     tokens = q.shape[0] * size[0] * size[1] * size[2]
     whole = tail.ln_weight is not None or tail.proj_weight is not None
     rows = max(16, next_power_of_2(C)) if whole else min(128, max(16, next_power_of_2(C)))
-    BN, BK, warps = (64, 32, 8) if rows > 64 else (64, 32, 4)
+    BN, BK, warps, stages = _tile(rows, q, tail.proj_weight is not None)
     nothing = weight  # stands for what is absent
     launch(
         modulate_fwd_kernel, cdiv(C, rows) * cdiv(tokens, BN), q.device,
@@ -65,8 +68,26 @@ def modulate(
         out, padded_map(out)[1], tokens, C, size,
         HAS_BIAS=bias is not None, SAVE=modulator is not None, LN=tail.ln_weight is not None,
         PROJ=tail.proj_weight is not None, PROJ_BIAS=tail.proj_bias is not None, ROWS=rows, BN=BN, BK=BK,
-        num_warps=warps, num_stages=3,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+# rows of a tile -> BN, BK, warps, stages; the first that fits the device's shared memory
+_TILES = {
+    64: [(64, 32, 4, 3), (32, 32, 4, 2)],
+    128: [(64, 32, 8, 3), (32, 32, 8, 2)],
+    256: [(32, 32, 8, 3), (32, 16, 8, 2)],
+}
+
+
+def _tile(rows: int, q: Tensor, with_proj: bool) -> tuple[int, int, int, int]:
+    tiles = _TILES[min(r for r in _TILES if rows <= r)]
+    for tile in tiles:
+        BN, BK, _, stages = tile
+        elements = stages * BK * (rows + BN) + (rows * rows if with_proj else 0)
+        if elements * q.element_size() <= shared_memory(q.device):
+            return tile
+    return tiles[-1]
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -117,3 +138,13 @@ def rows_bwd(
         LN=ln_weight is not None, **tile,
     )  # fmt: skip
     return sums
+
+
+def sum_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """(programs, 3, C) of `rows_bwd` -> (3, C) of that dtype, in one launch."""
+    from .triton_rows import sum_programs_kernel
+
+    out = sums.new_empty(sums.shape[1:], dtype=dtype)
+    BLOCK = 128
+    launch(sum_programs_kernel, cdiv(out.numel(), BLOCK), sums.device, sums, out, len(sums), out.numel(), BLOCK=BLOCK)
+    return out

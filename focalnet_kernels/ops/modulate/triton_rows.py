@@ -78,3 +78,13 @@ def rows_bwd_kernel(
 def element(matrix, strides, row, i):
     """Pointers to (row, token i)."""
     return matrix + row.to(tl.int64)[:, None] * strides[0] + i.to(tl.int64)[None, :] * strides[1]
+
+
+@triton.jit
+def sum_programs_kernel(sums, out, programs, n, BLOCK: tl.constexpr):
+    """out (n) = the sum over programs of sums (programs, n), in order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for program in range(0, programs):
+        total += tl.load(sums + program * n + i, mask=i < n, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < n)

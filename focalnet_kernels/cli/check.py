@@ -1,0 +1,143 @@
+"""`check`: whether the kernels are right on this machine, or what they compile to for others."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..functional import explain, focal_modulation
+from ..models.layers import DETECTION, PublishedLayer, published_layers
+from ..models.variants import VARIANTS
+from ..ops._triton import Launch, recorded_launches
+from ..testing import assert_op_accurate, make_layer_inputs
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@click.command()
+@click.option("--variant", "variants", multiple=True, type=click.Choice(sorted(VARIANTS)), help="Default: all.")
+@click.option("--batch", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--dtype", "dtypes", multiple=True, default=DTYPES, show_default=True, type=click.Choice(DTYPES))
+@click.option("--device", default=None, help="Default: cuda where there is one, otherwise cpu.")
+@click.option("--compile", "targets", help="Compile the Triton kernels instead, for sm_80,sm_90,gfx942 and the like.")
+def check(variants, batch, dtypes, device, targets) -> None:
+    """Hold every backend that can run here to the error rule, on the layers of the published variants.
+
+    With --compile nothing is run and no GPU is needed: every kernel is compiled for these layers, and its registers,
+    spilled bytes (stack), shared memory and tensor-core instructions are shown. Spills are failures.
+    """
+    layers = dict.fromkeys(layer for name in variants or VARIANTS for layer in published_layers(name))
+    console = Console()
+    if targets:
+        failures = _compile(console, layers, [getattr(torch, d) for d in dtypes], targets.split(","))
+    else:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        failures = _run(console, layers, batch, [getattr(torch, d) for d in dtypes], device)
+    if failures:
+        raise click.ClickException(f"{failures} failed")
+
+
+def _run(console, layers, batch, dtypes, device) -> int:
+    table = Table("layer", "dtype", *(backends := ("cpu", "triton", "cuda")), title=f"the error rule on {device}")
+    absent: dict[str, None] = {}
+    failures = 0
+    for layer, dtype in track(list(itertools.product(layers, dtypes)), console=console, transient=True):
+        shape = (batch, layer.size, layer.size, layer.dim)
+        options = {"postln": layer.use_postln_in_modulation, "dtype": dtype, "device": device}
+        inputs = make_layer_inputs(shape, layer.kernels, **options) | {"normalize": layer.normalize_modulator}
+        cells = []
+        reasons = explain(focal_modulation, **inputs)
+        for backend in backends:
+            if backend in reasons.reasons and not reasons.reasons[backend].endswith("is preferred"):
+                absent.setdefault(f"{backend}: {reasons.reasons[backend]}")
+                cells.append("-")
+                continue
+            try:
+                assert_op_accurate(focal_modulation, inputs, backend, torch.randn(shape, device=device).to(dtype))
+                cells.append("right")
+            except AssertionError as error:
+                failures += 1
+                cells.append(f"[red]{error}")
+        table.add_row(_name(layer, shape[0]), str(dtype).removeprefix("torch."), *cells)
+    console.print(table)
+    for reason in absent:
+        console.print(f"not run: {reason}", highlight=False, soft_wrap=True)
+    return failures
+
+
+def _compile(console, layers, dtypes, targets) -> int:
+    """Every different kernel of these layers and of the detection maps, in parallel."""
+    launches: dict[str, tuple[str, Launch]] = {}
+    for layer, dtype, batch in itertools.product([*layers, *DETECTION], dtypes, (1, 128)):
+        for launch in layer_launches(layer, batch, dtype):
+            launches.setdefault(_identity(launch), (_name(layer, batch), launch))
+    table = Table(
+        "kernel", "first needed by", "dtype", "target", "registers", "stack", "shared", "instructions", "tensor core"
+    )
+    failures = 0
+    work = [(name, launch, target) for name, launch in launches.values() for target in targets]
+    with ProcessPoolExecutor() as pool:
+        sent = [(k.fn.__module__, k.__name__, args, constants, target) for _, (k, _, args, constants), target in work]
+        results = pool.map(_resources, sent)
+        for (name, launch, target), found in track(zip(work, results, strict=True), total=len(work), console=console):
+            dtype = next(a.dtype for a in launch.args if isinstance(a, torch.Tensor))
+            cells = [launch.kernel.__name__.removesuffix("_kernel"), name, str(dtype).removeprefix("torch."), target]
+            if isinstance(found, str):
+                failures += 1
+                table.add_row(*cells, f"[red]{found}")
+                continue
+            failures += bool(found.stack)
+            figures = (found.registers, found.stack, found.shared, found.instructions, found.tensor_core)
+            table.add_row(*cells, *("" if f is None else str(f) for f in figures), style="red" if found.stack else "")
+    console.print(table)
+    console.print(f"{len(launches)} kernels, {len(targets)} targets, {failures} failures")
+    return failures
+
+
+def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
+    """What the forward and the backward of a layer's training step launch through Triton."""
+    from ..ops.focal_modulation.triton_launch import focal_modulation_bwd_eagerly, focal_modulation_fwd_eagerly
+
+    C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
+    levels = [empty(C, 1, k, k) for k in layer.kernels]
+    x = empty(batch, layer.size, layer.size, C)
+    parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln, levels)
+    normalize = layer.normalize_modulator
+    with recorded_launches() as launches:
+        y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, normalize, 1e-5, True)
+        focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, normalize, 1e-5, -1)
+    return launches
+
+
+def _identity(launch: Launch) -> str:
+    from ..ops._triton_resources import specialization
+
+    return repr((launch.kernel.__name__, specialization(launch)))
+
+
+def _resources(work):
+    """In a process of its own, where the kernel goes by name: Triton's functions cannot be sent."""
+    from ..ops._triton_resources import compile_launch
+
+    module, name, args, constants, target = work
+    try:
+        return compile_launch(Launch(getattr(importlib.import_module(module), name), 0, args, constants), target)
+    except Exception as error:
+        return str(error).strip().splitlines()[-1]
+
+
+def _name(layer: PublishedLayer, batch: int) -> str:
+    shape = "x".join(map(str, (batch, layer.size, layer.size, layer.dim)))
+    return f"{shape} k={','.join(map(str, layer.kernels))}{' postln' if layer.use_postln_in_modulation else ''}"

@@ -1,0 +1,54 @@
+"""The focal modulation layers of the published variants: what benchmarks and checks run over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class PublishedLayer:
+    """One stage's layer: its channels, its map's side, and its constructor's arguments."""
+
+    dim: int
+    size: int
+    focal_window: int
+    focal_level: int
+    normalize_modulator: bool = False
+    use_postln_in_modulation: bool = False
+
+    @property
+    def kernels(self) -> tuple[int, ...]:
+        """Each level's kernel size."""
+        return tuple(self.focal_window + 2 * level for level in range(self.focal_level))
+
+    @property
+    def options(self) -> dict:
+        """Arguments of `FocalModulation` beside `dim`."""
+        return {
+            "focal_window": self.focal_window,
+            "focal_level": self.focal_level,
+            "normalize_modulator": self.normalize_modulator,
+            "use_postln_in_modulation": self.use_postln_in_modulation,
+        }
+
+
+def published_layers(variant: str, size: int | None = None) -> Iterator[PublishedLayer]:
+    """The layer of every stage of a published variant, for images of `size` pixels a side (None: the variant's own)."""
+    config = VARIANTS[variant]
+    side = (config["img_size"] if size is None else size) // config.get("patch_size", 4)
+    for stage, (level, window) in enumerate(zip(config["focal_levels"], config["focal_windows"], strict=True)):
+        yield PublishedLayer(
+            config["embed_dim"] * 2**stage,
+            side // 2**stage,
+            window,
+            level,
+            config.get("normalize_modulator", False),
+            config.get("use_postln_in_modulation", False),
+        )
+
+
+# FPN backbones see 800 x 1333 pixels, with the authors' detection windows: 200 x 334 at the first stage
+DETECTION = (PublishedLayer(96, 200, 9, 2), PublishedLayer(96, 200, 9, 3))

@@ -1,0 +1,166 @@
+"""The Triton kernels beside what every backend is tested for: launches, plans, machine code, GELU."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import focalnet_kernels as fk
+from focalnet_kernels.cli.check import layer_launches
+from focalnet_kernels.models.layers import DETECTION, PublishedLayer, published_layers
+from focalnet_kernels.models.variants import VARIANTS
+from focalnet_kernels.ops._triton import INTERPRETED, recorded_launches
+from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs
+
+LAYERS = list(dict.fromkeys(layer for name in VARIANTS for layer in published_layers(name))) + list(DETECTION)
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from focalnet_kernels.ops.focal_context.triton_chain import gelu, gelu_slope  # noqa: E402
+
+# aten's views and allocations, which launch nothing
+FREE = {
+    "as_strided", "t", "view", "_unsafe_view", "empty", "new_empty", "empty_like", "split_with_sizes", "select",
+    "permute", "transpose", "empty_strided", "unbind", "detach", "slice", "alias", "_reshape_alias", "unsqueeze",
+}  # fmt: skip
+
+
+class CountLaunches(TorchDispatchMode):
+    """What torch would launch beside our own kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name not in FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("batch", [1, 128])
+def test_launches_per_layer(batch, dtype):
+    from focalnet_kernels.ops.focal_modulation.triton_launch import (
+        focal_modulation_bwd_eagerly,
+        focal_modulation_fwd_eagerly,
+    )
+
+    for layer in LAYERS:
+        C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
+        parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln)
+        parameters = (*parameters, [empty(C, 1, k, k) for k in layer.kernels])
+        x = empty(batch, layer.size, layer.size, C)
+        with recorded_launches() as ours, CountLaunches() as torch_ops:
+            y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, False, 1e-5, True)
+        assert len(ours) + len(torch_ops.names) <= 5, (layer, [k.kernel.__name__ for k in ours], torch_ops.names)
+        with recorded_launches() as ours, CountLaunches() as torch_ops:
+            focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, False, 1e-5, -1)
+        count = len(ours) + len(torch_ops.names)
+        assert count <= 12, (layer, [k.kernel.__name__ for k in ours], torch_ops.names)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_default_tiles_spill_nothing(backward):
+    from focalnet_kernels.ops._triton_resources import compile_launch
+
+    name = "context_bwd_kernel" if backward else "context_fwd_kernel"
+    (launch,) = [
+        launch
+        for launch in layer_launches(PublishedLayer(96, 14, 3, 2), 128, torch.bfloat16)
+        if launch.kernel.__name__ == name
+    ]
+    found = compile_launch(launch, "sm_90")
+    assert found.stack == 0
+    assert found.tensor_core > 0
+    assert found.shared <= 48 * 1024
+
+
+def test_every_grid_fits():
+    for layer, dtype in itertools.product(LAYERS, (torch.bfloat16, torch.float32)):
+        for launch in layer_launches(layer, 65_537, dtype):
+            assert 0 < launch.programs < 2**31, launch.kernel.__name__
+
+
+def test_what_it_leaves_to_others():
+    x = torch.randn(1, 4, 4, 8, dtype=torch.float64)
+    reasons = fk.explain(fk.FocalModulation(8, 3, 1).double(), x).reasons
+    assert "float64 is left to the reference" in reasons["triton"]
+    if not INTERPRETED:
+        assert "not on a GPU" in fk.explain(fk.FocalModulation(8, 3, 1), x.float()).reasons["triton"]
+    huge = torch.empty(1, 1, 2**28).expand(4, 8, -1) if INTERPRETED else None
+    if huge is not None:
+        weights = [torch.empty(8, 1, 3)]
+        gates = torch.empty(1).expand(4, 2, 2**28)
+        assert "too large" in fk.explain(fk.focal_context, huge, gates, weights).reasons["triton"]
+
+
+# what the plans treat in their own ways: strips of one image, groups of small images, more tasks than slots
+PLANS = {
+    "strips": ((1, 3, 60, 9), [3, 5]),
+    "strips-of-volume": ((1, 2, 24, 3, 4), [3]),
+    "groups": ((19, 4, 5, 6), [3, 5]),
+    "half-a-group": ((5, 4, 3, 3), [3]),
+    "tasks-in-turn": ((7, 33, 9, 9), [3]),
+    "window-of-32": ((2, 3, 9, 17), [(3, 13), (1, 11)]),
+    "beyond-windows": ((2, 3, 5, 30), [(3, 15)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("shape, kernels", PLANS.values(), ids=PLANS)
+def test_plans(interpreted, shape, kernels, dtype, seed):
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
+    assert_op_accurate(fk.focal_context, inputs, "triton", torch.randn(shape).to(dtype))
+
+
+def test_plans_differ():
+    from focalnet_kernels.ops.focal_context.triton_plan import make_plan, padded_kernel
+
+    def plan(shape, kernels):
+        kernels = tuple(padded_kernel((k, k) if isinstance(k, int) else k) for k in kernels)
+        size = (shape[2], 1, shape[3])
+        return make_plan(shape[0], shape[1], size, kernels, torch.float16, torch.device("meta"))
+
+    assert plan((1, 3, 60, 9), [3, 5]).strips > 1
+    assert plan((19, 4, 5, 6), [3, 5]).images > 1
+    assert plan((2, 3, 9, 17), [(3, 13)]).window == 32
+    assert plan((2, 3, 5, 30), [(3, 15)]).window == 0
+    assert plan((2, 3, 5, 30), [9]).window == 16
+
+
+# products and LayerNorm in one tile, in two, and row by row
+@pytest.mark.parametrize("postln", [False, True], ids=["plain", "postln"])
+@pytest.mark.parametrize("C", [40, 130, 270])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_around_the_chain(interpreted, C, postln, dtype, seed):
+    inputs = make_layer_inputs((1, 3, 4, C), [3] if C < 100 else [], postln=postln, dtype=dtype, seed=seed)
+    assert_op_accurate(fk.focal_modulation, inputs, "triton", torch.randn(1, 3, 4, C).to(dtype))
+
+
+@triton.jit
+def both(x, y, slope, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < n)
+    tl.store(y + i, gelu(value, False), mask=i < n)
+    tl.store(slope + i, gelu_slope(value, False), mask=i < n)
+
+
+def test_logistic_gelu(interpreted):
+    """bfloat16's GELU and its derivative, which the interpreter can only run in float32."""
+    x = torch.linspace(-30, 30, 4096)
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    both[(1,)](x, y, slope, 4096, BLOCK=4096)
+    exact = x.double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    (derivative,) = torch.autograd.grad(expected.sum(), exact)
+    assert (y - expected).abs().max() < 3e-5
+    assert (slope - derivative).abs().max() < 1.5e-4
