@@ -6,8 +6,6 @@ import copy
 import csv
 import importlib.util
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation
 from ..testing import FORWARD_FACTOR, assert_accurate
 from .machine import cpu_name
+from .timing import interleaved
 
 MODES = ("forward", "forward+backward")
 
@@ -57,7 +56,7 @@ def bench(what, variant, batch, size, dtypes, rounds, with_compile, output) -> N
         task = progress.add_task("timing", total=None)
         for dtype in dtypes:
             for shape, mode, calls in cases(variant, batch, size, getattr(torch, dtype), with_compile):
-                for name, times in _interleaved(calls, rounds).items():
+                for name, times in interleaved(calls, rounds).items():
                     rows.append({"dtype": dtype, "shape": shape, "mode": mode, "provider": name} | times)
                 progress.update(task, description=f"{dtype} {shape} {mode}")
     machine = {
@@ -218,22 +217,6 @@ def _products(x: Tensor, mode: str) -> Callable:
             tokens @ square, tokens.t() @ tokens, tokens @ square, tokens.t() @ tokens
 
     return run
-
-
-def _interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    result = {}
-    for name, measured in seconds.items():
-        p20, _, _, p80 = statistics.quantiles(measured, n=5, method="inclusive")
-        times = {"p20_ms": p20, "p50_ms": statistics.median(measured), "p80_ms": p80}
-        result[name] = {key: round(1e3 * value, 4) for key, value in times.items()}
-    return result
 
 
 def _table(rows: list[dict], title: str) -> Table:

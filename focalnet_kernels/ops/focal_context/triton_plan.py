@@ -92,6 +92,7 @@ _TENSOR_CORES = {
 _TAPS = (4, 32, 1, 4, 255)
 _SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
 _LARGEST_SCRATCH = 2**27  # elements
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # float32 would lose digits there
 
 
 def make_plan(
@@ -101,7 +102,7 @@ def make_plan(
     """The plan for ctx (B, C, *size) on that device. `whole`: no strips, however few the tasks."""
     T, M, W = size
     widest = max((k[2] for k in kernels), default=1)
-    band = dtype != torch.float32 and M == 1 and widest <= 13 and all(k[1] == 1 for k in kernels)
+    band = dtype in TENSOR_CORE_DTYPES and M == 1 and widest <= 13 and all(k[1] == 1 for k in kernels)
     if band:
         window = 16 if widest <= 9 else 32
         fitting = (k for k in _TENSOR_CORES if k[0] == backward and k[1] >= widest and k[2] >= len(kernels))

@@ -1,0 +1,155 @@
+"""Whether a GPU's kernels are right on the device itself: what the interpreter and the compiler cannot show."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import focalnet_kernels as fk
+from focalnet_kernels.testing import (
+    LAYOUTS,
+    assert_op_accurate,
+    make_context_inputs,
+    make_layer_inputs,
+    make_modulate_inputs,
+    run,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYERS = [
+    # (B, *spatial, C), kernels, post-LN
+    ((2, 56, 56, 96), (3, 5, 7), False),
+    ((4, 28, 28, 192), (3, 5), False),
+    ((5, 14, 14, 384), (3, 5, 7), False),
+    ((19, 7, 7, 768), (3, 5, 7, 9), False),
+    ((2, 24, 24, 352), (3, 5, 7), True),
+    ((3, 12, 12, 128), (5, 7, 9), True),
+    ((1, 50, 84, 96), (9, 11, 13), False),
+    ((2, 9, 11, 33), (3, 5), True),
+    ((2, 1, 1, 40), (3, 5), False),
+    ((3, 100, 24), (3, 5, 7), False),
+    ((1, 4, 9, 10, 32), (3, 5), False),
+    ((0, 8, 8, 16), (3,), False),
+]
+
+
+def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callable]]:
+    """(name, check) pairs; a check raises AssertionError where the backend is wrong."""
+    layers = [((2, 5, 6, 16), (3, 5), False)] if tiny else LAYERS
+    dtypes = (torch.float32, torch.float16) if tiny else DTYPES
+    for shape, kernels, postln in layers:
+        for dtype in dtypes:
+            name = f"layer {'x'.join(map(str, shape))} k={kernels}{' postln' if postln else ''} {str(dtype)[6:]}"
+            yield name, lambda s=shape, k=kernels, p=postln, d=dtype: _layer(backend, device, s, k, d, postln=p)
+    for layout in LAYOUTS:
+        for dtype in dtypes:
+            yield f"strides {layout} {str(dtype)[6:]}", lambda lay=layout, d=dtype: _layouts(backend, device, lay, d)
+    yield "200 repeats, bitwise", lambda: _repeats(backend, device, 3 if tiny else 200, tiny)
+    yield "autocast", lambda: _autocast(backend, device)
+    if torch.device(device).type == "cuda":
+        yield "more than 65,535 images", lambda: _slices(backend, device, (70_001, 4, 4, 8), 70_000)
+        yield "more than 2^31 elements", lambda: _slices(backend, device, (5600, 64, 64, 96), 5599)
+        yield "CUDA graph", lambda: _graph(backend, device)
+        yield "another stream", lambda: _stream(backend, device)
+        for tool in ("memcheck", "racecheck"):
+            yield f"compute-sanitizer {tool}", lambda t=tool: _sanitizer(backend, t)
+
+
+def _layer(backend, device, shape, kernels, dtype, **options):
+    inputs = make_layer_inputs(shape, kernels, dtype=dtype, device=device, **options)
+    assert_op_accurate(fk.focal_modulation, inputs, backend, torch.randn(shape, device=device).to(dtype))
+
+
+def _layouts(backend, device, layout, dtype):
+    shape, options = (2, 18, 7, 9), {"dtype": dtype, "layout": layout, "device": device}
+    grad = torch.randn(shape, device=device).to(dtype)
+    assert_op_accurate(fk.focal_context, make_context_inputs(shape, [3, 5], **options), backend, grad)
+    assert_op_accurate(fk.modulate, make_modulate_inputs(shape, **options), backend, grad)
+
+
+def _repeats(backend, device, times, tiny):
+    """A race shows as a changing answer: the scratch planes and their barriers above all."""
+    for shape in [(2, 5, 6, 8)] if tiny else [(64, 56, 56, 96), (1, 200, 334, 96), (128, 7, 7, 768)]:
+        inputs = make_layer_inputs(shape, (3, 5, 7), dtype=torch.float16, device=device)
+        grad = torch.randn(shape, device=device).half()
+        with fk.use_backend(backend):
+            first = run(fk.focal_modulation, inputs, grad)
+            for _ in range(times):
+                again = run(fk.focal_modulation, inputs, grad)
+                for name in first:
+                    assert torch.equal(first[name], again[name]), f"{name} of {shape} changes from run to run"
+
+
+def _autocast(backend, device):
+    if backend == "triton" and torch.device(device).type == "cpu":
+        return  # autocast on a CPU means bfloat16, which the interpreter cannot
+    inputs = make_layer_inputs((2, 8, 8, 32), (3, 5), device=device)
+    with fk.use_backend(backend), torch.autocast(torch.device(device).type, torch.bfloat16):
+        y = fk.focal_modulation(**inputs)
+    with fk.use_backend("reference"), torch.autocast(torch.device(device).type, torch.bfloat16):
+        eager = fk.focal_modulation(**inputs)
+    assert y.dtype == eager.dtype == torch.bfloat16
+    assert (y - eager).float().norm() <= 0.02 * eager.float().norm()
+
+
+def _slices(backend, device, shape, image):
+    """A batch too large for 32-bit offsets or grid axes: its last image must be as it is alone."""
+    torch.manual_seed(0)
+    layer = fk.FocalModulation(shape[-1], 3, 2).to(device, torch.bfloat16)
+    with torch.inference_mode(), fk.use_backend(backend):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        y = layer(x)
+        for i in (0, image // 2, image):
+            torch.testing.assert_close(y[i : i + 1], layer(x[i : i + 1].clone()), rtol=2e-2, atol=2e-2)
+    del x, y
+    torch.cuda.empty_cache()
+
+
+def _graph(backend, device):
+    layer = fk.FocalModulation(96, 3, 3).to(device, torch.bfloat16)
+    x = torch.randn(2, 28, 28, 96, device=device, dtype=torch.bfloat16)
+    with torch.inference_mode(), fk.use_backend(backend):
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, layer(x))
+
+
+def _stream(backend, device):
+    layer = fk.FocalModulation(96, 3, 3).to(device, torch.bfloat16)
+    other = copy.deepcopy(layer)
+    x = torch.randn(8, 28, 28, 96, device=device, dtype=torch.bfloat16)
+    with torch.inference_mode(), fk.use_backend(backend):
+        y = layer(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            on_another = other(x)
+        torch.cuda.synchronize()
+        assert torch.equal(y, on_another)
+
+
+def _sanitizer(backend, tool):
+    path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    assert path, "compute-sanitizer is not installed"
+    program = (
+        "import torch, focalnet_kernels as fk\n"
+        f"fk.use_backend({backend!r})\n"
+        "for shape, level in (((2, 9, 10, 24), 2), ((1, 40, 12, 8), 3)):\n"
+        "    for dtype in (torch.bfloat16, torch.float32):\n"
+        "        layer = fk.FocalModulation(shape[-1], 3, level).to('cuda', dtype)\n"
+        "        x = torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True)\n"
+        "        layer(x).sum().backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    command = [path, "--tool", tool, "--error-exitcode", "3", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-400:]
