@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 
 import click
@@ -9,6 +10,7 @@ import torch
 
 from .. import _native, dispatch
 from .._version import __version__
+from ..ops._triton import INTERPRETED, MISSING
 
 
 @click.command()
@@ -22,5 +24,8 @@ def info() -> None:
         click.echo(f"cpu: off, {_native.cpu_missing}")
     else:
         click.echo(f"cpu: ready, instruction set {torch.ops.focalnet_kernels.cpu_isa()}")
-    for backend in ("triton", "cuda"):
-        click.echo(f"{backend}: off, not part of this version")
+    if MISSING or not (INTERPRETED or torch.cuda.is_available()):
+        click.echo(f"triton: off, {MISSING or 'there is no GPU (TRITON_INTERPRET=1 runs its kernels on a CPU, slowly)'}")
+    else:
+        click.echo(f"triton: ready, version {importlib.metadata.version('triton')}")
+    click.echo("cuda: off, not part of this version")

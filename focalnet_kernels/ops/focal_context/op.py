@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
+from .._autograd import needs_reference_backward, gradients_by_reference, needed_only, needs_grad
 from .._library import define
 from . import native, triton_launch
 from .reference import focal_context_reference
@@ -50,7 +50,7 @@ class FocalContextFunction(torch.autograd.Function):
     def backward(fctx, grad_ctx_all):
         mean, *inputs = fctx.saved_tensors
         needed = fctx.needs_input_grad[2:]
-        if differentiable_backward():
+        if needs_reference_backward(grad_ctx_all):
 
             def reference(ctx, gates, *weights):
                 return focal_context_reference(ctx, gates, weights, fctx.normalize)

@@ -36,7 +36,7 @@ class Plan:
     blocks_per_task: int
     pixels: int
     warps: int
-    registers: int
+    registers: int | None
 
     def arguments(self) -> tuple[int, ...]:
         """The kernels' run-time arguments."""
@@ -48,7 +48,7 @@ class Plan:
             "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
             "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "G": self.images, "PIXELS": self.pixels,
             "num_warps": self.warps, "num_stages": 1,
-            "maxnreg": self.registers,
+            **({"maxnreg": self.registers} if self.registers else {}),
         }  # fmt: skip
 
 
@@ -77,19 +77,20 @@ def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]])
     return None
 
 
-# Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most. The first line
+# Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most (None: as the
+# compiler likes). The first line
 # that fits is the largest without spilled registers (`check --compile`):
 # (backward, widest kernel at most, levels at most) -> tile.
 _TENSOR_CORES = {
-    (False, 9, 3): (4, 16, 4, 4, 168),
-    (False, 9, 99): (4, 16, 2, 4, 168),
-    (False, 13, 99): (4, 16, 4, 4, 255),
-    (True, 7, 3): (4, 16, 4, 4, 255),
-    (True, 9, 3): (4, 16, 2, 4, 255),
-    (True, 9, 99): (4, 16, 1, 4, 255),
-    (True, 13, 99): (2, 16, 2, 4, 255),
+    (False, 7, 3): (4, 16, 4, 4, 168),
+    (False, 9, 99): (4, 16, 2, 4, 200),
+    (False, 13, 99): (4, 16, 4, 4, None),
+    (True, 7, 3): (4, 16, 4, 4, None),
+    (True, 9, 3): (4, 16, 2, 4, None),
+    (True, 9, 99): (4, 16, 1, 4, None),
+    (True, 13, 99): (2, 16, 2, 4, None),
 }
-_TAPS = (4, 32, 1, 4, 255)
+_TAPS = {False: (4, 32, 1, 4, None), True: (4, 16, 1, 4, None)}
 _SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
 _LARGEST_SCRATCH = 2**27  # elements
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # float32 would lose digits there
@@ -109,7 +110,7 @@ def make_plan(
         channels, segments, rows, warps, registers = _TENSOR_CORES[next(fitting)]
         rows = min(rows, next_power_of_2(T))
     else:
-        window, (channels, segments, rows, warps, registers) = 0, _TAPS
+        window, (channels, segments, rows, warps, registers) = 0, _TAPS[backward]
     # windows start WINDOW / 4 columns before their segment: put that on a boundary of 8
     left_pad = cdiv(widest // 2, 8) * 8 + 8 if not band else 8 + window // 4
     right_pad = left_pad if not band else window - left_pad + 8

@@ -73,7 +73,7 @@ def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Te
     launch(
         linear_planes_kernel, cdiv(len(weight), BF) * cdiv(tokens, BN), x.device,
         x, strides, weight, weight.stride(), weight if bias is None else bias.contiguous(), out, tokens, len(weight),
-        x.shape[-1], size, HAS_BIAS=bias is not None, BF=BF, BN=BN, BK=BK, num_warps=4, num_stages=3,
+        x.shape[-1], size, HAS_BIAS=bias is not None, BF=BF, BN=BN, BK=BK, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
