@@ -2,8 +2,8 @@
 
 Every op lists its implementations in order of preference. An implementation says in one sentence why it cannot
 take a call, or None when it can. `select` takes the first that can; a backend that the user named must be able
-to, or the call raises. Everything here is plain Python over shapes, dtypes and devices: torch.compile sees
-constants.
+to, or the call raises. Everything here is plain Python over shapes, dtypes, devices and PyTorch's modes:
+torch.compile sees constants.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 ENVIRONMENT = "FOCALNET_KERNELS_BACKEND"
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -68,7 +70,8 @@ class use_backend:
     Args:
         name: "auto" (the fastest that can run), "reference", "cpu", "triton" or "cuda". A named backend that
             cannot run a call raises `BackendError` with the reason. The environment variable
-            FOCALNET_KERNELS_BACKEND sets the initial choice.
+            FOCALNET_KERNELS_BACKEND sets the initial choice. A backward runs on its forward's backend; what activation
+            checkpointing recomputes is a forward anew, so its backward belongs inside the block.
 
     Raises:
         ValueError: the name is none of these.
@@ -101,12 +104,29 @@ def select(op: str, *args) -> Implementation:
     name = requested_backend()
     for candidate in _implementations[op]:
         if name in ("auto", candidate.backend):
-            reason = candidate.why_not(*args)
+            reason = _why_not(candidate, name, *args)
             if reason is None:
                 return candidate
             if name != "auto":
                 raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
     raise BackendError(f"{op}: backend {name!r} cannot run this call: it does not implement this op")
+
+
+def _why_not(candidate: Implementation, name: str, *args) -> str | None:
+    """Why `candidate` is not to run this call, with `name` the requested backend."""
+    reason = None if candidate.backend == "reference" else _why_plain(exports=name == "auto")
+    return candidate.why_not(*args) if reason is None else reason
+
+
+def _why_plain(exports: bool) -> str | None:
+    """Why this call needs plain PyTorch, whatever its tensors. A user who names a backend may export its raw ops."""
+    if torch._C._are_functorch_transforms_active():  # what autograd.Function.apply itself asks
+        return "torch.func transforms (grad, vmap, jvp and the like) are left to 'reference', which 'auto' takes there"
+    if torch.autograd.forward_ad._current_level >= 0:  # raw ops would drop the tangents without a word
+        return "forward-mode differentiation is left to 'reference', which 'auto' takes there"
+    if exports and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return "what is exported or traced must run without this package"
+    return None
 
 
 def warn_once(message: str) -> None:
@@ -133,7 +153,7 @@ def explain_call(op: str, *args) -> Explanation:
     """As `select`, with every reason, and without raising."""
     name, chosen, reasons = requested_backend(), None, {}
     for candidate in _implementations[op]:
-        reason = candidate.why_not(*args)
+        reason = _why_not(candidate, name, *args)
         if reason is None and name not in ("auto", candidate.backend):
             reason = f"backend {name!r} was asked for"
         if reason is None and chosen is not None:

@@ -7,28 +7,40 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+# a batch under vmap: PyTorch's two kinds of it
+_BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched"))
+
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd will ask for a gradient of any of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def differentiable_backward() -> bool:
-    """Inside a backward: whether its result must itself be differentiable (create_graph=True).
+def needs_reference_backward(grad_output: Tensor) -> bool:
+    """Inside a backward: whether PyTorch must see into it.
 
-    Grad mode says so. torch.compile traces backwards for one use only.
+    So it must where the result is itself differentiable (create_graph=True), as grad mode says, and where
+    `grad_output` is a batch under vmap (is_grads_batched=True, jacobian(vectorize=True)). torch.compile traces
+    backwards for one plain use only.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    keys = torch._C._dispatch_keys(grad_output)
+    return torch.is_grad_enabled() or any(keys.has(key) for key in _BATCHED)
 
 
 def gradients_by_reference(
     reference: Callable, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """The differentiable gradients of `reference(*inputs)`, None where not needed: every backend's double backward."""
+    """The gradients of `reference(*inputs)`, None where not needed: every backend's double and batched backward.
+
+    Differentiable themselves where grad mode is on.
+    """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         output = reference(*inputs)
     wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
-    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return [next(found) if n else None for n in needed]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._autograd import needs_reference_backward, gradients_by_reference, needed_only, needs_grad
+from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._library import define
 from . import native, triton_launch
 from .reference import focal_context_reference

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .._autograd import differentiable_backward, gradients_by_reference, needed_only, needs_grad
+from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._library import define
 from . import native, triton_launch
 from .parameters import LayerParameters
@@ -78,7 +78,7 @@ class FocalModulationFunction(torch.autograd.Function):
     def backward(fctx, grad_y):
         projected, modulator, mean, x, *flat = fctx.saved_tensors
         needed = fctx.needs_input_grad[3:]
-        if differentiable_backward():
+        if needs_reference_backward(grad_y):
 
             def reference(x, *flat):
                 return _reference_output(x, LayerParameters.from_flat(flat), fctx.normalize, fctx.ln_eps)
