@@ -25,7 +25,7 @@ def info() -> None:
     else:
         click.echo(f"cpu: ready, instruction set {torch.ops.focalnet_kernels.cpu_isa()}")
     if MISSING or not (INTERPRETED or torch.cuda.is_available()):
-        click.echo(f"triton: off, {MISSING or 'there is no GPU (TRITON_INTERPRET=1 runs its kernels on a CPU, slowly)'}")
+        click.echo(f"triton: off, {MISSING or 'there is no GPU (but see TRITON_INTERPRET=1)'}")
     else:
         click.echo(f"triton: ready, version {importlib.metadata.version('triton')}")
     click.echo("cuda: off, not part of this version")

@@ -78,7 +78,7 @@ def context_bwd_kernel(
                 _recompute_level(
                     slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
                     tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                    KERNELS[k], k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
+                    tl.constexpr(KERNELS[k]), k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
                 )  # fmt: skip
 
             _mean_gradient(
@@ -100,7 +100,7 @@ def context_bwd_kernel(
                         grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides,
                         grad_means, b, n_images, channel, channels_inside,
                         tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
-                        KERNELS[L - 1 if down == 0 else L - down], down == 0, EXACT, WINDOW, SEG, ROWS, NB,
+                        tl.constexpr(KERNELS[L - 1 if down == 0 else L - down]), down == 0, EXACT, WINDOW, SEG, ROWS, NB,
                     )  # fmt: skip
                     ahead -= KERNELS[L - 1 - down][0] // 2
             if WANT_WEIGHTS:
@@ -108,7 +108,7 @@ def context_bwd_kernel(
                 for k in tl.static_range(L):
                     _weight_gradient(
                         slot + k * level_size, slot + (L + k) * level_size, to, grad_means + G * NB, channels_inside,
-                        n_images, t0, t1, size, frame, plane_size, KERNELS[k], WINDOW, SEG, ROWS, NB,
+                        n_images, t0, t1, size, frame, plane_size, tl.constexpr(KERNELS[k]), WINDOW, SEG, ROWS, NB,
                     )  # fmt: skip
                     to += KERNELS[k][0] * KERNELS[k][1] * KERNELS[k][2]
             if WANT_CTX:
@@ -282,8 +282,9 @@ def _write_gradient(
         else:
             center = g * (NB * plane_size) + in_plane(t, m, w, frame)
             sums = convolve(
-                dz_planes, center, weights[0], channel, channels_inside, frame, KERNELS[0], True, WINDOW, SEG, ROWS, NB
-            )
+                dz_planes, center, weights[0], channel, channels_inside, frame,
+                tl.constexpr(KERNELS[0]), True, WINDOW, SEG, ROWS, NB,
+            )  # fmt: skip
         columns = w[:, None] + tl.arange(0, 8)[None, :]
         to = grad_ctx + ((b + g) * strides[0])[None, :, None] + channel[:, None, None] * strides[1]
         for r in tl.static_range(ROWS):

@@ -52,7 +52,7 @@ def context_fwd_kernel(
             _level(
                 slot + k * level_size, level_size, weights[k], channel, channels_inside, n_images,
                 tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                KERNELS[k], EXACT, WINDOW, SEG, ROWS, NB,
+                tl.constexpr(KERNELS[k]), EXACT, WINDOW, SEG, ROWS, NB,
             )  # fmt: skip
 
         for g in range(0, n_images):
