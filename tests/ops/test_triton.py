@@ -1,5 +1,6 @@
 """The Triton kernels beside what every backend is tested for: launches, plans, machine code, GELU."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -11,12 +12,14 @@ from focalnet_kernels.cli.check import layer_launches
 from focalnet_kernels.models.layers import DETECTION, PublishedLayer, published_layers
 from focalnet_kernels.models.variants import VARIANTS
 from focalnet_kernels.ops._triton import INTERPRETED, recorded_launches
-from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs
+from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs, map_tensors
 
 LAYERS = list(dict.fromkeys(layer for name in VARIANTS for layer in published_layers(name))) + list(DETECTION)
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.driver import DriverBase  # noqa: E402
 
 from focalnet_kernels.ops.focal_context.triton_chain import gelu, gelu_slope  # noqa: E402
 
@@ -82,6 +85,46 @@ def test_default_tiles_spill_nothing(backward):
     assert found.stack == 0
     assert found.tensor_core > 0
     assert found.shared <= 48 * 1024
+
+
+class AbsentGpu(DriverBase):
+    """As much of a driver as Triton needs to bind arguments and compile."""
+
+    def __init__(self):
+        pass
+
+    is_active = classmethod(lambda cls: True)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_benchmarker(self):
+        return None
+
+    def map_python_to_cpp_type(self, name):
+        return name
+
+
+def test_launches_bind_their_arguments():
+    """Through Triton's own launcher, which knows the tuples, options and constants that kernels are called with."""
+    triton.runtime.driver.set_active(AbsentGpu())
+    try:
+        for launch in layer_launches(PublishedLayer(32, 14, 3, 1, use_postln_in_modulation=True), 1, torch.bfloat16):
+            arguments = map_tensors(lambda t: torch.empty(16, dtype=t.dtype), launch.args)
+            options = launch.constants | {"enable_fp_fusion": True}
+            assert launch.kernel.warmup(*arguments, **options, grid=(1,)).metadata.num_warps in (4, 8)
+    finally:
+        with contextlib.suppress(RuntimeError):  # there is none to go back to
+            triton.runtime.driver.reset_active()
 
 
 def test_every_grid_fits():

@@ -100,7 +100,8 @@ def context_bwd_kernel(
                         grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides,
                         grad_means, b, n_images, channel, channels_inside,
                         tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
-                        tl.constexpr(KERNELS[L - 1 if down == 0 else L - down]), down == 0, EXACT, WINDOW, SEG, ROWS, NB,
+                        tl.constexpr(KERNELS[L - 1 if down == 0 else L - down]), down == 0,
+                        EXACT, WINDOW, SEG, ROWS, NB,
                     )  # fmt: skip
                     ahead -= KERNELS[L - 1 - down][0] // 2
             if WANT_WEIGHTS:

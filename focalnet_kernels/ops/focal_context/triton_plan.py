@@ -86,11 +86,10 @@ _TENSOR_CORES = {
     (False, 9, 99): (4, 16, 2, 4, 200),
     (False, 13, 99): (4, 16, 4, 4, None),
     (True, 7, 3): (4, 16, 4, 4, None),
-    (True, 9, 3): (4, 16, 2, 4, None),
-    (True, 9, 99): (4, 16, 1, 4, None),
+    (True, 9, 99): (4, 16, 1, 4, 255),
     (True, 13, 99): (2, 16, 2, 4, None),
 }
-_TAPS = {False: (4, 32, 1, 4, None), True: (4, 16, 1, 4, None)}
+_TAPS = {False: (4, 32, 1, 4, 128), True: (4, 16, 1, 4, None)}
 _SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
 _LARGEST_SCRATCH = 2**27  # elements
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # float32 would lose digits there
