@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
-PYTHON_FILES = setup.py focalnet_kernels benchmarks tests
+PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
 
 .PHONY: install demo test test-slow check-compile sanitize lint format bench clean
 
