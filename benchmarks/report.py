@@ -3,8 +3,8 @@
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exits 1 where README says something else
 
-A table stands between `<!-- table FILE MODE DIGITS -->` and `<!-- end -->`: the medians of MODE in FILE, in milliseconds
-with DIGITS decimals, one row per dtype and shape, one column per provider, none left out.
+A table stands between `<!-- table FILE MODE DIGITS -->` and `<!-- end -->`: the medians of MODE in FILE, in
+milliseconds with DIGITS decimals, one row per dtype and shape, one column per provider, none left out.
 """
 
 from __future__ import annotations
