@@ -67,7 +67,11 @@ def check_matrix(name: str, weight, rows: int, columns: int) -> Tensor:
     shape = tuple(weight.shape)
     if shape[:2] != (rows, columns) or any(n != 1 for n in shape[2:]):
         raise ValueError(f"{name}: expected shape ({rows}, {columns}) or a 1x1 convolution's, got {shape}")
-    return weight.flatten(1) if weight.ndim > 2 else weight
+    if weight.ndim == 2:
+        return weight
+    # DDP wants the gradient with the weight's strides, those of the ones too: flattened in the weight's own order
+    # (contiguous or channels_last), it comes back so
+    return (weight if weight.stride(-1) == 1 else weight.movedim(1, -1)).flatten(1)
 
 
 def same_kind(tensors: Sequence[Tensor | None], names: Sequence[str], levels: str = "") -> Sequence[Tensor | None]:
