@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .triton_chain import (
     clear,
+    compute_level,
     convolve,
     copy_in,
     count_tiles,
@@ -75,10 +76,10 @@ def context_bwd_kernel(
                 )  # fmt: skip
             for k in tl.static_range(L):
                 ahead -= KERNELS[k][0] // 2
-                _recompute_level(
+                compute_level(
                     slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
                     tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                    tl.constexpr(KERNELS[k]), k + 1 == L, EXACT, WINDOW, SEG, ROWS, NB,
+                    tl.constexpr(KERNELS[k]), k + 1 < L, True, EXACT, WINDOW, SEG, ROWS, NB,
                 )  # fmt: skip
 
             _mean_gradient(
@@ -118,34 +119,6 @@ def context_bwd_kernel(
                     channels_inside, t0, t1, size, frame, plane_size, KERNELS, WINDOW, SEG, ROWS, NB,
                 )  # fmt: skip
             tl.debug_barrier()
-
-
-@triton.jit
-def _recompute_level(
-    source, to_next, to_z, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
-    KERNEL: tl.constexpr, LAST: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr,
-    ROWS: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Rows lo..hi of z_l, `to_z` further on than the level's input, and of its GELU for the level after it."""
-    T, M, W = size
-    pitch = frame[2] * frame[3]
-    source += tl.arange(0, NB)[:, None, None] * plane_size
-    column = tl.arange(0, 8)
-    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
-        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
-        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
-        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
-        to = source + center[None, :, None] + column[None, None, :]
-        in_columns = w[:, None] + column[None, :] < W
-        for r in tl.static_range(ROWS):
-            inside = in_columns & ((t + r >= 0) & (t + r < T))[:, None]
-            written = (live & (t + r < hi))[None, :, None]
-            z = tl.where(inside[None, :, :], sums[r], 0.0).to(source.dtype.element_ty)
-            tl.store(to + to_z + r * pitch, z, mask=written)
-            if not LAST:
-                value = gelu(z.to(tl.float32), EXACT).to(source.dtype.element_ty)
-                tl.store(to + to_next + r * pitch, value, mask=written)
-    tl.debug_barrier()
 
 
 @triton.jit

@@ -198,3 +198,31 @@ def copy_in(
             value = tl.load(from_image + in_map(t, m, w, strides)[None, :], mask=inside, other=0.0)
             tl.store(to_image + in_plane(t, m, w, frame)[None, :], value, mask=(i < n)[None, :])
     tl.debug_barrier()
+
+
+@triton.jit
+def compute_level(
+    source, to_next, to_z, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
+    KERNEL: tl.constexpr, WANT_NEXT: tl.constexpr, WANT_Z: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr,
+    SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Rows lo..hi of a level from the planes of its input at `source`: GELU(z) `to_next` further on, z `to_z`."""
+    T, M, W = size
+    pitch = frame[2] * frame[3]
+    source += tl.arange(0, NB)[:, None, None] * plane_size
+    column = tl.arange(0, 8)
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
+        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
+        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
+        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
+        to = source + center[None, :, None] + column[None, None, :]
+        in_columns = w[:, None] + column[None, :] < W
+        for r in tl.static_range(ROWS):
+            inside = (in_columns & ((t + r >= 0) & (t + r < T))[:, None])[None, :, :]
+            written = (live & (t + r < hi))[None, :, None]
+            z = tl.where(inside, sums[r], 0.0)  # and so is GELU(z)
+            if WANT_Z:
+                tl.store(to + to_z + r * pitch, z.to(source.dtype.element_ty), mask=written)
+            if WANT_NEXT:
+                tl.store(to + to_next + r * pitch, gelu(z, EXACT).to(source.dtype.element_ty), mask=written)
+    tl.debug_barrier()

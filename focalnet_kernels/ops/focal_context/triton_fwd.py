@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_chain import clear, convolve, copy_in, count_tiles, gelu, in_map, in_plane, pixel, segments
+from .triton_chain import clear, compute_level, copy_in, gelu, in_map, in_plane, pixel
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def context_fwd_kernel(
         )  # fmt: skip
         for k in tl.static_range(L):
             ahead -= KERNELS[k][0] // 2
-            _level(
-                slot + k * level_size, level_size, weights[k], channel, channels_inside, n_images,
+            compute_level(
+                slot + k * level_size, level_size, 0, weights[k], channel, channels_inside, n_images,
                 tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                tl.constexpr(KERNELS[k]), EXACT, WINDOW, SEG, ROWS, NB,
+                tl.constexpr(KERNELS[k]), True, False, EXACT, WINDOW, SEG, ROWS, NB,
             )  # fmt: skip
 
         for g in range(0, n_images):
@@ -87,30 +87,6 @@ def context_fwd_kernel(
                 to += in_map(t, m, w, out_strides)[None, :]
                 tl.store(to, value.to(out.dtype.element_ty), mask=channels_inside[:, None] & (i < n)[None, :])
         tl.debug_barrier()
-
-
-@triton.jit
-def _level(
-    source, level_size, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
-    KERNEL: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
-    NB: tl.constexpr,
-):  # fmt: skip
-    """Rows lo..hi of a level, from the planes at `source` into those `level_size` further on."""
-    T, M, W = size
-    pitch = frame[2] * frame[3]
-    source += tl.arange(0, NB)[:, None, None] * plane_size
-    column = tl.arange(0, 8)
-    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
-        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
-        center = g * (NB * plane_size) + in_plane(t, m, w, frame)
-        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
-        to = source + level_size + center[None, :, None] + column[None, None, :]
-        in_columns = w[:, None] + column[None, :] < W
-        for r in tl.static_range(ROWS):
-            inside = in_columns & ((t + r >= 0) & (t + r < T))[:, None]
-            value = tl.where(inside[None, :, :], gelu(sums[r], EXACT), 0.0).to(source.dtype.element_ty)
-            tl.store(to + r * pitch, value, mask=(live & (t + r < hi))[None, :, None])
-    tl.debug_barrier()
 
 
 @triton.jit
