@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import types
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -89,6 +91,16 @@ class AcceleratedForward:
                 f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}"
             )
         return reason is not None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The class's: exporters name inputs by it."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """The class's: torch.export tells by it where a model's code stands."""
+        return type(self.module).forward.__code__
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation` for this input."""
