@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.checkpoint import read_checkpoint
-from ..models.key_maps import convert_state_dict, recognise_layout, rename_key
+from ..models.key_maps import convert_state_dict, has_name, recognise_layout
 from ..models.variants import VARIANTS, recognise_variant
 
 _LAYOUTS = {"timm": "timm", "hf": "huggingface", "official": "authors"}
@@ -35,9 +35,9 @@ _LAYOUTS = {"timm": "timm", "hf": "huggingface", "official": "authors"}
 def convert(source: Path, target: Path, library: str, postln: bool | None, partial: bool, force: bool) -> None:
     """Write the checkpoint IN under timm's, transformers' (hf) or the authors' names (official, and ours) to OUT.
 
-    Whose names IN has is seen from them; a detector's or segmenter's `backbone.` is taken too. Both are
-    .safetensors, or else what torch.save writes: .pth, .pt, .bin. Nothing in IN is run, and OUT is there whole or
-    not at all.
+    Whose names IN has is seen from them; a detector's or segmenter's `backbone.` (a DETR's `backbone.0.`) is taken
+    too. Both are .safetensors, or else what torch.save writes: .pth, .pt, .bin. Nothing in IN is run, and OUT is
+    there whole or not at all.
     """
     save = _writer(target, library, force)
     try:
@@ -49,7 +49,7 @@ def convert(source: Path, target: Path, library: str, postln: bool | None, parti
     new_layout = _LAYOUTS[library]
     if library == "timm":
         new_layout += "_postln" * _has_postln(state, layout, source, postln)
-    homeless = dict.fromkeys(key for key in state if not _has_name(key, layout, new_layout))
+    homeless = dict.fromkeys(key for key in state if not has_name(key, layout, new_layout))
     if homeless and not partial:
         raise click.BadParameter(
             f"{source}: {_listed(homeless)} no name in the {library} layout; --partial leaves out such tensors",
@@ -100,7 +100,7 @@ def _has_postln(state: Mapping[str, Tensor], layout: str, source: Path, postln: 
         return found
     if postln is not None:
         return postln
-    kept = {key: tensor for key, tensor in state.items() if _has_name(key, layout, "authors")}
+    kept = {key: tensor for key, tensor in state.items() if has_name(key, layout, "authors")}
     variant = recognise_variant(convert_state_dict(kept, layout, "authors"))
     if variant is None:
         raise click.UsageError(
@@ -108,14 +108,6 @@ def _has_postln(state: Mapping[str, Tensor], layout: str, source: Path, postln: 
             "(after the branches: use_postln) or --no-postln (before them)"
         )
     return VARIANTS[variant].get("use_postln", False)
-
-
-def _has_name(key: str, layout: str, new_layout: str) -> bool:
-    try:
-        rename_key(key, layout, new_layout)
-    except ValueError:
-        return False
-    return True
 
 
 def _listed(keys: Collection[str], shown: int = 3) -> str:

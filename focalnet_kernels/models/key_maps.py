@@ -62,6 +62,7 @@ _BACKBONE = ("patch_embed.<*>", "layers.<*>", "norm<i>.<*>")
 _RULES: dict[str, Rules] = {
     "authors": (("<*>", "<*>"),),
     "detection": tuple((a, f"backbone.{a}") for a in _BACKBONE),
+    "detr": tuple((a, f"backbone.0.{a}") for a in _BACKBONE),
     "timm": _TIMM + _TIMM_AS_AUTHORS,
     "timm_postln": _TIMM + _TIMM_POSTLN + _TIMM_AS_AUTHORS,
     "timm_features": _features(_TIMM + _TIMM_AS_AUTHORS),
@@ -72,10 +73,12 @@ _RULES: dict[str, Rules] = {
 # detection: the backbone of a detector or segmenter. It has a norm for each stage's map, norm0 and so on, and no
 # final norm or head; by itself, without the detector's prefix, it goes as "authors". Mind that the authors pad
 # the overlapping stem (`use_conv_embed`) of their detection and segmentation by 3, and of classification by 2.
+# detr: the same where a DETR has joined it with its position embedding, as FocalNet-DINO does.
 # timm_postln: timm's names in a model with `use_postln`; timm names norms by where they stand.
 # timm_features: as flattened for `features_only`.
 # huggingface_bare: a `FocalNetModel` without the classifier around it.
 LAYOUTS = tuple(_RULES)
+DETECTORS = ("detection", "detr")  # files of these hold more than the backbone
 
 # Linear layers that timm writes as 1x1 convolutions, by their authors' names
 _POINTWISE = re.compile(r"layers\.\d+\.blocks\.\d+\.(modulation\.(f|proj)|mlp\.fc[12])\.weight")
@@ -92,6 +95,8 @@ def recognise_layout(keys: Iterable[str], what: str = "keys") -> str:
         return "authors"
     if "backbone.patch_embed.proj.weight" in keys:
         return "detection"
+    if "backbone.0.patch_embed.proj.weight" in keys:
+        return "detr"
     if "stem.proj.weight" in keys:
         layout = "timm_features" if any(key.startswith("layers_0.") for key in keys) else "timm"
         return f"{layout}_postln" if any(".norm1_post." in key for key in keys) else layout
@@ -101,6 +106,15 @@ def recognise_layout(keys: Iterable[str], what: str = "keys") -> str:
         return "huggingface_bare"
     first = ", ".join(repr(key) for key in keys[:3]) or "none"
     raise ValueError(f"{what}: expected a FocalNet's keys (the authors', timm's or Hugging Face's), got {first}, ...")
+
+
+def has_name(key: str, source: str, target: str) -> bool:
+    """Whether layout `target` has the parameter that is called `key` in layout `source`."""
+    try:
+        rename_key(key, source, target)
+    except ValueError:
+        return False
+    return True
 
 
 def rename_key(key: str, source: str, target: str) -> str:

@@ -92,15 +92,16 @@ def test_official_is_what_the_authors_code_reads(checkpoint, tmp_path):
     assert list(content) == ["model"] and content["model"].keys() == original.state_dict().keys()
 
 
-def test_a_detector_s_backbone(checkpoint, tmp_path):
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.0."], ids=["mmdetection", "FocalNet-DINO"])
+def test_a_detector_s_backbone(prefix, checkpoint, tmp_path):
     original, _ = checkpoint
     backbone = {k: v for k, v in original.state_dict().items() if not k.startswith(("norm.", "head."))}
-    detector = {f"backbone.{key}": value for key, value in backbone.items()}
-    detector |= {"backbone.norm0.weight": torch.ones(8), "neck.fpn.weight": torch.ones(2), "bbox_head.w": torch.ones(1)}
+    detector = {f"{prefix}{key}": value for key, value in backbone.items()}
+    detector |= {f"{prefix}norm0.weight": torch.ones(8), "neck.fpn.weight": torch.ones(2), "bbox_head.w": torch.ones(1)}
     torch.save({"state_dict": detector, "meta": {"epoch": 12}}, tmp_path / "detector.pth")
 
     arguments = (tmp_path / "detector.pth", tmp_path / "out.pth", "--to")
-    words = ["'backbone.norm0.weight', 'neck.fpn.weight', 'bbox_head.w' (3) have no name in the hf layout", "--partial"]
+    words = [f"'{prefix}norm0.weight', 'neck.fpn.weight', 'bbox_head.w' (3) have no name in the hf layout", "--partial"]
     refused(*arguments, "hf", words=words)
     refused(*arguments, "official", words=["'neck.fpn.weight', 'bbox_head.w' (2) have no name"])
     refused(*arguments, "timm", "--partial", words=["no published variant", "--postln", "--no-postln"])

@@ -10,7 +10,7 @@ from ops.golden import relative_error
 from transformers import FocalNetModel
 
 from focalnet_kernels.models import FocalNet, create_model
-from focalnet_kernels.models.key_maps import LAYOUTS, convert_state_dict, recognise_layout, rename_key
+from focalnet_kernels.models.key_maps import DETECTORS, LAYOUTS, convert_state_dict, recognise_layout, rename_key
 from focalnet_kernels.models.variants import VARIANTS
 from models.foreign import (
     SMALL,
@@ -88,6 +88,9 @@ def test_detection_backbones(name):
     backbone = convert_state_dict(detector, "detection", "authors")
     assert {key: list(shape) for key, shape in shapes(backbone).items()} == DETECTION[name]["shapes"]
     assert convert_state_dict(backbone, "authors", "detection").keys() == detector.keys()
+    joined = convert_state_dict(detector, "detection", "detr")
+    assert recognise_layout(joined) == "detr" and "backbone.0.patch_embed.proj.weight" in joined
+    assert convert_state_dict(joined, "detr", "authors").keys() == backbone.keys()
 
     ours = randomized(FocalNet(**config, num_classes=0))
     last = {f"norm.{key}": value for key, value in ours.norm.state_dict().items()}
@@ -114,7 +117,7 @@ def test_detection_backbones(name):
         assert relative_error(huggingface(x).feature_maps[-1], expected[-1]) < 1e-9
 
 
-BACKBONES = [layout for layout in LAYOUTS if layout == "detection" or layout.startswith("timm_features")]
+BACKBONES = [layout for layout in LAYOUTS if layout in DETECTORS or layout.startswith("timm_features")]
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
