@@ -8,7 +8,7 @@ from .dispatch import BackendError, use_backend
 from .forms import SequenceFocalNet, SimilarityFocalModulation, similarity_focal_modulation
 from .functional import cross_focal_modulation, explain, focal_context, focal_modulation, modulate
 from .integrations import accelerate, restore
-from .models import FocalNet, create_model, list_models, load_checkpoint
+from .models import FocalNet, FocalNetBackbone, create_model, list_models, load_checkpoint
 from .nn import (
     CrossFocalModulation,
     CrossFocalModulation1d,
@@ -32,6 +32,7 @@ __all__ = [
     "FocalModulation1d",
     "FocalModulation3d",
     "FocalNet",
+    "FocalNetBackbone",
     "PatchEmbed",
     "PatchMerging",
     "PatchMerging1d",

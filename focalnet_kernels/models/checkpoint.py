@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .key_maps import convert_state_dict, recognise_layout
+from .key_maps import DETECTORS, convert_state_dict, has_name, recognise_layout, rename_key
 
 # wrappers that put a word before every key: DataParallel and torch.compile
 _PREFIXES = ("module.", "_orig_mod.")
@@ -21,10 +22,12 @@ _PREFIXES = ("module.", "_orig_mod.")
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Load weights saved under the authors', timm's or Hugging Face's names; which ones is recognised.
 
-    Everything is checked before anything is copied: a checkpoint that does not fit leaves the model alone.
+    Everything is checked before anything is copied: a checkpoint that does not fit leaves the model alone. Of a
+    detector's or segmenter's file only the backbone is read. A backbone takes a classifier's weights too: the
+    final norm and the head stay behind, and its norms of maps remain as they are.
 
     Args:
-        model: a `FocalNet`, or the authors', timm's or Hugging Face's one.
+        model: a `FocalNet` or `FocalNetBackbone`, or the authors', timm's or Hugging Face's one.
         path: a .safetensors file, or anything that `torch.load(weights_only=True)` reads. {"model": ...} and
             {"state_dict": ...} are unwrapped.
 
@@ -42,6 +45,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise ValueError("model: expected one with memory, got one on the meta device; see Module.to_empty")
     model_layout = recognise_layout(own, "model")
     layout = recognise_layout(given, str(path))
+    if layout in DETECTORS:
+        given = {key: tensor for key, tensor in given.items() if has_name(key, layout, "authors")}
+    staying = _norms_of_maps(own, model_layout)
+    if staying and not _norms_of_maps(given, layout):
+        own = {key: tensor for key, tensor in own.items() if key not in staying}
+        given = {key: tensor for key, tensor in given.items() if not _is_of_classifier(key, layout)}
+    else:
+        staying = {}
     # compared under the checkpoint's names: its owner knows them, and timm's tell where the norms stand
     expected_layout = layout
     if layout.startswith("timm"):
@@ -51,7 +62,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     except ValueError as error:  # of a backbone, which lacks what the model has
         raise ValueError(f"{path}: expected a checkpoint of this model, got one of a backbone: {error}") from None
     _check_same(expected, given, f"{path}: expected a checkpoint of this model")
-    model.load_state_dict(convert_state_dict(given, layout, model_layout))
+    model.load_state_dict(convert_state_dict(given, layout, model_layout) | staying)
     return model
 
 
@@ -91,6 +102,20 @@ def _load_pickle(path: Path):
     # the authors' training script stores its configuration beside the weights: a mere dict takes its place
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
         return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _norms_of_maps(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Those that a backbone has and nothing else: norm0 and so on."""
+    return {key: tensor for key, tensor in state.items() if re.fullmatch(r"norm\d+\..+", _authors_name(key, layout))}
+
+
+def _is_of_classifier(key: str, layout: str) -> bool:
+    """Whether this is the final norm or the head."""
+    return _authors_name(key, layout).startswith(("norm.", "head."))
+
+
+def _authors_name(key: str, layout: str) -> str:
+    return rename_key(key, layout, "authors") if has_name(key, layout, "authors") else ""
 
 
 def _uses_postln(model: nn.Module) -> bool:

@@ -36,7 +36,7 @@ class FocalNet(nn.Module):
     """Focal Modulation Network (arXiv 2203.11926, section 3.3), with the authors' arguments and keys.
 
     A seed gives the weights that the authors' class would draw. Any image size works, odd and non-square ones
-    too; as in the authors' classifier, trailing pixels that fill no patch are dropped.
+    too; as in the authors' classifier, trailing pixels that fill no patch are dropped unless `pad_patches`.
 
     Args:
         img_size: the size that the variant is meant for; kept for reference, it limits nothing.
@@ -55,6 +55,8 @@ class FocalNet(nn.Module):
         use_conv_embed: overlapping patches, see `PatchEmbed`.
         use_layerscale, layerscale_value, use_postln, use_postln_in_modulation, normalize_modulator: see
             `FocalNetBlock`.
+        pad_patches: pad with zeros to whole patches, as transformers and the authors' detection do, instead of
+            dropping the pixels that fill none.
 
     Shape:
         (B, in_chans, H, W) -> (B, num_classes).
@@ -86,6 +88,7 @@ class FocalNet(nn.Module):
         use_postln: bool = False,
         use_postln_in_modulation: bool = False,
         normalize_modulator: bool = False,
+        pad_patches: bool = False,
     ):
         super().__init__()
         if not len(depths) == len(focal_levels) == len(focal_windows) > 0:
@@ -102,7 +105,13 @@ class FocalNet(nn.Module):
 
         # created in the authors' order, so that a seed gives the weights that their class would draw
         self.patch_embed = PatchEmbed(
-            patch_size, in_chans, embed_dim, use_conv_embed, norm_layer if patch_norm else None, is_stem=True
+            patch_size,
+            in_chans,
+            embed_dim,
+            use_conv_embed,
+            norm_layer if patch_norm else None,
+            is_stem=True,
+            pad=pad_patches,
         )
         self.pos_drop = nn.Dropout(drop_rate)
         # on the CPU even under `torch.device("meta")`: these are settings, not weights
@@ -127,7 +136,9 @@ class FocalNet(nn.Module):
                 for _ in range(depth)
             ]
             is_last = stage == self.num_layers - 1
-            downsample = None if is_last else PatchEmbed(2, dim, 2 * dim, use_conv_embed, norm_layer)
+            downsample = None
+            if not is_last:
+                downsample = PatchEmbed(2, dim, 2 * dim, use_conv_embed, norm_layer, pad=pad_patches)
             self.layers.append(FocalNetStage(blocks, downsample, use_checkpoint))
         self.norm = norm_layer(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
@@ -143,14 +154,13 @@ class FocalNet(nn.Module):
 
     def forward_featuremaps(self, x: Tensor) -> Tensor:
         """The last stage's tokens after the final norm: (B, H*W, C)."""
-        (last,) = self._run_stages(x, {self.num_layers - 1})
+        (last,) = self.run_stages(x, {self.num_layers - 1})
         return self.norm(last).flatten(1, 2)
 
     def forward_pyramid(self, x: Tensor, out_indices: Collection[int] | None = None) -> tuple[Tensor, ...]:
         """Each stage's map before it is downsampled, for dense prediction.
 
-        These are the maps that the authors' detection backbone takes, without the norms that it adds. Stages
-        past the last one asked for do not run.
+        `FocalNetBackbone` adds a norm for each. Stages past the last one asked for do not run.
 
         Args:
             x: (B, in_chans, H, W).
@@ -163,12 +173,10 @@ class FocalNet(nn.Module):
             ValueError: an index names no stage, or x has another shape or is too small.
         """
         wanted = range(self.num_layers) if out_indices is None else out_indices
-        unknown = [i for i in wanted if i not in range(self.num_layers)]
-        if unknown or not wanted:
-            raise ValueError(f"out_indices: expected stages from 0 to {self.num_layers - 1}, got {out_indices}")
-        return tuple(features.permute(0, 3, 1, 2) for features in self._run_stages(x, wanted))
+        self.check_stages(wanted)
+        return tuple(features.permute(0, 3, 1, 2) for features in self.run_stages(x, wanted))
 
-    def _run_stages(self, x: Tensor, wanted: Collection[int]) -> list[Tensor]:
+    def run_stages(self, x: Tensor, wanted: Collection[int]) -> list[Tensor]:
         """The maps (B, H_i, W_i, C_i) of the wanted stages; the others are let go once used."""
         last = max(wanted)
         self._check_image(x, last)
@@ -182,6 +190,11 @@ class FocalNet(nn.Module):
                 break
             x = stage.downsample(x.permute(0, 3, 1, 2))
         return maps
+
+    def check_stages(self, wanted: Collection[int]) -> None:
+        """Raise a ValueError unless these are stages, and some."""
+        if not wanted or any(i not in range(self.num_layers) for i in wanted):
+            raise ValueError(f"out_indices: expected stages from 0 to {self.num_layers - 1}, got {wanted}")
 
     def _check_image(self, x: Tensor, last: int) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .backbone import FocalNetBackbone
 from .checkpoint import load_checkpoint
 from .focalnet import FocalNet
 
@@ -82,7 +83,8 @@ def create_model(name: str, pretrained: str | os.PathLike | None = None, **overr
     Args:
         name: one of `list_models()`.
         pretrained: a checkpoint for `load_checkpoint`, or None for random weights. Nothing is downloaded.
-        **overrides: arguments of `FocalNet` that replace the variant's own.
+        **overrides: arguments of `FocalNet` that replace the variant's own. With `out_indices` or `frozen_stages`
+            among them the result is a `FocalNetBackbone`.
 
     Returns:
         The model, on PyTorch's current default device, in training mode.
@@ -98,7 +100,8 @@ def create_model(name: str, pretrained: str | os.PathLike | None = None, **overr
         raise ValueError(f"name: unknown model {name!r}; {hint}")
     if not (pretrained is None or isinstance(pretrained, str | os.PathLike)):
         raise TypeError(f"pretrained: expected a path or None (nothing is downloaded), got {pretrained!r}")
-    model = FocalNet(**(VARIANTS[name] | overrides))
+    is_backbone = not overrides.keys().isdisjoint(("out_indices", "frozen_stages"))
+    model = (FocalNetBackbone if is_backbone else FocalNet)(**(VARIANTS[name] | overrides))
     return model if pretrained is None else load_checkpoint(model, pretrained)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -18,9 +19,11 @@ class PatchEmbed(nn.Module):
             `patch_size` says.
         norm_layer: called with `embed_dim`; None for no norm.
         is_stem: whether this is the model's first embedding.
+        pad: fill up the last patches of each row and column with zeros, where the size is no multiple of the
+            stride; otherwise trailing pixels that fill no patch are lost.
 
     Shape:
-        (B, in_chans, H, W) -> (B, H', W', embed_dim), contiguous; trailing pixels that fill no patch are lost
+        (B, in_chans, H, W) -> (B, H', W', embed_dim), contiguous
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class PatchEmbed(nn.Module):
         use_conv_embed: bool = False,
         norm_layer: Callable[[int], nn.Module] | None = None,
         is_stem: bool = False,
+        pad: bool = False,
     ):
         super().__init__()
         if use_conv_embed:
@@ -40,15 +44,25 @@ class PatchEmbed(nn.Module):
             kernel_size, stride, padding = patch_size, patch_size, 0
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
         self.norm = norm_layer(embed_dim) if norm_layer is not None else None
+        self.pad = pad
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H', W') for an input of (H, W); below 1 where the input holds no patch."""
         conv = self.proj
+        size = tuple(n + more for n, more in zip(size, self._missing(size), strict=True))
         geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
         height, width = ((n + 2 * padding - kernel) // stride + 1 for n, kernel, stride, padding in geometry)
         return height, width
 
+    def _missing(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of zeros to add."""
+        height, width = (-n % stride if self.pad else 0 for n, stride in zip(size, self.proj.stride, strict=True))
+        return height, width
+
     def forward(self, x: Tensor) -> Tensor:
+        height, width = self._missing((x.shape[2], x.shape[3]))
+        if height or width:
+            x = F.pad(x, (0, width, 0, height))
         # one copy at most, and none where the convolution already answers channels-last
         x = self.proj(x).permute(0, 2, 3, 1).contiguous()
         return x if self.norm is None else self.norm(x)
