@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import focalnet_kernels as fk
-from focalnet_kernels.cli.timing import interleaved
+from focalnet_kernels.bench.timing import interleaved
 from focalnet_kernels.testing import make_context_inputs
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))

@@ -28,8 +28,8 @@ from ..models.layers import published_layers
 from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation
 from ..testing import FORWARD_FACTOR, assert_accurate
-from .machine import cpu_name
-from .timing import interleaved
+from ..bench.machine import cpu_name
+from ..bench.timing import interleaved
 
 MODES = ("forward", "forward+backward")
 

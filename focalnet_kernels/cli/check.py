@@ -49,7 +49,7 @@ def _run(console, layers, batch, dtypes, device) -> int:
     absent: dict[str, None] = {}
     failures = 0
     for layer, dtype in track(list(itertools.product(layers, dtypes)), console=console, transient=True):
-        shape = (batch, layer.size, layer.size, layer.dim)
+        shape = (batch, *layer.spatial, layer.dim)
         options = {"postln": layer.use_postln_in_modulation, "dtype": dtype, "device": device}
         inputs = make_layer_inputs(shape, layer.kernels, **options) | {"normalize": layer.normalize_modulator}
         cells = []
@@ -112,7 +112,7 @@ def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> lis
 
     ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
     levels = [empty(C, 1, k, k) for k in layer.kernels]
-    x = empty(batch, layer.size, layer.size, C)
+    x = empty(batch, *layer.spatial, C)
     parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln, levels)
     normalize = layer.normalize_modulator
     with recorded_launches() as launches:
@@ -139,5 +139,5 @@ def _resources(work):
 
 
 def _name(layer: PublishedLayer, batch: int) -> str:
-    shape = "x".join(map(str, (batch, layer.size, layer.size, layer.dim)))
+    shape = "x".join(map(str, (batch, *layer.spatial, layer.dim)))
     return f"{shape} k={','.join(map(str, layer.kernels))}{' postln' if layer.use_postln_in_modulation else ''}"

@@ -23,7 +23,7 @@ from ..functional import explain
 from ..integrations import accelerate, restore
 from ..models import create_model, load_checkpoint
 from ..models.key_maps import convert_state_dict, recognise_layout
-from .machine import cpu_name
+from ..bench.machine import cpu_name
 
 VARIANT = "focalnet_tiny_lrf"
 ROUNDS = 5

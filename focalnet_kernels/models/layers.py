@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class PublishedLayer:
-    """One stage's layer: its channels, its map's side, and its constructor's arguments."""
+    """One stage's layer: its channels, its map's sides, and its constructor's arguments.
+
+    Args:
+        size: the map's height, and its width where `width` is None.
+        frames: of a clip, which the layer then takes as a volume; None for a map.
+    """
 
     dim: int
     size: int
@@ -18,6 +23,14 @@ class PublishedLayer:
     focal_level: int
     normalize_modulator: bool = False
     use_postln_in_modulation: bool = False
+    width: int | None = None
+    frames: int | None = None
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """(H, W), or (D, H, W) of a clip."""
+        plane = (self.size, self.size if self.width is None else self.width)
+        return plane if self.frames is None else (self.frames, *plane)
 
     @property
     def kernels(self) -> tuple[int, ...]:
@@ -51,4 +64,6 @@ def published_layers(variant: str, size: int | None = None) -> Iterator[Publishe
 
 
 # FPN backbones see 800 x 1333 pixels, with the authors' detection windows: 200 x 334 at the first stage
-DETECTION = (PublishedLayer(96, 200, 9, 2), PublishedLayer(96, 200, 9, 3))
+DETECTION = tuple(PublishedLayer(96, 200, 9, level, width=334) for level in (2, 3))
+# Video-FocalNets' clips of 8 frames through focalnet_tiny_srf, as volumes
+VIDEO = tuple(replace(layer, frames=8) for layer in published_layers("focalnet_tiny_srf"))
