@@ -9,6 +9,7 @@ from .check import check
 from .convert import convert
 from .demo import demo
 from .info import info
+from .visualize import visualize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,3 +22,4 @@ main.add_command(check)
 main.add_command(convert)
 main.add_command(demo)
 main.add_command(info)
+main.add_command(visualize)
