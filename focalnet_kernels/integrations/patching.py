@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from ..nn import FocalModulation, FocalModulation1d, FocalModulation3d
+from ..forms import SimilarityFocalModulation
+from ..nn.focal_modulation import FocalModulationNd
 from .adapter import Adapter
 from .equivalence import Verdict, compare, configuration
 from .official import OfficialClassification, OfficialDetection
@@ -35,7 +36,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     QueryContext(),
 )
 
-OURS = (FocalModulation, FocalModulation1d, FocalModulation3d)
+OURS = (FocalModulationNd, SimilarityFocalModulation)  # cross modulation is the former's
 _NAMED_SO = re.compile(r"Focal(Net)?Modulat(e|ion|or)(\d[dD])?$")
 _ALREADY_OURS = "already ours"
 

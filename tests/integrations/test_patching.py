@@ -261,3 +261,21 @@ def test_nothing_found():
     with pytest.warns(RuntimeWarning, match="nothing was replaced"):
         report = accelerate(nn.Linear(2, 2))
     assert report.replaced == report.kept == []
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fk.FocalModulation(8, 3, 2),
+        fk.FocalModulation1d(8, 3, 2),
+        fk.CrossFocalModulation(8, 3, 2),
+        fk.CrossFocalModulation3d(8, 3, 1),
+        fk.SimilarityFocalModulation(8, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_ours_need_nothing(layer, recwarn):
+    """Not a look-alike, and nothing to warn of."""
+    report = accelerate(nn.Sequential(layer))
+    assert report.kept == [("0", "already ours")] and not report.replaced
+    assert not recwarn and "forward" not in vars(layer)
