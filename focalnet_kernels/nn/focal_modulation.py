@@ -90,6 +90,12 @@ class FocalModulationNd(nn.Module):
             axes = ("N", "H, W", "D, H, W")[self.ndim - 1]
             raise ValueError(f"{name}: expected shape (B, {axes}, C={self.dim}), got {tuple(x.shape)}")
 
+    def __prepare_scriptable__(self):
+        raise TypeError(
+            f"torch.jit.script(model): expected modules that TorchScript can compile, found a {type(self).__name__}; "
+            "torch.jit.trace, torch.export and torch.compile take it"
+        )
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kernel_sizes={self.kernel_sizes}"
 

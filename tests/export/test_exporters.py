@@ -124,3 +124,12 @@ def test_torchscript_traces(build, shape, seed, tmp_path):
     assert "focalnet_kernels::" not in str(traced.inlined_graph)
     traced.save(tmp_path / "traced.pt")
     assert_same(torch.jit.load(tmp_path / "traced.pt"), model, shape)
+
+
+@pytest.mark.parametrize("build", [fk.FocalModulation, fk.FocalModulation1d, fk.CrossFocalModulation])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_does_not_compile_ours(build):
+    """And says what does, wherever in a model the layer stands."""
+    for model in (build(8, 3, 2), nn.Sequential(nn.Linear(8, 8), build(8, 3, 2))):
+        with pytest.raises(TypeError, match=f"found a {build.__name__}; torch.jit.trace, torch.export and torch.comp"):
+            torch.jit.script(model)
