@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
+import re
+import subprocess
 from pathlib import Path
+
+import torch
+
+from .. import _native
+from .._version import __version__
+
+_PACKAGES = ("torch", "triton", "timm", "transformers")
 
 
 def cpu_name() -> str:
@@ -14,3 +24,39 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_class(device: str) -> str:
+    """A folder's name for machines whose figures can be compared: "cpu-2-cores-avx512-bf16" or "nvidia-h200"."""
+    if device.startswith("cuda"):
+        return re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower())
+    isa = "none" if _native.cpu_missing else torch.ops.focalnet_kernels.cpu_isa()
+    return f"cpu-{torch.get_num_threads()}-cores-{isa.replace('_', '-')}"
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """The device, the versions and the commit, as columns of a CSV file."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
+        "machine": machine_class(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "focalnet_kernels": __version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Of the checkout that this runs from; "" for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=9"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -33,7 +33,7 @@ def interleaved(
     measured: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warm + rounds):
         for name, call in calls.items():
-            duration = timed(_ready(call))
+            duration = timed(ready(call))
             if i >= warm:
                 measured[name].append(duration)
             tick()
@@ -47,7 +47,8 @@ def quantiles(durations: list[float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in times.items()}
 
 
-def _ready(call: Callable[[], object] | Prepared) -> Callable[[], object]:
+def ready(call: Callable[[], object] | Prepared) -> Callable[[], object]:
+    """The call to time, its preparation done."""
     if not isinstance(call, Prepared):
         return call
     argument = call.prepare()

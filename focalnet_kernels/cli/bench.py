@@ -1,230 +1,145 @@
-"""`bench`: the layer at every stage of a published model, and the model, ours beside what people use today."""
+"""`bench`: how fast the layer is, by itself and within models, beside what people use today."""
 
 from __future__ import annotations
 
-import copy
-import csv
-import importlib.util
-import platform
-from collections.abc import Callable
-from functools import partial
+import datetime
+import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor, nn
-from torch.testing import assert_close
 
-from .._version import __version__
-from ..dispatch import use_backend
-from ..functional import explain
-from ..integrations import accelerate
-from ..models.layers import published_layers
-from ..models.variants import VARIANTS, create_model
-from ..nn import FocalModulation
-from ..testing import FORWARD_FACTOR, assert_accurate
-from ..bench.machine import cpu_name
-from ..bench.timing import interleaved
-
-MODES = ("forward", "forward+backward")
+from ..bench import records
+from ..bench.cases import LEVELS, TARGETS, Case, cases
+from ..bench.machine import machine
+from ..bench.memory import HostMemory
+from ..bench.providers import COMPILE_MODES, Provider, providers
+from ..bench.roofline import ceilings
+from ..bench.runner import WARM, run_case
+from ..bench.steps import MODES
 
 
 @click.command()
-@click.option("--what", default="layers", show_default=True, type=click.Choice(["layers", "model"]))
-@click.option("--variant", default="focalnet_tiny_lrf", show_default=True, type=click.Choice(sorted(VARIANTS)))
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--size", default=224, show_default=True, type=click.IntRange(min=32), help="Pixels per side.")
+@click.option("--level", "levels", multiple=True, default=("layer",), show_default=True, type=click.Choice(LEVELS))
+@click.option(
+    "--target", "targets", multiple=True, default=("focalnet_tiny_lrf",), show_default=True,
+    help="A variant, detection, video, a pattern such as '*_srf', or 'all'.",
+)  # fmt: skip
+@click.option("--mode", "modes", multiple=True, default=MODES, show_default=True, type=click.Choice(MODES))
 @click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--size", default=224, show_default=True, type=click.IntRange(min=0), help="Pixels a side; 0: as published."
+)
+@click.option("--stage", "stages", multiple=True, type=int, help="Of layers and blocks, from 1. Default: all.")
+@click.option("--provider", "patterns", multiple=True, default=("*",), help="Patterns of provider names. Default: all.")
+@click.option("--compile", "compile_modes", multiple=True, type=click.Choice(COMPILE_MODES), help="Also compiled, so.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=3))
-@click.option("--compile", "with_compile", is_flag=True, help="Also torch.compile of timm's and transformers' layer.")
+@click.option("--device", default=None, help="Default: cuda where there is one, otherwise cpu.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, in processes of their own.")
+@click.option(
+    "--roofline/--no-roofline", default=True, show_default=True, help="Measure ceilings, show shares of them."
+)
 @click.option("--output", default="bench.csv", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
-def bench(what, variant, batch, size, dtypes, rounds, with_compile, output) -> None:
-    """Time the focal modulation layer of every stage, or a whole model: forward, and forward with backward.
+@click.option("--dry-run", is_flag=True, help="List what would be timed, and what not and why.")
+def bench(
+    levels, targets, modes, dtypes, batch, size, stages, patterns, compile_modes, rounds, device, memory, roofline,
+    output, dry_run,
+) -> None:  # fmt: skip
+    """Time ops, layers, blocks and models: forward, backward, and both.
 
-    Providers run in turn in one process, so that drift hits all alike; figures are milliseconds. Among the layers,
-    "products" are the layer's own matrix products through torch alone: what no rearrangement of the rest can save.
+    Every provider is first held to the eager form's accuracy against float64: who fails gets no figure. Then they run
+    in turns in one process, so that drift hits all alike. Figures are p20, p50 and p80 of the rounds, images/s, peak
+    memory, the bytes kept for backward, and the share of what the machine's copy and matrix product would allow.
     """
     console = Console()
-    cases = _layer_cases if what == "layers" else _model_cases
-    rows = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing", total=None)
-        for dtype in dtypes:
-            for shape, mode, calls in cases(variant, batch, size, getattr(torch, dtype), with_compile):
-                for name, times in interleaved(calls, rounds).items():
-                    rows.append({"dtype": dtype, "shape": shape, "mode": mode, "provider": name} | times)
-                progress.update(task, description=f"{dtype} {shape} {mode}")
-    machine = {
-        "variant": variant,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "focalnet_kernels": __version__,
-        "backend": explain(FocalModulation(8, 3, 1), torch.zeros(1, 4, 4, 8)).backend,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine])
-        writer.writeheader()
-        writer.writerows(row | machine for row in rows)
-    for mode in MODES:
-        console.print(_table([row for row in rows if row["mode"] == mode], f"{mode}, milliseconds (times ours)"))
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"batch": batch, "size": size or None, "dtypes": _dtypes(dtypes), "device": device}
+    todo = [
+        (case, [p for p in providers(case, compile_modes) if any(fnmatch.fnmatchcase(p.name, t) for t in patterns)])
+        for case in cases(levels, _targets(targets), **options)
+        if not (stages and case.stage and case.stage not in stages)
+    ]
+    if not any(found for _, found in todo):
+        raise click.UsageError("there is no such case or provider; --dry-run without further options lists some")
+    if dry_run:
+        _list(console, todo)
+        return
+    about = machine(device) | {"date": datetime.date.today().isoformat()}
+    configuration = {
+        "levels": levels, "targets": targets, "batch": batch, "size": size, "rounds": rounds, "compile": compile_modes,
+    }  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows, reached = [], None
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        HostMemory(memory and device == "cpu") as host,
+    ):
+        bar = progress.add_task("ceilings", total=len(modes) * (rounds + WARM) * sum(len(found) for _, found in todo))
+        if roofline:
+            reached, rows = ceilings(options["dtypes"], device, rounds)
+        done = 0
+        for case, found in todo:
+            labels = case.labels()
+            progress.update(bar, description=f"{labels['case']} {labels['shape']} {labels['dtype']}", completed=done)
+            done += len(modes) * (rounds + WARM) * len(found)
+            rows += run_case(
+                case, found, modes=modes, rounds=rounds, ceilings=reached, host_memory=host,
+                tick=lambda: progress.advance(bar),
+            )  # fmt: skip
+            records.write(output, rows, about, configuration)  # after each: an interrupted run keeps what it found
+    _show(console, rows)
+    console.print(f"wrote {output} and {output.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
-def _layer_cases(variant, batch, size, dtype, with_compile):
-    """(shape, mode, {provider: call}) for every stage."""
-    for layer in published_layers(variant, size):
-        providers, x = _providers(layer.dim, layer.size, layer.options, batch, dtype, with_compile)
-        for mode in MODES:
-            yield "x".join(map(str, x.shape)), mode, {name: _call(run, x, mode) for name, run in providers.items()}
+def _targets(patterns) -> list[str]:
+    found = [t for t in TARGETS if any(p == "all" or fnmatch.fnmatchcase(t, p) for p in patterns)]
+    if not found:
+        raise click.BadParameter(f"expected 'all' or some of {', '.join(TARGETS)}", param_hint="--target")
+    return found
 
 
-def _model_cases(variant, batch, size, dtype, with_compile):
-    """The same for a whole model: timm's, timm's accelerated ("ours"), and this package's own."""
-    timm = importlib.import_module("timm")
-    x, target = torch.randn(batch, 3, size, size, dtype=dtype), torch.randint(1000, (batch,))
-    torch.manual_seed(0)
-    models = {"ours": timm.create_model(variant).to(dtype)}
-    models["timm"] = copy.deepcopy(models["ours"])
-    models["FocalNet"] = create_model(variant).to(dtype)
-    accelerate(models["ours"])
-    if with_compile:
-        models["timm compiled"] = torch.compile(copy.deepcopy(models["timm"]))
-    with torch.inference_mode():
-        for model in models.values():
-            model.eval()
-        tolerance = 1e-4 if dtype == torch.float32 else 0.05
-        assert_close(models["ours"](x[:1]), models["timm"](x[:1]), rtol=tolerance, atol=tolerance)
-
-    def infer(model):
-        with torch.inference_mode():
-            model(x)
-
-    def step(model):
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), target).backward()
-
-    for mode, run in zip(MODES, (infer, step), strict=True):
-        for model in models.values():
-            model.train(run is step)
-        yield "x".join(map(str, x.shape)), mode, {name: partial(run, model) for name, model in models.items()}
+def _dtypes(names) -> list[torch.dtype]:
+    dtypes = [getattr(torch, name, None) for name in names]
+    if not all(isinstance(dtype, torch.dtype) and dtype.is_floating_point for dtype in dtypes):
+        raise click.BadParameter(f"expected float32, bfloat16 or float16, got {', '.join(names)}", param_hint="--dtype")
+    return dtypes
 
 
-def _providers(C, H, config, batch, dtype, with_compile) -> tuple[dict[str, Callable], Tensor]:
-    """Each provider's layer with the same weights, checked against the first; and the input (B, H, W, C)."""
-    torch.manual_seed(0)
-    ours = FocalModulation(C, **config).to(dtype)
-    x = torch.randn(batch, H, H, C, dtype=dtype)
-    layers: dict[str, Callable] = {"ours": ours}
-    reference = copy.deepcopy(ours)
-    layers["authors' form"] = _on_reference(reference)
-    if importlib.util.find_spec("timm"):
-        layers["timm"] = _timm_layer(ours, config, dtype)
-    if importlib.util.find_spec("transformers"):
-        layers["transformers"] = _transformers_layer(ours, config, dtype)
-    if with_compile:
-        for name in [n for n in ("timm", "transformers") if n in layers]:
-            layers[f"{name} compiled"] = torch.compile(layers[name])
-    with torch.no_grad():
-        exact = _on_reference(copy.deepcopy(ours).double())(x.double())
-        eager = layers["authors' form"](x)
-        for name, layer in layers.items():
-            y = layer(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1) if name.startswith("timm") else layer(x)
-            if name == "ours":
-                assert_accurate(name, y, eager, exact, FORWARD_FACTOR)
-            error = ((y.double() - exact).norm() / exact.norm()).item()
-            if not error <= max(1e-5, 8 * torch.finfo(dtype).eps):  # others only have to be the same function
-                raise click.ClickException(f"{name}: relative error {error:.1e} against float64; no figure for it")
-    return layers | {"products": None}, x
+def _list(console: Console, todo: list[tuple[Case, list[Provider]]]) -> None:
+    for case, found in todo:
+        labels = case.labels()
+        console.print(f"{labels['level']}: {labels['case']} {labels['shape']} {labels['dtype']}", soft_wrap=True)
+        for provider in found:
+            reason = provider.why_not(case)
+            text = f"    {provider.name}" + (f"    skipped: {reason}" if reason else "")
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _on_reference(layer: nn.Module) -> Callable:
-    def run(x: Tensor) -> Tensor:
-        with use_backend("reference"):
-            return layer(x)
-
-    return run
-
-
-def _timm_layer(ours: FocalModulation, config, dtype) -> nn.Module:
-    from timm.models.focalnet import FocalModulation as Timm
-
-    options = dict(config)
-    options["use_post_norm"] = options.pop("use_postln_in_modulation")
-    layer = Timm(ours.dim, **options)
-    state = {k.replace("ln.", "norm."): v for k, v in ours.state_dict().items()}
-    shapes = layer.state_dict()
-    layer.load_state_dict({k: v.reshape(shapes[k].shape) for k, v in state.items()})
-    if ours.use_postln_in_modulation:
-        layer.norm.eps = ours.ln.eps
-    return layer.to(dtype)
-
-
-def _transformers_layer(ours: FocalModulation, config, dtype) -> nn.Module:
-    from transformers.models.focalnet.modeling_focalnet import FocalNetModulation
-
-    names = {"f": "projection_in", "h": "projection_context", "proj": "projection_out", "ln": "layernorm"}
-    settings = SimpleNamespace(
-        focal_windows=[config["focal_window"]],
-        focal_levels=[config["focal_level"]],
-        use_post_layernorm_in_modulation=config["use_postln_in_modulation"],
-        normalize_modulator=config["normalize_modulator"],
-        layer_norm_eps=1e-5,
-    )
-    layer = FocalNetModulation(settings, 0, ours.dim)
-    state = {}
-    for key, value in ours.state_dict().items():
-        first, _, rest = key.partition(".")
-        state[f"{names.get(first, first)}.{rest}"] = value
-    layer.load_state_dict(state)
-    return layer.to(dtype)
+def _show(console: Console, rows: list[dict]) -> None:
+    """A table for each case: milliseconds, and how many times as long as the fastest of ours."""
+    timed = [row for row in rows if row["level"] != "ceiling"]
+    for name in dict.fromkeys((row["case"], row["shape"], row["dtype"]) for row in timed):
+        of_case = [row for row in timed if (row["case"], row["shape"], row["dtype"]) == name]
+        modes = list(dict.fromkeys(row["mode"] for row in of_case))
+        table = Table("", *modes, "peak MB", "kept MB", title=f"{' '.join(name)}: milliseconds (share of the bound)")
+        for provider in dict.fromkeys(row["provider"] for row in of_case):
+            own = {row["mode"]: row for row in of_case if row["provider"] == provider}
+            if reason := next(iter(own.values())).get("skipped"):
+                table.add_row(provider, f"[dim]{reason}")
+                continue
+            memory = [
+                max((row.get(key) or 0 for row in own.values()), default=0) for key in ("peak_bytes", "saved_bytes")
+            ]
+            table.add_row(
+                provider, *(_cell(own[mode]) for mode in modes), *(f"{m / 1e6:.1f}" if m else "" for m in memory)
+            )
+        console.print(table)
 
 
-def _call(layer: Callable | None, x: Tensor, mode: str) -> Callable:
-    if layer is None:
-        return _products(x, mode)
-    if getattr(layer, "input_split", None) or hasattr(getattr(layer, "_orig_mod", None), "input_split"):
-        x = x.permute(0, 3, 1, 2).contiguous()  # timm's layout
-    grad_output = torch.randn_like(x)
-
-    def forward():
-        with torch.inference_mode():
-            layer(x)
-
-    def both():
-        layer(x.detach().requires_grad_()).backward(grad_output)
-
-    return forward if mode == "forward" else both
-
-
-def _products(x: Tensor, mode: str) -> Callable:
-    """The matrix products of f, h and proj (and of their backward), each into fresh memory."""
-    C = x.shape[-1]
-    tokens, wide = x.reshape(-1, C), torch.randn(x.numel() // C, 2 * C + 4, dtype=x.dtype)
-    f, square = torch.randn(2 * C + 4, C, dtype=x.dtype), torch.randn(C, C, dtype=x.dtype)
-
-    def run():
-        tokens @ f.t(), tokens @ square.t(), tokens @ square.t()
-        if mode != "forward":
-            wide @ f, wide.t() @ tokens
-            tokens @ square, tokens.t() @ tokens, tokens @ square, tokens.t() @ tokens
-
-    return run
-
-
-def _table(rows: list[dict], title: str) -> Table:
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    table = Table("", *providers, title=title)
-    cells: dict[str, dict[str, float]] = {}
-    for row in rows:
-        cells.setdefault(f"{row['dtype']} {row['shape']}", {})[row["provider"]] = row["p50_ms"]
-    for what, times in cells.items():
-        table.add_row(what, *(f"{times[p]:.2f} ({times[p] / times['ours']:.2f}x)" for p in providers))
-    return table
+def _cell(row: dict) -> str:
+    share = row.get("share_of_bound")
+    return f"{row['p50_ms']:.2f}" + (f" ({share:.0%})" if share else "")

@@ -1,29 +1,90 @@
-"""`bench` runs, checks what it times, and writes every row."""
+"""`bench` lists, runs, checks what it times, and writes every row."""
 
 import csv
+import json
+import sys
 
+import pytest
+import torch
 from click.testing import CliRunner
 
+from focalnet_kernels.bench import roofline
+from focalnet_kernels.bench.cases import LEVELS, PEERS
+from focalnet_kernels.bench.records import MEASURED
 from focalnet_kernels.cli import main
+from focalnet_kernels.models.variants import VARIANTS
+
+EVERYTHING = [argument for level in LEVELS for argument in ("--level", level)] + ["--target", "all"]
+
+
+def invoke(*args):
+    result = CliRunner().invoke(main, ["bench", *args])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def rows_of(tmp_path, *args):
     output = tmp_path / "bench.csv"
-    command = ["bench", "--batch", "1", "--size", "32", "--rounds", "3", "--output", str(output), *args]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
-    return list(csv.DictReader(output.open()))
+    quick = ["--batch", "1", "--size", "32", "--rounds", "3", "--no-roofline", "--no-memory", "--dtype", "float32"]
+    invoke(*quick, "--output", str(output), *args)
+    return list(csv.DictReader(output.open())), json.loads(output.with_suffix(".json").read_text())
+
+
+def test_dry_run_lists_every_published_shape():
+    lines = invoke("--dry-run", "--size", "0", "--dtype", "bfloat16", *EVERYTHING).splitlines()
+    cases = [line for line in lines if not line.startswith(" ")]
+    for variant in VARIANTS:
+        for level in ("op: focal_context", "op: modulate", "layer:", "block: block", "model: model"):
+            assert any(c.startswith(level) and f" {variant} " in c for c in cases), (level, variant)
+    assert sum(c.startswith("peers") for c in cases) == len(PEERS) == 3
+    assert any("detection" in c and "8x200x334x96" in c for c in cases)
+    assert any("video" in c and "8x8x56x56x96" in c for c in cases)
+    assert "layer: focalnet_large_fl4 stage 1 k=3,5,7,9 8x96x96x192 bfloat16" in cases
+    assert any(line.startswith("    ours cuda    skipped: ") for line in lines)
+    if not torch.cuda.is_available():
+        assert any(line.startswith("    ours triton    skipped: ") for line in lines)
+    assert any(line.startswith("    timm    skipped: timm has no focalnet_tiny_iso") for line in lines)
+
+
+def test_dry_run_lists_peers_and_compiled_forms():
+    output = invoke("--dry-run", "--level", "peers", "--compile", "default", "--compile", "max-autotune")
+    for name in ("swin_tiny_patch4_window7_224", "convnext_tiny", "focalnet_tiny_lrf accelerated cpu"):
+        for form in ("", " compiled", " compiled max-autotune"):
+            assert f"    {name}{form}\n" in output or f"    {name}{form}    skipped: " in output
 
 
 def test_layers(tmp_path):
-    rows = rows_of(tmp_path, "--dtype", "float32", "--variant", "focalnet_tiny_srf")
-    providers = {"ours", "authors' form", "timm", "transformers", "products"}
-    assert {row["provider"] for row in rows} == providers
-    assert len(rows) == len(providers) * 4 * 2  # stages and modes
-    assert all(0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in rows)
+    rows, whole = rows_of(tmp_path, "--target", "focalnet_tiny_srf")
+    providers = {"authors' form", "timm", "timm channels_last", "transformers"}
+    timed = [row for row in rows if not row["skipped"]]
+    assert {row["provider"] for row in timed} >= providers
+    assert {row["mode"] for row in rows} == {"forward", "backward", "forward+backward"}
+    assert len({row["shape"] for row in rows}) == 4
+    assert set(MEASURED) < set(rows[0])
+    assert all(
+        row[key] for row in rows for key in ("device", "machine", "threads", "torch", "date", "levels", "rounds")
+    )
+    assert all(0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
+    assert all(row["saved_bytes"] for row in timed if row["mode"] != "forward")
+    assert not any(row["p50_ms"] for row in rows if row["skipped"])
+    assert len(whole["rows"]) == len(rows)
+    assert whole["machine"]["torch"] == rows[0]["torch"]
+    assert whole["configuration"]["batch"] == 1
 
 
-def test_model(tmp_path):
-    rows = rows_of(tmp_path, "--dtype", "float32", "--what", "model", "--variant", "focalnet_tiny_srf")
-    assert {row["provider"] for row in rows} == {"ours", "timm", "FocalNet"}
-    assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
+def test_model_and_roofline(tmp_path, monkeypatch):
+    command = sys.modules["focalnet_kernels.cli.bench"]  # cli.bench is the click command
+    monkeypatch.setattr(command, "ceilings", lambda *args: roofline.ceilings(*args, small=True))
+    options = ("--level", "model", "--target", "focalnet_tiny_srf", "--mode", "forward", "--roofline")
+    rows, _ = rows_of(tmp_path, *options, "--provider", "authors*", "--provider", "timm*", "--provider", "ours*")
+    assert {row["case"] for row in rows if row["level"] == "ceiling"} == {"copy", "product"}
+    timed = {row["provider"]: row for row in rows if row["level"] == "model" and not row["skipped"]}
+    assert set(timed) >= {"authors' form", "timm", "timm channels_last"}
+    assert all(float(row["share_of_bound"]) > 0 and float(row["images_per_s"]) > 0 for row in timed.values())
+
+
+@pytest.mark.parametrize("arguments", [["--target", "focalnet_nano"], ["--dtype", "int8"], ["--provider", "nobody"]])
+def test_what_does_not_exist_is_named(arguments):
+    result = CliRunner().invoke(main, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert result.output

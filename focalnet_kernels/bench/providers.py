@@ -1,0 +1,396 @@
+"""By whom a case is computed: the authors' form, timm, transformers, their compiled forms, and each backend of ours.
+
+Every provider of a case computes the same function of the same numbers, drawn once in the case's dtype, and is held
+to its yardstick: the eager form of that function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..functional import explain, focal_context, focal_modulation, modulate
+from ..integrations import accelerate
+from ..models.key_maps import convert_state_dict
+from ..models.layers import published_layers
+from ..models.variants import VARIANTS, create_model
+from ..nn import FocalModulation, FocalModulation3d
+from ..nn.block import FocalNetBlock
+from ..testing import make_context_inputs, make_modulate_inputs
+from .cases import PEERS, Case
+
+AUTHORS = "authors' form"
+BACKENDS = dispatch.BACKENDS[2:]  # without "auto" and the reference, which is the authors' form
+COMPILE_MODES = ("default", "max-autotune")
+
+
+@dataclass
+class Subject:
+    """One provider's computation of a case, its tensors in place.
+
+    Args:
+        call: takes `inputs`, returns the result.
+        inputs: by name; those of `wanted` get gradients.
+        module: whose parameters get gradients besides.
+        channels_first: x and y are (B, C, H, W), where the case has (B, H, W, C).
+    """
+
+    call: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    module: nn.Module | None = None
+    channels_first: bool = False
+    images: bool = False
+
+    def __call__(self) -> Tensor:
+        return self.call(*self.inputs.values())
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gets gradients, by name: the inputs, unless they are images, and the parameters."""
+        parameters = {} if self.module is None else dict(self.module.named_parameters())
+        return parameters if self.images else self.inputs | parameters
+
+    def forget_gradients(self) -> None:
+        for leaf in self.leaves().values():
+            leaf.grad = None
+
+    def canonical(self, value: Tensor) -> Tensor:
+        """The result, or a gradient of x, in the case's axes."""
+        return value.movedim(1, -1) if self.channels_first else value
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who computes a case.
+
+    Args:
+        name: as in tables.
+        build: takes the case and whether to compute in float64 (on the numbers of the case's dtype).
+        yardstick: the name of the eager provider of the same function; its own for that one.
+        backend: of ours that it runs on; None for everything else.
+        compiled: the mode of torch.compile, or None.
+        needs: packages.
+    """
+
+    name: str
+    build: Callable[[Case, bool], Subject]
+    yardstick: str = AUTHORS
+    backend: str | None = None
+    compiled: str | None = None
+    needs: tuple[str, ...] = ()
+
+    def why_not(self, case: Case) -> str | None:
+        """Why this machine cannot run it on this case, as far as that can be said without trying; or None."""
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if "timm" in self.needs and case.target.endswith("_iso") and case.level == "model":
+            return f"timm has no {case.target}"
+        if self.needs and case.layer is not None and case.layer.frames is not None:
+            return f"{self.needs[0]} has no layer of volumes"
+        if self.compiled == "max-autotune" and case.device == "cpu" and case.dtype == torch.float16:
+            return "torch.compile has no float16 products to tune on a CPU"
+        return None if self.backend is None else _reason_against(self.backend, case)
+
+
+def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
+    """Everybody who computes this case, whether or not this machine can.
+
+    Args:
+        compile_modes: of torch.compile, for a compiled form of each eager provider and of our best model.
+    """
+    if case.level == "peers":
+        return _peers(case, compile_modes)
+    eager = [Provider(AUTHORS, partial(_on, "reference", _ours[case.level]))]
+    if case.level == "op":
+        eager.append(
+            Provider(f"{AUTHORS} channels_last", partial(_on, "reference", partial(_op, layout="channels_last")))
+        )
+        ours = []
+    else:
+        eager += [
+            Provider("timm", _timm, needs=("timm",)),
+            Provider("timm channels_last", partial(_channels_last, _timm), needs=("timm",)),
+            Provider("transformers", _transformers, needs=("transformers",)),
+        ]
+        ours = [
+            Provider(f"timm accelerated {b}", partial(_accelerated, b, _timm), backend=b, needs=("timm",))
+            for b in BACKENDS
+            if case.level != "layer"
+        ]
+    compiled = [_compiled(p, mode) for p in eager + ours for mode in compile_modes if "channels_last" not in p.name]
+    ours += [Provider(f"ours {b}", partial(_on, b, _ours[case.level]), backend=b) for b in BACKENDS]
+    return eager + compiled + ours
+
+
+def _compiled(provider: Provider, mode: str) -> Provider:
+    name = f"{provider.name} compiled" + ("" if mode == "default" else f" {mode}")
+    return replace(provider, name=name, build=partial(_compile, mode, provider.build), compiled=mode)
+
+
+def _reason_against(backend: str, case: Case) -> str | None:
+    """dispatch's own reason, for tensors of the case's shapes that take no memory."""
+
+    def empty(*shape):
+        return torch.empty(1, dtype=case.dtype, device=case.device).expand(shape)
+
+    if case.device.startswith("cuda") and not torch.cuda.is_available():
+        return "there is no GPU"
+    if case.layer is None:
+        layers = published_layers(case.target, case.pixels)
+    else:
+        layers = [case.layer]
+    for layer in layers:
+        C, spatial, L = layer.dim, layer.spatial, layer.focal_level
+        levels = [empty(C, 1, *(k,) * len(spatial)) for k in layer.kernels]
+        maps = empty(case.batch, C, *spatial)
+        arguments = {
+            "focal_context": (maps, empty(case.batch, L + 1, *spatial), levels),
+            "modulate": (maps, maps, empty(C, C), empty(C)),
+        }.get(case.what)
+        options = {}
+        if arguments is None:
+            ln = empty(C) if layer.use_postln_in_modulation else None
+            options = {"ln_weight": ln, "ln_bias": ln}
+            wide, square, one = empty(2 * C + L + 1, C), empty(C, C), empty(C)
+            x = empty(case.batch, *spatial, C)
+            arguments = (x, wide, empty(2 * C + L + 1), levels, square, one, square, one)
+        op = {"focal_context": focal_context, "modulate": modulate}.get(case.what, focal_modulation)
+        with dispatch.use_backend(backend):
+            found = explain(op, *arguments, **options)
+        if found.backend != backend:
+            return found.reasons[backend]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- ways to run a subject
+
+
+def _on(backend: str, build: Callable, case: Case, exact: bool) -> Subject:
+    subject = build(case, exact)
+    call = subject.call
+
+    def on_backend(*inputs):
+        with dispatch.use_backend(backend):
+            return call(*inputs)
+
+    return replace(subject, call=on_backend)
+
+
+def _compile(mode: str, build: Callable, case: Case, exact: bool) -> Subject:
+    """Compiled for this case's shape: one graph for all stages would be slower than any of them needs."""
+    subject = build(case, exact)
+    return replace(subject, call=torch.compile(subject.call, mode=mode, dynamic=False))
+
+
+def _channels_last(build: Callable, case: Case, exact: bool) -> Subject:
+    subject = build(case, exact)
+    subject.module.to(memory_format=torch.channels_last)
+    inputs = {n: t.contiguous(memory_format=torch.channels_last) for n, t in subject.inputs.items()}
+    return replace(subject, inputs=inputs)
+
+
+def _accelerated(backend: str, build: Callable, case: Case, exact: bool) -> Subject:
+    subject = build(case, exact)
+    report = accelerate(subject.module, backend=backend)
+    if not report.replaced:
+        raise RuntimeError(f"accelerate left everything as it was: {report}")
+    return subject
+
+
+# ------------------------------------------------------------------------------------------------- the functions
+
+
+def _input(case: Case, exact: bool) -> Tensor:
+    """x of `case.shape`, the same for every provider."""
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(case.device, case.dtype)
+    return x.double() if exact else x
+
+
+def _placed(case: Case, module: nn.Module, exact: bool) -> nn.Module:
+    module = module.to(case.device, case.dtype)
+    return module.double() if exact else module
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """Weights under which every part shows in the result: a layer scale of 1e-4 would hide the layer."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+            elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln.weight", "gamma_1", "gamma_2")):
+                p.fill_(1.0)
+            else:
+                p.normal_(std=0.1, generator=generator)
+    return module
+
+
+def _op(case: Case, exact: bool, layout: str = "contiguous") -> Subject:
+    """focal_context or modulate by itself."""
+    options = {"dtype": case.dtype, "device": case.device, "seed": 0}
+    if case.what == "focal_context":
+        drawn = make_context_inputs(case.shape, case.layer.kernels, **options)
+        inputs = {"ctx": drawn["ctx"], "gates": drawn["gates"]}
+        inputs |= {f"weights[{i}]": w for i, w in enumerate(drawn["weights"])}
+        normalize = case.layer.normalize_modulator
+
+        def call(ctx, gates, *weights):
+            return focal_context(ctx, gates, weights, normalize=normalize)
+    else:
+        inputs, call = make_modulate_inputs(case.shape, **options), modulate
+    if layout == "channels_last":
+        inputs = {n: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.ndim > 2 else t for n, t in inputs.items()}
+    if exact:
+        inputs = {name: t.double() for name, t in inputs.items()}
+    return Subject(call, inputs)
+
+
+def _layer_module(case: Case) -> nn.Module:
+    layer = case.layer
+    Layer = FocalModulation if layer.frames is None else FocalModulation3d
+    return _lively(Layer(layer.dim, **layer.options))
+
+
+def _block_options(case: Case) -> dict:
+    config = VARIANTS.get(case.target, {})
+    return {name: config.get(name, False) for name in ("use_layerscale", "use_postln")}
+
+
+def _block_module(case: Case) -> nn.Module:
+    return _lively(FocalNetBlock(case.layer.dim, **case.layer.options, **_block_options(case)))
+
+
+def _model_module(case: Case) -> nn.Module:
+    return _lively(create_model(case.target, drop_path_rate=0.0))
+
+
+_module = {"layer": _layer_module, "block": _block_module, "model": _model_module}
+
+
+def _our(case: Case, exact: bool) -> Subject:
+    module = _placed(case, _module[case.level](case), exact)
+    return Subject(module, {"x": _input(case, exact)}, module, images=case.level == "model")
+
+
+_ours = {"op": _op, "layer": _our, "block": _our, "model": _our}
+
+
+def _filled(case: Case, theirs: nn.Module, layout: str, prefix: str, their_prefix: str) -> nn.Module:
+    """Their module with our weights; `prefix`: where ours and theirs stand in a whole model."""
+    ours = {prefix + name: value for name, value in _module[case.level](case).state_dict().items()}
+    state = convert_state_dict(ours, "authors", layout)
+    shapes = theirs.state_dict()
+    state = {name.removeprefix(their_prefix): value for name, value in state.items()}
+    theirs.load_state_dict({name: value.reshape(shapes[name].shape) for name, value in state.items()})
+    for module in theirs.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5  # the authors'; timm's varies
+    return theirs
+
+
+_PREFIX = {"layer": "layers.0.blocks.0.modulation.", "block": "layers.0.blocks.0.", "model": ""}
+
+
+def _timm_module(case: Case) -> nn.Module:
+    focalnet = importlib.import_module("timm.models.focalnet")
+    if case.level == "model":
+        config = VARIANTS[case.target]
+        return importlib.import_module("timm").create_model(
+            case.target, num_classes=config["num_classes"], drop_path_rate=0.0,
+            normalize_modulator=config.get("normalize_modulator", False),
+        )  # fmt: skip
+    options = dict(case.layer.options)
+    postln = options.pop("use_postln_in_modulation")
+    if case.level == "layer":
+        return focalnet.FocalModulation(case.layer.dim, **options, use_post_norm=postln)
+    block = _block_options(case)
+    return focalnet.FocalNetBlock(
+        case.layer.dim, **options, use_post_norm_in_modulation=postln, use_post_norm=block["use_postln"],
+        layerscale_value=1e-4 if block["use_layerscale"] else None,
+    )  # fmt: skip
+
+
+def _timm(case: Case, exact: bool) -> Subject:
+    postln = VARIANTS.get(case.target, {}).get("use_postln", False)
+    prefix = _PREFIX[case.level]
+    module = _filled(case, _timm_module(case), "timm_postln" if postln else "timm", prefix, prefix)
+    module, x, images = _placed(case, module, exact), _input(case, exact), case.level == "model"
+    x = x if images else x.movedim(-1, 1).contiguous()
+    return Subject(module, {"x": x}, module, channels_first=not images, images=images)
+
+
+def _transformers_config(case: Case):
+    config = VARIANTS.get(case.target, {})
+    layer = case.layer
+    options = {
+        "focal_levels": list(config["focal_levels"]) if layer is None else [layer.focal_level],
+        "focal_windows": list(config["focal_windows"]) if layer is None else [layer.focal_window],
+        "use_post_layernorm_in_modulation": config.get("use_postln_in_modulation", False),
+        "use_post_layernorm": config.get("use_postln", False),
+        "use_layerscale": config.get("use_layerscale", False),
+        "normalize_modulator": config.get("normalize_modulator", False),
+        "drop_path_rate": 0.0,
+    }
+    if layer is None:
+        options |= {
+            "image_size": case.pixels,
+            "patch_size": config.get("patch_size", 4),
+            "embed_dim": config["embed_dim"],
+            "depths": list(config["depths"]),
+            "use_conv_embed": config.get("use_conv_embed", False),
+            "num_labels": config["num_classes"],
+        }
+    return importlib.import_module("transformers").FocalNetConfig(**options)
+
+
+def _transformers(case: Case, exact: bool) -> Subject:
+    focalnet = importlib.import_module("transformers.models.focalnet.modeling_focalnet")
+    config, x = _transformers_config(case), _input(case, exact)
+    if case.level == "model":
+        module, prefix = focalnet.FocalNetForImageClassification(config), ""
+
+        def call(x):
+            return module(x).logits
+    elif case.level == "layer":
+        module = call = focalnet.FocalNetModulation(config, 0, case.layer.dim)
+        prefix = "modulation."
+    else:
+        module, prefix = focalnet.FocalNetLayer(config, 0, case.layer.dim, case.layer.spatial), ""
+        spatial = case.layer.spatial
+
+        def call(x):
+            return module(x.flatten(1, 2), spatial).unflatten(1, spatial)
+
+    if case.level != "model":
+        prefix = f"focalnet.encoder.stages.0.layers.0.{prefix}"
+    module = _placed(case, _filled(case, module, "huggingface", _PREFIX[case.level], prefix), exact)
+    return Subject(call, {"x": x}, module, images=case.level == "model")
+
+
+# --------------------------------------------------------------------------------------------------------- peers
+
+
+def _peers(case: Case, compile_modes: Sequence[str]) -> list[Provider]:
+    """The FocalNet through timm, accelerated, and Swin and ConvNeXt of its size."""
+    names = (case.target, *PEERS[case.target])
+    eager = [Provider(name, partial(_timm_peer, name), name, needs=("timm",)) for name in names]
+    own = eager[0]
+    ours = [
+        replace(own, name=f"{own.name} accelerated {b}", build=partial(_accelerated, b, own.build), backend=b)
+        for b in BACKENDS
+    ]
+    return eager + ours + [_compiled(p, mode) for p in eager + ours for mode in compile_modes]
+
+
+def _timm_peer(name: str, case: Case, exact: bool) -> Subject:
+    torch.manual_seed(0)
+    options = {"img_size": case.pixels} if "swin" in name else {}  # its windows need to know
+    model = importlib.import_module("timm").create_model(name, drop_path_rate=0.0, **options)
+    return Subject(model, {"x": _input(case, exact)}, _placed(case, model, exact), images=True)

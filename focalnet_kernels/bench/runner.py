@@ -1,0 +1,119 @@
+"""Checks a case's providers, then times them in turns; whoever is wrong or absent gets a reason and no figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..testing import BACKWARD_FACTOR, FORWARD_FACTOR, SLACK
+from .cases import Case
+from .memory import HostMemory, cuda_peak_bytes, saved_bytes
+from .providers import Provider, Subject
+from .roofline import Ceilings, work
+from .steps import MODES, calls, results
+from .timing import interleaved, ready
+
+WARM = 2  # rounds
+OTHERS_FACTOR = 8  # not ours to judge: they only have to be the same function
+
+
+def run_case(
+    case: Case,
+    providers: Sequence[Provider],
+    *,
+    modes: Sequence[str] = MODES,
+    rounds: int = 9,
+    ceilings: Ceilings | None = None,
+    host_memory: HostMemory | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> Iterator[dict]:
+    """A row for each mode and provider: times, or under "skipped" why there are none.
+
+    Args:
+        modes: of `MODES`. "forward" is inference; the others reset the gradients and fill them, as training does.
+        rounds: in which every provider has one turn.
+        ceilings: for the share of the bound.
+        host_memory: for peak memory on a CPU.
+        tick: called after each timed call.
+    """
+    torch._dynamo.reset()  # else the stages before count as recompilations, after eight of which all is eager
+    reasons: dict[str, str] = {}
+    subjects: dict[str, Subject] = {}
+    yardsticks: dict[str, tuple[dict, dict]] = {}
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        for provider in providers:
+            try:
+                if reason := provider.why_not(case):
+                    reasons[provider.name] = reason
+                    continue
+                subject = provider.build(case, False)
+                if provider.yardstick not in yardsticks:
+                    eager = next(p for p in providers if p.name == provider.yardstick)
+                    yardsticks[provider.yardstick] = results(eager.build(case, False)), results(eager.build(case, True))
+                check(subject, *yardsticks[provider.yardstick], ours=provider.backend is not None)
+                subjects[provider.name] = subject
+            except Exception as error:
+                reasons[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yardsticks.clear()
+        saved = {name: saved_bytes(subject) for name, subject in subjects.items()}
+        peaks: dict[str, dict[str, int]] = {}
+        for mode in modes:
+            to_time = {name: calls(subject, mode) for name, subject in subjects.items()}
+            times = interleaved(to_time, rounds, case.device, WARM, tick)
+            for provider in providers:
+                name = provider.name
+                row = case.labels() | {"mode": mode, "provider": name}
+                if name in reasons:
+                    yield row | {"skipped": reasons[name]}
+                    continue
+                if case.device.startswith("cuda"):
+                    peak = cuda_peak_bytes(ready(to_time[name]))
+                elif host_memory is not None:
+                    if name not in peaks:
+                        peaks[name] = host_memory.peak_bytes(case, provider, modes)
+                    peak = peaks[name].get(mode)
+                else:
+                    peak = None
+                row |= times[name] | {"images_per_s": round(1e3 * case.batch / times[name]["p50_ms"], 2)}
+                row |= {"peak_bytes": peak, "saved_bytes": saved[name] if mode != "forward" else None}
+                yield row | _bound(case, mode, times[name]["p50_ms"], ceilings)
+            for subject in subjects.values():
+                subject.forget_gradients()
+
+
+def check(subject: Subject, eager: dict[str, Tensor], exact: dict[str, Tensor], ours: bool) -> None:
+    """Hold a subject's output and gradients to the error rule, in the root mean square over each tensor.
+
+    Raises:
+        AssertionError: an error against float64 of more than 2 (forward) or 3 (backward) times eager's, or of more
+            than 8 times eager's for a provider that is not ours.
+    """
+    for name, result in results(subject).items():
+        if name not in exact:  # a parameter under another name
+            continue
+        x = exact[name]
+        assert result.isfinite().all(), f"{name} is not finite"
+        error, of_eager = ((t.double().reshape(x.shape) - x).norm().item() for t in (result, eager[name]))
+        factor = FORWARD_FACTOR if name == "output" else BACKWARD_FACTOR
+        rounding = SLACK * torch.finfo(result.dtype).eps * x.norm().item()
+        allowed = (factor if ours else OTHERS_FACTOR) * of_eager + rounding
+        assert error <= allowed, f"{name}: error {error:.2e} against float64, allowed {allowed:.2e}"
+
+
+def _bound(case: Case, mode: str, p50_ms: float, ceilings: Ceilings | None) -> dict:
+    least = work(case, mode)
+    if least is None:
+        return {}
+    moved = least.elements * case.dtype.itemsize
+    row = {"least_bytes": moved, "flops": least.flops}
+    row |= {"gbyte_per_s": _short(moved / p50_ms / 1e6), "gflop_per_s": _short(least.flops / p50_ms / 1e6)}
+    if ceilings is not None:
+        bound = ceilings.bound_ms(least, case.dtype)
+        row |= {"bound_ms": _short(bound), "share_of_bound": _short(bound / p50_ms)}
+    return row
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
