@@ -1,15 +1,12 @@
-"""The raw ops as torch.library and torch.compile see them."""
+"""The ops as torch.compile sees them. As torch.library does: tests/ops/test_raw_ops.py."""
 
 import pytest
 import torch
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import (
-    LAYOUTS,
     make_context_inputs,
-    make_layer_inputs,
     make_modulate_inputs,
-    map_tensors,
 )
 
 OPS = torch.ops.focalnet_kernels
@@ -19,82 +16,6 @@ OPS = torch.ops.focalnet_kernels
 def fresh_compiler():
     torch.compiler.reset()
 
-
-# --------------------------------------------------------------------------------------------------- raw ops
-
-
-def context_arguments(layout, dtype, seed):
-    inputs = make_context_inputs((2, 10, 5, 6), [3, 5], layout=layout, dtype=dtype, seed=seed)
-    return *inputs.values(), True
-
-
-def modulate_arguments(layout, dtype, seed):
-    return tuple(make_modulate_inputs((2, 10, 5, 6), layout=layout, dtype=dtype, seed=seed).values())
-
-
-def layer_arguments(save):
-    def make(layout, dtype, seed):
-        inputs = make_layer_inputs((2, 5, 6, 10), [3, 5], postln=True, layout=layout, dtype=dtype, seed=seed)
-        focal_weights = inputs.pop("focal_weights")
-        return *inputs.values(), focal_weights, False, 1e-5, save
-
-    return make
-
-
-def context_bwd_arguments(needed):
-    def make(layout, dtype, seed):
-        ctx, gates, weights, normalize = context_arguments(layout, dtype, seed)
-        _, mean = OPS.focal_context_fwd(ctx, gates, weights, normalize)
-        return torch.randn(ctx.shape).to(dtype), ctx, gates, weights, mean, normalize, needed
-
-    return make
-
-
-def layer_bwd_arguments(needed):
-    def make(layout, dtype, seed):
-        *inputs, focal_weights, normalize, ln_eps, save = layer_arguments(True)(layout, dtype, seed)
-        _, *saved = OPS.focal_modulation_fwd(*inputs, focal_weights, normalize, ln_eps, save)
-        grad_y = torch.randn(inputs[0].shape).to(dtype)
-        return grad_y, *inputs, focal_weights, *saved, normalize, ln_eps, needed
-
-    return make
-
-
-RAW_OPS = {
-    "focal_context_fwd": (OPS.focal_context_fwd, context_arguments),
-    "modulate_fwd": (OPS.modulate_fwd, modulate_arguments),
-    "focal_modulation_fwd": (OPS.focal_modulation_fwd, layer_arguments(False)),
-    "focal_modulation_fwd-save": (OPS.focal_modulation_fwd, layer_arguments(True)),
-    "focal_context_bwd": (OPS.focal_context_bwd, context_bwd_arguments(0b1111)),
-    "focal_context_bwd-some": (OPS.focal_context_bwd, context_bwd_arguments(0b0101)),
-    "focal_modulation_bwd": (OPS.focal_modulation_bwd, layer_bwd_arguments(0b11111111111)),
-    "focal_modulation_bwd-some": (OPS.focal_modulation_bwd, layer_bwd_arguments(0b10000000010)),
-}
-for_every_raw_op = pytest.mark.parametrize("op, arguments", RAW_OPS.values(), ids=RAW_OPS)
-
-
-@for_every_raw_op
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(cpu_kernels, op, arguments, layout, seed):
-    torch.library.opcheck(op.default, arguments(layout, torch.float32, seed))
-
-
-@for_every_raw_op
-def test_opcheck_bfloat16(cpu_kernels, op, arguments, seed):
-    torch.library.opcheck(op.default, arguments("contiguous", torch.bfloat16, seed))
-
-
-@pytest.mark.parametrize("name", [name for name in RAW_OPS if "fwd" in name])
-def test_raw_ops_exist_without_kernels(name, seed):
-    """Schema and fake stand in Python: the meta device needs no extension."""
-    op, arguments = RAW_OPS[name]
-    call = map_tensors(lambda t: t.to("meta"), arguments("contiguous", torch.float32, seed))
-    found = op(*call)
-    first = found[0] if isinstance(found, tuple) else found
-    assert first.shape == call[0].shape and first.device.type == "meta"
-
-
-# ---------------------------------------------------------------------------------------------- torch.compile
 
 MODULES = {
     "1d": (fk.FocalModulation1d, (9,)),
