@@ -11,12 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from ..functional import explain, focal_modulation
 from ..models.layers import DETECTION, PublishedLayer, published_layers
 from ..models.variants import VARIANTS
 from ..ops._triton import Launch, recorded_launches
 from ..testing import assert_op_accurate, make_layer_inputs
+from .info import info
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,8 +29,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--dtype", "dtypes", multiple=True, default=DTYPES, show_default=True, type=click.Choice(DTYPES))
 @click.option("--device", default=None, help="Default: cuda where there is one, otherwise cpu.")
 @click.option("--compile", "targets", help="Compile the Triton kernels instead, for sm_80,sm_90,gfx942 and the like.")
-def check(variants, batch, dtypes, device, targets) -> None:
+@click.pass_context
+def check(context, variants, batch, dtypes, device, targets) -> None:
     """Hold every backend that can run here to the error rule, on the layers of the published variants.
+
+    Versions and backends come first, then what is right and what is not; the exit code is 1 if anything is not.
 
     With --compile nothing is run and no GPU is needed: every kernel is compiled for these layers, and its registers,
     spilled bytes (stack), shared memory and tensor-core instructions are shown. Spills are failures.
@@ -38,6 +43,7 @@ def check(variants, batch, dtypes, device, targets) -> None:
     if targets:
         failures = _compile(console, layers, [getattr(torch, d) for d in dtypes], targets.split(","))
     else:
+        context.invoke(info)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         failures = _run(console, layers, batch, [getattr(torch, d) for d in dtypes], device)
     if failures:
@@ -62,9 +68,9 @@ def _run(console, layers, batch, dtypes, device) -> int:
             try:
                 assert_op_accurate(focal_modulation, inputs, backend, torch.randn(shape, device=device).to(dtype))
                 cells.append("right")
-            except AssertionError as error:
+            except Exception as error:  # a kernel that does not even run is what users have to hear of
                 failures += 1
-                cells.append(f"[red]{error}")
+                cells.append(Text(str(error) or repr(error), style="red"))
         table.add_row(_name(layer, shape[0]), str(dtype).removeprefix("torch."), *cells)
     console.print(table)
     for reason in absent:
