@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..functional import explain, focal_context, focal_modulation, modulate
 from ..integrations import accelerate
-from ..models.key_maps import convert_state_dict
+from ..models.key_maps import convert_state_dict, rename_key
 from ..models.layers import published_layers
 from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation, FocalModulation3d
@@ -37,9 +37,11 @@ class Subject:
 
     Args:
         call: takes `inputs`, returns the result.
-        inputs: by name; those of `wanted` get gradients.
+        inputs: by name.
         module: whose parameters get gradients besides.
         channels_first: x and y are (B, C, H, W), where the case has (B, H, W, C).
+        images: x is data, which gets no gradient.
+        authors_name: of a parameter, by its name in `module`.
     """
 
     call: Callable[..., Tensor]
@@ -47,6 +49,7 @@ class Subject:
     module: nn.Module | None = None
     channels_first: bool = False
     images: bool = False
+    authors_name: Callable[[str], str] = str
 
     def __call__(self) -> Tensor:
         return self.call(*self.inputs.values())
@@ -280,22 +283,28 @@ def _our(case: Case, exact: bool) -> Subject:
 
 
 _ours = {"op": _op, "layer": _our, "block": _our, "model": _our}
+_PREFIX = {"layer": "layers.0.blocks.0.modulation.", "block": "layers.0.blocks.0.", "model": ""}  # in a whole model
 
 
-def _filled(case: Case, theirs: nn.Module, layout: str, prefix: str, their_prefix: str) -> nn.Module:
-    """Their module with our weights; `prefix`: where ours and theirs stand in a whole model."""
-    ours = {prefix + name: value for name, value in _module[case.level](case).state_dict().items()}
+def _foreign(
+    case: Case, exact: bool, module: nn.Module, layout: str, prefix: str, x: Tensor, call: Callable, **options
+) -> Subject:
+    """Their module with our weights; `prefix`: where it stands in a whole model of theirs."""
+    our_prefix = _PREFIX[case.level]
+    ours = {our_prefix + name: value for name, value in _module[case.level](case).state_dict().items()}
     state = convert_state_dict(ours, "authors", layout)
-    shapes = theirs.state_dict()
-    state = {name.removeprefix(their_prefix): value for name, value in state.items()}
-    theirs.load_state_dict({name: value.reshape(shapes[name].shape) for name, value in state.items()})
-    for module in theirs.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-5  # the authors'; timm's varies
-    return theirs
+    shapes = module.state_dict()
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    module.load_state_dict({name: value.reshape(shapes[name].shape) for name, value in state.items()})
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = 1e-5  # the authors'; timm's varies
 
+    def authors_name(name):
+        return rename_key(prefix + name, layout, "authors").removeprefix(our_prefix)
 
-_PREFIX = {"layer": "layers.0.blocks.0.modulation.", "block": "layers.0.blocks.0.", "model": ""}
+    images = case.level == "model"
+    return Subject(call, {"x": x}, _placed(case, module, exact), images=images, authors_name=authors_name, **options)
 
 
 def _timm_module(case: Case) -> nn.Module:
@@ -318,12 +327,10 @@ def _timm_module(case: Case) -> nn.Module:
 
 
 def _timm(case: Case, exact: bool) -> Subject:
-    postln = VARIANTS.get(case.target, {}).get("use_postln", False)
-    prefix = _PREFIX[case.level]
-    module = _filled(case, _timm_module(case), "timm_postln" if postln else "timm", prefix, prefix)
-    module, x, images = _placed(case, module, exact), _input(case, exact), case.level == "model"
-    x = x if images else x.movedim(-1, 1).contiguous()
-    return Subject(module, {"x": x}, module, channels_first=not images, images=images)
+    layout = "timm_postln" if VARIANTS.get(case.target, {}).get("use_postln", False) else "timm"
+    module, x, maps = _timm_module(case), _input(case, exact), case.level != "model"
+    x = x.movedim(-1, 1).contiguous() if maps else x
+    return _foreign(case, exact, module, layout, _PREFIX[case.level], x, module, channels_first=maps)
 
 
 def _transformers_config(case: Case):
@@ -352,7 +359,7 @@ def _transformers_config(case: Case):
 
 def _transformers(case: Case, exact: bool) -> Subject:
     focalnet = importlib.import_module("transformers.models.focalnet.modeling_focalnet")
-    config, x = _transformers_config(case), _input(case, exact)
+    config, prefix = _transformers_config(case), "focalnet.encoder.stages.0.layers.0."
     if case.level == "model":
         module, prefix = focalnet.FocalNetForImageClassification(config), ""
 
@@ -360,18 +367,15 @@ def _transformers(case: Case, exact: bool) -> Subject:
             return module(x).logits
     elif case.level == "layer":
         module = call = focalnet.FocalNetModulation(config, 0, case.layer.dim)
-        prefix = "modulation."
+        prefix += "modulation."
     else:
-        module, prefix = focalnet.FocalNetLayer(config, 0, case.layer.dim, case.layer.spatial), ""
         spatial = case.layer.spatial
+        module = focalnet.FocalNetLayer(config, 0, case.layer.dim, spatial)
 
         def call(x):
             return module(x.flatten(1, 2), spatial).unflatten(1, spatial)
 
-    if case.level != "model":
-        prefix = f"focalnet.encoder.stages.0.layers.0.{prefix}"
-    module = _placed(case, _filled(case, module, "huggingface", _PREFIX[case.level], prefix), exact)
-    return Subject(call, {"x": x}, module, images=case.level == "model")
+    return _foreign(case, exact, module, "huggingface", prefix, _input(case, exact), call)
 
 
 # --------------------------------------------------------------------------------------------------------- peers

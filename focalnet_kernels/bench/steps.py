@@ -47,14 +47,16 @@ def calls(subject: Subject, mode: str) -> Callable[[], object] | Prepared:
 
 
 def results(subject: Subject) -> dict[str, Tensor]:
-    """The output and every gradient of a training step, by name, in the case's axes."""
+    """The output and every gradient of a training step, by the authors' name, in the case's axes."""
     step = calls(subject, "backward")
     y = step.prepare()
     found = {"output": subject.canonical(y.detach()).clone()}
     step.call(y)
     for name, leaf in subject.leaves().items():
-        gradient = subject.canonical(leaf.grad) if name in subject.inputs else leaf.grad
-        found[f"grad {name}"] = gradient.clone()
+        if name in subject.inputs:
+            found[f"grad {name}"] = subject.canonical(leaf.grad).clone()
+        else:
+            found[f"grad {subject.authors_name(name)}"] = leaf.grad.clone()
     subject.forget_gradients()
     return found
 
