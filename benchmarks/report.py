@@ -1,10 +1,15 @@
-"""README's tables from the committed CSV files.
+"""README's figures, a report for each machine and its plots, from the committed CSV files and from nothing else.
 
     python benchmarks/report.py           writes them
-    python benchmarks/report.py --check   exits 1 where README says something else
+    python benchmarks/report.py --check   exits 1 where a text says something else than its files
 
-A table stands between `<!-- table FILE MODE DIGITS -->` and `<!-- end -->`: the medians of MODE in FILE, in
-milliseconds with DIGITS decimals, one row per dtype and shape, one column per provider, none left out.
+In README, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
+benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its report:
+
+    table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
+    slower FILE ...                 where somebody is faster than the fastest of ours
+    machine FILE                    what the figures were found on
+    plot FILE                       an image
 """
 
 from __future__ import annotations
@@ -12,45 +17,158 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
+import plots
+
 ROOT = Path(__file__).parents[1]
-TABLE = re.compile(r"<!-- table (\S+) (\S+) (\d) -->\n.*?<!-- end -->", re.S)
+RESULTS = ROOT / "benchmarks/results"
+BLOCK = re.compile(r"<!-- (table|slower|machine|plot) (.+?) -->\n.*?<!-- end -->", re.S)
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+COLUMNS = {
+    "p50_ms": ("milliseconds, medians", 1),
+    "images_per_s": ("images per second, medians", 1),
+    "share_of_bound": ("of what the machine's copy and matrix product allow, percent", 0),
+    "peak_bytes": ("memory needed at most beyond what was there, in bytes of x", 1),
+    "saved_bytes": ("memory kept for backward, in bytes of x", 1),
+}
 
 
-def table(path: Path, mode: str, digits: int) -> str:
-    """The Markdown table of one mode of one file."""
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["mode"] == mode]
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith(("ours", "FocalNet")) or " accelerated" in provider
+
+
+def what(row: dict[str, str]) -> str:
+    """The left column: everything but shape and dtype only where it says more than they do."""
+    case = row.get("case", "")
+    name = "" if not case or "stage" in case else case.removeprefix("peers ").removeprefix("model ") + " "
+    return f"{row['dtype']} {name}{row['shape']}"
+
+
+def value(row: dict[str, str], column: str) -> float | None:
+    """In the unit of `COLUMNS`; None where there is no figure."""
+    if not row.get(column):
+        return None
+    number = float(row[column])
+    if column.endswith("_bytes"):
+        return number / (prod(map(int, row["shape"].split("x"))) * ITEMSIZE[row["dtype"]])
+    return 100 * number if column == "share_of_bound" else number
+
+
+def table(rows: list[dict[str, str]], mode: str, column: str, digits: int) -> str:
+    """The Markdown table of one mode; nothing for providers without a single figure."""
+    rows = [row for row in rows if row.get("mode") == mode and value(row, column) is not None]
     if not rows:
-        raise ValueError(f"{path.name} has no rows of mode {mode!r}")
+        return f"No figures of {mode}."
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(f"{row['dtype']} {row['shape']}", {})[row["provider"]] = f"{float(row['p50_ms']):.{digits}f}"
-    lines = [" | ".join([mode, *providers]), "|".join(["---"] * (1 + len(providers)))]
-    lines += [" | ".join([what, *(times[p] for p in providers)]) for what, times in cells.items()]
-    return "\n".join(f"|{line}|" if line.startswith("---") else f"| {line} |" for line in lines)
+        cells.setdefault(what(row), {})[row["provider"]] = f"{value(row, column):.{digits}f}"
+    lines = [[mode, *providers], *([name, *(found.get(p, "") for p in providers)] for name, found in cells.items())]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], f"|{'---|' * len(lines[0])}", *text[1:]])
+
+
+def slower(rows: Iterable[dict[str, str]]) -> str:
+    """A line for each case and mode in which the fastest of ours is not the fastest."""
+    groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for row in rows:
+        if row.get("mode") and (time := value(row, "p50_ms")) is not None:
+            groups.setdefault((row["mode"], what(row)), []).append((time, row["provider"]))
+    lines = []
+    for (mode, name), times in groups.items():
+        ours = min((t for t in times if is_ours(t[1])), default=None)
+        best = min(times)
+        if ours is not None and ours[0] > best[0]:
+            lines.append(f"- {mode}, {name}: {ours[1]} takes {ours[0] / best[0]:.2f} times as long as {best[1]}")
+    return "\n".join(lines) or "Nowhere in these files."
+
+
+def machine(row: dict[str, str]) -> str:
+    """One sentence about what a file's figures were found on."""
+    device = row.get("device") or row.get("cpu", "")
+    count = "" if row.get("machine", "cpu").startswith("nvidia") else f"{row['threads']} threads of "
+    versions = [f"{name} {row[name]}" for name in ("torch", "triton", "timm", "transformers") if row.get(name)]
+    made = f", commit {row['commit']}, {row['date']}" if row.get("commit") else ""
+    return f"{count}{device}; {', '.join(versions)}{made}."
 
 
 def rendered(text: str) -> str:
-    """`text` with every table as its file has it."""
+    """`text` with every block as its files have it."""
 
     def fresh(match):
-        name, mode, digits = match.groups()
-        body = table(ROOT / "benchmarks/results" / name, mode, int(digits))
-        return f"<!-- table {name} {mode} {digits} -->\n{body}\n<!-- end -->"
+        kind, arguments = match.groups()
+        return f"<!-- {kind} {arguments} -->\n{_block(kind, arguments.split())}\n<!-- end -->"
 
-    return TABLE.sub(fresh, text)
+    return BLOCK.sub(fresh, text)
+
+
+def _block(kind: str, arguments: list[str]) -> str:
+    names = arguments if kind == "slower" else arguments[:1]
+    missing = [name for name in names if not (RESULTS / name).exists()]
+    if missing:
+        return f"Not measured yet: {', '.join(missing)}."
+    if kind == "plot":
+        return f"![{Path(names[0]).stem}](benchmarks/results/{names[0]})"
+    rows = [row for name in names for row in read(RESULTS / name)]
+    if kind == "slower":
+        return slower(rows)
+    if kind == "machine":
+        return machine(rows[0])
+    mode, column, digits = arguments[1:]
+    return table(rows, mode, column, int(digits))
+
+
+def report(folder: Path) -> str:
+    """Everything that a machine's files say, as Markdown."""
+    lines = [f"# {folder.name}", "", "Made by `python benchmarks/report.py` from the CSV files beside it.", ""]
+    for path in sorted(folder.glob("*.csv")):
+        rows = read(path)
+        if "mode" not in rows[0]:
+            continue
+        lines += [f"## {path.name}", "", machine(rows[0]), ""]
+        for row in rows:
+            if row.get("level") == "ceiling":
+                rate, unit = (row[k] for k in ("gbyte_per_s", "gflop_per_s")), ("GB/s", "GFLOP/s")
+                found = next(f"{r} {u}" for r, u in zip(rate, unit, strict=True) if r)
+                lines.append(f"- {row['case']} {row['dtype']} by {row['provider']}: {found}")
+        modes = list(dict.fromkeys(row["mode"] for row in rows if row["mode"]))
+        for column, (unit, digits) in COLUMNS.items():
+            tables = [table(rows, mode, column, digits) for mode in modes]
+            found = [t for t in tables if t.startswith("|")]
+            lines += ["", f"### {path.stem}: {unit}", "", "\n\n".join(found)] if found else []
+        lines += ["", f"### {path.stem}: where we are slower", "", slower(rows), ""]
+        reasons = dict.fromkeys(f"- {row['provider']}: {row['skipped']}" for row in rows if row.get("skipped"))
+        lines += ["No figure for:", "", *reasons, ""] if reasons else []
+    for image in plots.names(folder):
+        lines += [f"![{image.removesuffix('.png')}]({image})", ""]
+    return "\n".join(lines)
+
+
+def texts() -> dict[Path, str]:
+    """Every text that is made here, as it has to be."""
+    found = {folder / "README.md": report(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
+    return {ROOT / "README.md": rendered((ROOT / "README.md").read_text()), **found}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rendered(before)
     if "--check" in sys.argv:
-        sys.exit(before != after and "README.md: a table differs from its file; run benchmarks/report.py")
-    readme.write_text(after)
+        stale = [path for path, text in texts().items() if not path.exists() or path.read_text() != text]
+        sys.exit(
+            f"stale: {', '.join(str(p.relative_to(ROOT)) for p in stale)}; run benchmarks/report.py" if stale else 0
+        )
+    for folder in sorted(RESULTS.iterdir()):
+        if folder.is_dir():
+            plots.draw(folder)
+    for path, text in texts().items():  # after the plots, which README shows where they are
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,81 @@
-"""README's tables are those of the committed CSV files."""
+"""README, the reports and the plots are those of the committed CSV files."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def load_report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("report")
+    for name in ("report", "plots"):
+        sys.modules.pop(name)
 
 
-def test_tables_come_from_the_files():
-    report = load_report()
+def test_texts_come_from_the_files(report):
+    for path, text in report.texts().items():
+        assert path.read_text() == text, f"{path.name}: run benchmarks/report.py"
+
+
+def test_speed_has_no_number_of_its_own(report):
+    """Every figure under Speed stands in a block that report.py makes; the rest are names."""
     text = (ROOT / "README.md").read_text()
-    assert len(report.TABLE.findall(text)) >= 4
-    assert report.rendered(text) == text, "run benchmarks/report.py"
+    assert len(report.BLOCK.findall(text)) >= 5
+    (speed,) = re.findall(r"^## Speed\n(.*?)^## ", text, re.S | re.M)
+    prose = re.sub(r"```.*?```|`[^`]*`|\([^)]*\)|!\[.*?\]", "", report.BLOCK.sub("", speed), flags=re.S)
+    assert re.findall(r"(?<![\w-])\d[\d.,]*(?!\w)", prose) == []
 
 
-def test_another_number_is_noticed():
-    report = load_report()
+def test_another_number_is_noticed(report):
     text = (ROOT / "README.md").read_text()
-    table = report.TABLE.search(text).group()
-    changed = text.replace(table, re.sub(r"\d+\.\d+ \|", "0.1 |", table, count=1))
+    table = next(m.group() for m in report.BLOCK.finditer(text) if "| " in m.group())
+    changed = text.replace(table, re.sub(r"\d+(\.\d+)? \|\n", "0.1 |\n", table, count=1))
     assert changed != text
     assert report.rendered(changed) == text
+
+
+def test_the_images_that_texts_show_are_there(report):
+    for path in report.texts():
+        for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text()):
+            assert (path.parent / name).is_file(), f"{path}: {name}"
+
+
+COLUMNS = (
+    "level,case,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,flops,least_bytes,gbyte_per_s,gflop_per_s,skipped,"
+    "device,threads,torch\n"
+)
+ROWS = """ceiling,copy,10,float32,,torch,1,1,1,,,20.0,,,a CPU,2,2.15
+ceiling,product,8x8x8,float32,,torch,1,1,1,,,,100.0,,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,float32,forward,authors' form,1,2.04,3,100,50,1,2,,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,float32,forward,timm compiled,1,2.0,3,100,50,1,2,,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,float32,forward,ours cpu,2,3.0,4,100,50,1,2,,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,float32,forward,ours cuda,,,,,,,,there is no GPU,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,bfloat16,forward,authors' form,1,2.0,3,100,50,1,2,,a CPU,2,2.15
+layer,some stage 1,2x4x4x8,bfloat16,forward,ours cpu,1,1.5,4,100,50,1,2,,a CPU,2,2.15
+"""
+
+
+def test_losing_rows_are_shown_and_said(report, tmp_path):
+    (tmp_path / "layers.csv").write_text(COLUMNS + ROWS)
+    rows = report.read(tmp_path / "layers.csv")
+    table = report.table(rows, "forward", "p50_ms", 1).splitlines()
+    assert table[0] == "| forward | authors' form | timm compiled | ours cpu |"
+    assert table[2:] == ["| float32 2x4x4x8 | 2.0 | 2.0 | 3.0 |", "| bfloat16 2x4x4x8 | 2.0 |  | 1.5 |"]
+    line = "- forward, float32 2x4x4x8: ours cpu takes 1.50 times as long as timm compiled"
+    assert report.slower(rows) == line
+    whole = report.report(tmp_path)
+    for part in (line, "- ours cuda: there is no GPU", "2 threads of a CPU", "product float32 by torch: 100.0 GFLOP/s"):
+        assert part in whole
+
+
+def test_plots_are_drawn_from_the_file(report, tmp_path):
+    (tmp_path / "layers.csv").write_text(COLUMNS + ROWS)
+    sys.modules["plots"].draw(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "roofline.png"}
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))

@@ -1,0 +1,136 @@
+"""The plots of one machine's CSV files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+COLOURS = {
+    "authors' form": "#9aa5b1", "timm": "#4c78a8", "timm channels_last": "#72a0d0", "transformers": "#b279a2",
+    "swin": "#e0a458", "convnext": "#c96f5b", "focalnet": "#4c78a8",
+}  # fmt: skip
+OURS, COMPILED = "#2a9d5c", "//"
+# by file: the image, what its bars show, and the modes of its panels
+BARS = {
+    "layers.csv": ("layers.png", "p50_ms", "ms, median", ("forward", "forward+backward")),
+    "model.csv": ("model.png", "images_per_s", "images/s", ("forward", "forward+backward")),
+    "peers.csv": ("peers.png", "images_per_s", "images/s", ("forward", "forward+backward")),
+}
+ROOFLINE = ("roofline.png", ("ops.csv", "layers.csv"))
+
+
+def names(folder: Path) -> list[str]:
+    """The images that `draw` makes from the files that are there."""
+    found = [image for file, (image, *_) in BARS.items() if (folder / file).exists()]
+    return found + ([ROOFLINE[0]] if _ceilings(folder) else [])
+
+
+def draw(folder: Path) -> None:
+    for file, (image, column, unit, modes) in BARS.items():
+        if (folder / file).exists():
+            _bars(_read(folder / file), column, unit, modes).savefig(folder / image, dpi=130)
+    if _ceilings(folder):
+        _roofline(folder).savefig(folder / ROOFLINE[0], dpi=130)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _figure(*size):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _style(provider: str) -> dict:
+    ours = provider.startswith("ours") or " accelerated" in provider
+    known = sorted((key for key in COLOURS if provider.startswith(key)), key=len)
+    colour = OURS if ours else COLOURS[known[-1]] if known else "#777777"
+    return {"color": colour, "hatch": COMPILED if "compiled" in provider else None, "edgecolor": "white"}
+
+
+def _bars(rows, column, unit, modes):
+    """A panel for each dtype and mode, a group for each shape, a bar for each provider; lines from p20 to p80."""
+    rows = [row for row in rows if row.get("mode") in modes and row.get("p50_ms")]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = _figure(6.5 * len(modes), 3.4 * len(dtypes))
+    panels = figure.subplots(len(dtypes), len(modes), squeeze=False)
+    for (dtype, mode), panel in zip(((d, m) for d in dtypes for m in modes), panels.flat, strict=True):
+        shown = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
+        groups = list(dict.fromkeys((row.get("case", ""), row["shape"]) for row in shown))
+        providers = list(dict.fromkeys(row["provider"] for row in shown))
+        width = 0.85 / max(1, len(providers))
+        for i, provider in enumerate(providers):
+            own = {(row.get("case", ""), row["shape"]): row for row in shown if row["provider"] == provider}
+            at = [j + (i - (len(providers) - 1) / 2) * width for j, group in enumerate(groups) if group in own]
+            found = [own[group] for group in groups if group in own]
+            heights = [_height(row, column, "p50_ms") for row in found]
+            spread = [sorted(_height(row, column, p) for p in ("p20_ms", "p80_ms")) for row in found]
+            errors = [[max(0, h - s[0]) for h, s in zip(heights, spread, strict=True)],
+                      [max(0, s[1] - h) for h, s in zip(heights, spread, strict=True)]]  # fmt: skip
+            panel.bar(at, heights, width, yerr=errors, label=provider, error_kw={"lw": 0.8}, **_style(provider))
+        panel.set_xticks(range(len(groups)), [shape for _, shape in groups], fontsize=8)
+        panel.set_title(f"{dtype}, {mode}", fontsize=9)
+        panel.set_ylabel(unit)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels.flat[0].legend(frameon=False, fontsize=7)
+    if rows:
+        figure.suptitle(f"{rows[0].get('device') or rows[0].get('cpu')}, {rows[0]['threads']} threads", fontsize=9)
+    return figure
+
+
+def _height(row, column: str, percentile: str) -> float:
+    time = float(row[percentile])
+    if column != "images_per_s":
+        return time
+    return 1e3 * int(row["shape"].split("x")[0]) / time
+
+
+def _ceilings(folder: Path) -> dict:
+    """The best rate of each ceiling in a folder's files: {("copy" or "product", dtype): GB/s or GFLOP/s}."""
+    best: dict = {}
+    for file in ROOFLINE[1]:
+        if (folder / file).exists():
+            for row in _read(folder / file):
+                if row.get("level") == "ceiling":
+                    rate = float(row["gbyte_per_s"] or row["gflop_per_s"])
+                    key = (row["case"], row["dtype"])
+                    best[key] = max(rate, best.get(key, 0))
+    return best
+
+
+def _roofline(folder: Path):
+    """FLOPs per byte against GFLOP/s: the roofs as measured, our forward passes and the authors' form's below them."""
+    ceilings = _ceilings(folder)
+    dtypes = [dtype for kind, dtype in ceilings if kind == "product"]
+    rows = [row for file in ROOFLINE[1] if (folder / file).exists() for row in _read(folder / file)]
+    rows = [row for row in rows if row.get("mode") == "forward" and row.get("gflop_per_s")]
+    figure = _figure(6 * len(dtypes), 4.2)
+    copy = ceilings["copy", "float32"]
+    for dtype, panel in zip(dtypes, figure.subplots(1, len(dtypes), squeeze=False).flat, strict=True):
+        shown = [row for row in rows if row["dtype"] == dtype]
+        x = [float(row["flops"]) / float(row["least_bytes"]) for row in shown]
+        roof = [min(x, default=1) / 2, ceilings["product", dtype] / copy, max(x, default=1) * 2]
+        roof.sort()
+        panel.plot(roof, [min(i * copy, ceilings["product", dtype]) for i in roof], color="black", lw=1)
+        for kind, marker in (("ours", "o"), ("authors' form", "x")):
+            of_kind = [(i, row) for i, row in zip(x, shown, strict=True) if _plotted(row["provider"]) == kind]
+            for op, colour in (("focal_context", "#c96f5b"), ("modulate", "#e0a458"), ("layer", OURS)):
+                points = [(i, float(r["gflop_per_s"])) for i, r in of_kind if _op(r) == op]
+                if points:
+                    panel.scatter(*zip(*points, strict=True), marker=marker, color=colour, s=24, label=f"{op}, {kind}")
+        panel.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+        panel.set_title(f"{dtype}, forward", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _plotted(provider: str) -> str:
+    return "ours" if provider.startswith("ours") else provider
+
+
+def _op(row) -> str:
+    return row["case"].split()[0] if row["level"] == "op" else row["level"]

@@ -1,0 +1,72 @@
+"""Every committed figure of this class of machines: `make bench-results`.
+
+Each command runs in a process of its own and writes benchmarks/results/<machine>/<name>.csv; what it says stands
+beside it. Nothing else may run on the machine meanwhile. `--only layers --only peers` runs some, `--tiny` shows that
+the way is clear and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from focalnet_kernels.bench.machine import machine_class
+
+RESULTS = Path(__file__).parent / "results"
+BOTH = "--mode forward --mode forward+backward"
+# compiling takes longer than measuring: whole models only where the question is whether a compiler makes up for us
+MODELS = (
+    "--provider \"authors' form\" --provider timm --provider 'timm channels_last' --provider transformers"
+    " --provider 'timm compiled*' --provider 'timm accelerated*' --provider 'ours*'"
+)
+ON_A_CPU = {
+    "layers": "--compile default --provider '[!a]*' --provider \"authors' form\" --rounds 9",
+    "ops": "--level op --rounds 7 --no-memory",
+    "blocks": f"--level block --stage 1 --stage 3 --rounds 5 --no-memory {BOTH}",
+    "detection": f"--target detection --batch 1 --rounds 5 --no-memory {BOTH}",
+    "video": f"--target video --stage 1 --stage 2 --batch 1 --rounds 5 --no-memory {BOTH}",
+    "model": f"--level model --compile default --rounds 5 --no-memory {BOTH} {MODELS}",
+    "peers": f"--level peers --compile default --dtype float32 --rounds 5 --no-memory --no-roofline {BOTH}",
+    "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --dtype float32 --rounds 5"
+    f" --no-memory --no-roofline {BOTH}",
+}
+COMPILED = "--compile default --compile max-autotune"
+ON_A_GPU = {
+    "layers": f"{COMPILED} --batch 128 --dtype bfloat16 --dtype float32 --rounds 20",
+    "latency": "--batch 1 --dtype bfloat16 --dtype float16 --rounds 20",
+    "ops": "--level op --compile default --batch 128 --rounds 20",
+    "blocks": f"--level block --compile default --batch 128 --dtype bfloat16 --rounds 20 {BOTH}",
+    "detection": "--target detection --compile default --batch 2 --dtype bfloat16 --dtype float16 --rounds 20",
+    "video": "--target video --compile default --batch 8 --dtype bfloat16 --rounds 20",
+    "model": f"--level model --compile default --batch 128 --dtype bfloat16 --rounds 10 {BOTH} {MODELS}",
+    "peers": f"--level peers --target '*_lrf' --compile default --batch 128 --dtype bfloat16 --rounds 10 {BOTH}",
+}
+TINY = "--batch 1 --size 32 --rounds 3"
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(sorted({*ON_A_CPU, *ON_A_GPU})))
+@click.option("--tiny", is_flag=True)
+def main(only, tiny) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(tempfile.mkdtemp()) if tiny else RESULTS / machine_class(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = ON_A_CPU if device == "cpu" else ON_A_GPU
+    for name in only or commands:
+        started = time.monotonic()
+        arguments = [*shlex.split(commands[name]), *(TINY.split() if tiny else ()), "--device", device]
+        command = [sys.executable, "-m", "focalnet_kernels", "bench", *arguments, "--output", folder / f"{name}.csv"]
+        print(f"{name}: {shlex.join(map(str, command[1:]))}", flush=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL if tiny else None)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
