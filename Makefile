@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
 
-.PHONY: install demo test test-slow check-compile sanitize lint format bench clean
+.PHONY: install demo test test-slow check-compile sanitize lint format bench bench-results bench-report bench-compare clean
 
 install: $(VENV)/.installed
 
@@ -54,6 +54,18 @@ format: install
 
 bench: install
 	$(BIN)/python -m focalnet_kernels bench $(ARGS)
+
+# every committed figure for this class of machines, which has to be quiet: about a quarter of an hour on 2 cores
+bench-results: install
+	$(BIN)/python benchmarks/results.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+bench-report: install
+	$(BIN)/python benchmarks/report.py
+
+# ratios of times, working tree / BASE; fails where one is above 1.05
+bench-compare: install
+	$(BIN)/python benchmarks/compare.py --base $(BASE) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info focalnet_kernels/*.so
