@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
 
 .PHONY: install demo test test-slow check-compile sanitize lint format bench bench-results bench-report bench-compare clean

@@ -1,13 +1,16 @@
-"""Builds the C++ kernels beside the Python package.
+"""Builds the C++ and CUDA kernels beside the Python package.
 
-FOCALNET_KERNELS_BUILD = auto (default) | none | cpu
-  auto  builds the CPU kernels where torch and a C++ compiler are at hand, and otherwise says why not and installs
-        the pure Python package (reference backend)
-  none  builds nothing
-  cpu   a failure is an error
+FOCALNET_KERNELS_BUILD = auto (default) | none | cpu | cuda
+  auto  builds the CPU kernels where torch and a C++ compiler are at hand, the CUDA kernels where a toolkit of torch's
+        CUDA version is too, and otherwise says in one line why not
+  none  builds nothing: the pure Python package
+  cpu   the CPU kernels alone; a failure is an error
+  cuda  both; a failure is an error
+MAX_JOBS and TORCH_CUDA_ARCH_LIST are honoured. No GPU is needed.
 FOCALNET_KERNELS_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer: see `make sanitize`.
 
-The library uses PyTorch's stable ABI and Python's limited API: one binary serves torch >= 2.10, Python >= 3.10.
+The libraries use PyTorch's stable ABI and Python's limited API: one binary serves torch >= 2.10, Python >= 3.10. The
+CPU and the CUDA half are two, so that a CPU build of torch loads the first.
 """
 
 import os
@@ -18,66 +21,124 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 BUILD = os.environ.get("FOCALNET_KERNELS_BUILD", "auto")
-if BUILD not in ("auto", "none", "cpu"):
-    sys.exit(f"FOCALNET_KERNELS_BUILD: expected auto, none or cpu, got {BUILD!r}")
+if BUILD not in ("auto", "none", "cpu", "cuda"):
+    sys.exit(f"FOCALNET_KERNELS_BUILD: expected auto, none, cpu or cuda, got {BUILD!r}")
+
+if sys.platform == "win32":
+    CXX = ["/O2"]
+else:
+    CXX = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-attributes", "-g0"]
 
 
 def say(message):
     print(f"focalnet_kernels: {message}", file=sys.stderr)
 
 
-def cpu_library():
-    """The CPU kernels as an extension, and the command that builds it."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+def common(half, *suffixes):
+    """What the extensions of both halves are made of."""
+    folder = ROOT / "csrc" / half
+    return {
+        "name": f"focalnet_kernels._{half}",
+        "sources": sorted(p.relative_to(ROOT).as_posix() for s in suffixes for p in folder.glob(f"*{s}")),
+        "depends": sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
+        "include_dirs": [str(ROOT / "csrc")],
+        "py_limited_api": True,
+    }
 
-    if sys.platform == "win32":
-        compile_args, link_args = ["/O2"], []
-    else:
-        compile_args, link_args = (
-            ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-g0"],
-            [],
-        )
+
+def cpu_library():
+    from torch.utils.cpp_extension import CppExtension
+
+    compile_args, link_args = CXX, []
     if os.environ.get("FOCALNET_KERNELS_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         compile_args, link_args = [*compile_args, "-O1", "-g", *sanitize], sanitize
-    extension = CppExtension(
-        "focalnet_kernels._cpu",
-        sources=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-        depends=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
-        include_dirs=[str(ROOT / "csrc")],
+    return CppExtension(
+        **common("cpu", ".cpp"),
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        py_limited_api=True,
     )
-    extension.optional = BUILD == "auto"
-    return extension, BuildExtension
+
+
+def cuda_library(toolkit):
+    # torch takes a wrapper's folder for the toolkit's, and wants a GPU where it is not told what to compile for
+    os.environ["CUDA_HOME"] = str(toolkit.home)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    build = f'"{architectures.replace(";", " ")}, CUDA {toolkit.version}"'
+    extension = cpp_extension.CUDAExtension(
+        **common("cuda", ".cpp", ".cu"),
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            ("USE_CUDA", None),
+            ("FOCALNET_CUDA_BUILD", build.replace('"', '\\"') if sys.platform == "win32" else build),
+        ],
+        extra_compile_args={"cxx": CXX, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
+    )
+    runtime = toolkit.runtime()
+    if runtime and sys.platform != "win32":
+        extension.libraries.remove("cudart")
+        extension.extra_link_args.append(str(runtime))
+    return extension
+
+
+def extensions():
+    try:
+        import torch
+    except ImportError as error:
+        if BUILD in ("cpu", "cuda"):
+            raise
+        say(f"no C++ kernels: {error} (to build them, install torch first and use --no-build-isolation)")
+        return []
+    toolkit = find_toolkit(torch.version.cuda)
+    if BUILD == "cpu":
+        return [cpu_library()]
+    if isinstance(toolkit, str):
+        if BUILD == "cuda":
+            sys.exit(f"focalnet_kernels: FOCALNET_KERNELS_BUILD=cuda: {toolkit}")
+        say(f"no CUDA kernels: {toolkit}")
+        return [cpu_library()]
+    return [cpu_library(), cuda_library(toolkit)]
+
+
+def build_command():
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def run(self):
+            self.attempt(super().run, "C++ or CUDA kernels")
+
+        def build_extension(self, extension):
+            self.attempt(lambda: super(Build, self).build_extension(extension), extension.name)
+
+        def attempt(self, build, what):
+            try:
+                build()
+            except Exception as error:  # distutils, ninja and compilers fail in their own ways
+                if BUILD != "auto":
+                    raise
+                say(f"no {what}: {str(error).splitlines()[0]}")
+
+    return Build
 
 
 options = {}
 if BUILD == "none":
     say("FOCALNET_KERNELS_BUILD=none: no C++ kernels")
 else:
-    try:
-        extension, build_ext = cpu_library()
-    except ImportError as error:
-        if BUILD == "cpu":
-            raise
-        say(f"no C++ kernels: {error} (to build them, install torch first and use --no-build-isolation)")
-    else:
+    sys.path.insert(0, str(ROOT / "csrc"))
+    from toolkit import ARCHITECTURES, find_toolkit
 
-        class Build(build_ext):
-            def run(self):
-                try:
-                    super().run()
-                except Exception as error:  # distutils, ninja and compilers fail in their own ways
-                    if BUILD == "cpu":
-                        raise
-                    say(f"no C++ kernels: {str(error).splitlines()[0]}")
-
+    modules = extensions()
+    for module in modules:
+        module.optional = BUILD == "auto"
+    if modules:
         options = {
-            "ext_modules": [extension],
-            "cmdclass": {"build_ext": Build},
+            "ext_modules": modules,
+            "cmdclass": {"build_ext": build_command()},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
         }
 

@@ -9,19 +9,26 @@ import torch
 from . import dispatch
 
 
-def _load(stem: str) -> str | None:
+def _load(stem: str, kernels: str, needs: str) -> str | None:
     """Load the library `stem` beside this file. None on success, otherwise the reason."""
     files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
     if not files:
-        return "the C++ kernels were not built (install with a C++ compiler and --no-build-isolation)"
+        return f"the {kernels} kernels were not built (install with {needs} and --no-build-isolation)"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        reason = f"{files[0].name} does not load: {str(error).splitlines()[0]}"
-        dispatch.warn_once(f"focalnet_kernels falls back to the reference: {reason}")
+        reason = f"{files[0].name} does not load: {str(error.__cause__ or error).splitlines()[0]}"
+        dispatch.warn_once(f"focalnet_kernels falls back to other backends: {reason}")
         return reason
     return None
 
 
 torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
-cpu_missing = _load("_cpu")
+torch.library.define("focalnet_kernels::cuda_build", "() -> str")
+cpu_missing = _load("_cpu", "C++", "a C++ compiler")
+cuda_device = "cuda"  # where the CUDA kernels take their tensors: tests run them on a CPU
+cuda_missing = (
+    "this torch was built without CUDA"
+    if torch.version.cuda is None
+    else _load("_cuda", "CUDA C++", f"nvcc of CUDA {torch.version.cuda.partition('.')[0]}")
+)

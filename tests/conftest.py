@@ -3,6 +3,7 @@
 import os
 from importlib import import_module
 
+import cuda_shim
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -63,12 +64,27 @@ def cpu_kernels():
     skip_without_cpu_kernels()
 
 
-@pytest.fixture(scope="session", params=["triton"] if INTERPRETED else ["reference", "cpu"])
+@pytest.fixture(scope="session", params=["triton"] if INTERPRETED else ["reference", "cpu", "cuda"])
 def backend(request):
-    """Every backend that runs on a CPU: the Triton kernels do so in Triton's interpreter, in a run of their own."""
+    """Every backend, on a CPU: the Triton kernels run in Triton's interpreter, with a run of the tests of their own,
+    the CUDA kernels in cuda_shim."""
     if request.param == "cpu":
         skip_without_cpu_kernels()
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_on_cpu")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu():
+    """The CUDA kernels take CPU tensors meanwhile."""
+    if reason := cuda_shim.missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend cuda: {reason}")
+    cuda_shim.load_ops()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "cuda_device", "cpu")
+        patch.setattr(_native, "cuda_missing", None)
+        yield
 
 
 @pytest.fixture(scope="session")

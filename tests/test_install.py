@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import focalnet_kernels
+from focalnet_kernels import _native
 
 PACKAGE = Path(focalnet_kernels.__file__).parent
 BINARIES = ("*.so", "*.pyd", "*.dylib", "__pycache__")
@@ -63,6 +65,9 @@ def probe(*arguments, path=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+CUDA_LIBRARY = next(PACKAGE.glob("_cuda*.so"), None)
+
+
 @pytest.fixture
 def bare_copy(tmp_path):
     """A directory with a copy of the package that has no compiled files."""
@@ -95,8 +100,29 @@ def test_a_broken_library_warns_once_and_falls_back(bare_copy):
     assert found["backend"] == "reference" and found["right"]
     ((category, message),) = found["warnings"]
     assert category == "RuntimeWarning"
-    assert message.startswith("focalnet_kernels falls back to the reference: _cpu.abi3.so does not load: ")
+    assert message.startswith("focalnet_kernels falls back to other backends: _cpu.abi3.so does not load: ")
     assert found["missing"] in message and found["explained"] == found["missing"]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch takes no CUDA library")
+@pytest.mark.parametrize("fault", ["broken", "another CUDA"])
+def test_a_cuda_library_that_does_not_load(bare_copy, fault):
+    library = b"not a library"
+    if fault == "another CUDA":
+        if CUDA_LIBRARY is None:
+            pytest.skip(f"the CUDA library was not built: {_native.cuda_missing}")
+        runtime = b"libcudart.so."
+        library = CUDA_LIBRARY.read_bytes()
+        assert runtime in library
+        library = library.replace(runtime, b"libcudart.no.")
+    (bare_copy / "focalnet_kernels" / "_cuda.abi3.so").write_bytes(library)
+    found = probe(path=bare_copy)
+    assert found["right"]
+    ((category, message),) = found["warnings"]
+    assert category == "RuntimeWarning"
+    assert message.startswith("focalnet_kernels falls back to other backends: _cuda.abi3.so does not load: ")
+    if fault == "another CUDA":
+        assert "libcudart.no." in message
 
 
 def test_public_names():

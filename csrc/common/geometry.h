@@ -18,17 +18,17 @@ struct MapView {
 
 struct Geometry {
   int64_t B = 0, C = 0, T = 1, M = 1, W = 1;
-  int64_t pixels() const { return T * M * W; }
+  constexpr int64_t pixels() const { return T * M * W; }
 };
 
 // One focal level's depthwise kernel: sizes along (T, M, W), all odd, and its weights as float,
 // repacked to [channel block][tap][lane] so that a tap of a channel block is one vector.
 struct Level {
   int64_t kt = 1, km = 1, kw = 1;
-  int64_t rt() const { return kt / 2; }
-  int64_t rm() const { return km / 2; }
-  int64_t rw() const { return kw / 2; }
-  int64_t taps() const { return kt * km * kw; }
+  constexpr int64_t rt() const { return kt / 2; }
+  constexpr int64_t rm() const { return km / 2; }
+  constexpr int64_t rw() const { return kw / 2; }
+  constexpr int64_t taps() const { return kt * km * kw; }
 };
 
 }  // namespace focalnet

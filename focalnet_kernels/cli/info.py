@@ -28,4 +28,8 @@ def info() -> None:
         click.echo(f"triton: off, {MISSING or 'there is no GPU (but see TRITON_INTERPRET=1)'}")
     else:
         click.echo(f"triton: ready, version {importlib.metadata.version('triton')}")
-    click.echo("cuda: off, not part of this version")
+    if _native.cuda_missing:
+        click.echo(f"cuda: off, {_native.cuda_missing}")
+    else:
+        built = f"built for {torch.ops.focalnet_kernels.cuda_build()}"
+        click.echo(f"cuda: {f'ready, {built}' if torch.cuda.is_available() else f'off, there is no GPU; {built}'}")

@@ -19,7 +19,7 @@ from .reference import focal_context_reference
 
 @define(
     "focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> (Tensor, Tensor)",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
 )
 def _(ctx, gates, weights, normalize):
     return torch.empty_like(ctx), ctx.new_empty(ctx.shape[:2], dtype=torch.float32)
@@ -31,7 +31,7 @@ def _(ctx, gates, weights, normalize):
 @define(
     "focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, Tensor[] weights, Tensor mean, bool normalize,"
     " int needed) -> Tensor[]",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
 )
 def _(grad_out, ctx, gates, weights, mean, normalize, needed):
     inputs = (ctx, gates, *weights)
@@ -78,6 +78,7 @@ dispatch.register(
     dispatch.Implementation(
         "triton", triton_launch.why_not, triton_launch.focal_context_fwd, triton_launch.focal_context_bwd
     ),
-    dispatch.Implementation("cpu", native.why_not, native.focal_context_fwd, native.focal_context_bwd),
+    native.implementation("cpu"),
+    native.implementation("cuda"),
     dispatch.Implementation("reference", lambda *args: None, focal_context_reference),
 )

@@ -14,7 +14,7 @@ from .reference import focal_modulation_reference
 
 # x: (B, *spatial, C), any strides -> y: (B, *spatial, C) with x's memory order
 # For backward: projected = f(x) and modulator over the N = B * prod(spatial) tokens, mean (B, C) float32 of the last
-# level. Empty where `save` is false. The C++ kernels keep (N, 2C+L+1) and (N, C), the Triton kernels their transposes.
+# level. Empty where `save` is false. The C++ kernels keep (N, 2C+L+1) and (N, C), the others their transposes.
 _FORWARD = (
     "(Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
@@ -35,19 +35,29 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
     )
 
 
-@define("focal_modulation_fwd_triton" + _FORWARD)
-def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
-      normalize, ln_eps, save):  # fmt: skip
+def _gpu_results(x, f_weight, save, new_matrix):
     B, C = x.shape[0], x.shape[-1]
     tokens = x.numel() // C
     if not save:
         return torch.empty_like(x), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0, 0, dtype=torch.float32)
     return (
         torch.empty_like(x),
-        triton_launch.new_matrix(x, f_weight.shape[0], tokens),
-        triton_launch.new_matrix(x, C, tokens),
+        new_matrix(x, f_weight.shape[0], tokens),
+        new_matrix(x, C, tokens),
         x.new_empty(B, C, dtype=torch.float32),
     )
+
+
+@define("focal_modulation_fwd_triton" + _FORWARD)
+def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+      normalize, ln_eps, save):  # fmt: skip
+    return _gpu_results(x, f_weight, save, triton_launch.new_matrix)
+
+
+@define("focal_modulation_fwd_cuda" + _FORWARD)
+def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+      normalize, ln_eps, save):  # fmt: skip
+    return _gpu_results(x, f_weight, save, torch.Tensor.new_empty)
 
 
 # `needed`: bit i for input i of (x, *LayerParameters.flat()); an empty tensor for the others
@@ -57,7 +67,7 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
     "focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
     " Tensor projected, Tensor modulator, Tensor mean, bool normalize, float ln_eps, int needed) -> Tensor[]",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
 )
 def _(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       projected, modulator, mean, normalize, ln_eps, needed):  # fmt: skip
@@ -112,6 +122,7 @@ dispatch.register(
     dispatch.Implementation(
         "triton", triton_launch.why_not, triton_launch.focal_modulation_fwd, triton_launch.focal_modulation_bwd
     ),
-    dispatch.Implementation("cpu", native.why_not, native.focal_modulation_fwd, native.focal_modulation_bwd),
+    native.implementation("cpu"),
+    native.implementation("cuda"),
     dispatch.Implementation("reference", lambda *args: None, _reference_output),
 )

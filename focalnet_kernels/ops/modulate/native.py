@@ -1,16 +1,23 @@
-"""modulate through the C++ kernels (csrc/cpu/modulate_fwd.h)."""
+"""modulate through the C++ kernels (csrc/cpu and csrc/cuda, modulate*)."""
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
-from .._native_limits import why_not_cpu
+from ...dispatch import Implementation
+from .._native import raw_op, why_not_native
 
 
-def why_not(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return why_not_cpu(q)
+def why_not(backend: str, q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return why_not_native(backend, q)
 
 
-def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.focalnet_kernels.modulate_fwd(q, ctx_all, weight, bias)
+def modulate_fwd(backend: str, q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return raw_op("modulate_fwd", backend)(q, ctx_all, weight, bias)
+
+
+def implementation(backend: str) -> Implementation:
+    """ "cpu"'s or "cuda"'s."""
+    return Implementation(backend, *(partial(f, backend) for f in (why_not, modulate_fwd)))

@@ -16,7 +16,9 @@ from .reference import modulate_reference
 # -> (B, C, *spatial) with q's memory order
 
 
-@define("modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor", backends=("", "_triton"))
+@define(
+    "modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor", backends=("", "_triton", "_cuda")
+)
 def _(q, ctx_all, weight, bias):
     return torch.empty_like(q)
 
@@ -57,6 +59,7 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) ->
 dispatch.register(
     "modulate",
     dispatch.Implementation("triton", triton_launch.why_not, triton_launch.modulate_fwd),
-    dispatch.Implementation("cpu", native.why_not, native.modulate_fwd),
+    native.implementation("cpu"),
+    native.implementation("cuda"),
     dispatch.Implementation("reference", lambda *args: None, modulate_reference),
 )

@@ -1,0 +1,125 @@
+// What every kernel needs: elements as floats, GELU, sums over threads.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace focalnet::cuda {
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+
+template <class T>
+__device__ T from_float(float v);
+template <>
+__device__ inline float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+__device__ inline __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+
+// Runs f(T()) with the storage type of `dtype`.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float());
+    case DType::bf16:
+      return f(__nv_bfloat16());
+    case DType::f16:
+      return f(__half());
+  }
+}
+
+template <class T>
+__device__ T* element(const MapView& v, int64_t b, int64_t c, int64_t t, int64_t m, int64_t w) {
+  return static_cast<T*>(v.data) + b * v.b + c * v.c + t * v.t + m * v.m + w * v.w;
+}
+
+template <class T>
+__device__ float of_vector(const Vector& v, int64_t i) {
+  return v.data ? to_float(static_cast<const T*>(v.data)[i * v.stride]) : 0.0f;
+}
+
+// Four elements `stride` apart, of which the first n are there; as one access where they lie so.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T values[4];
+};
+template <class T>
+__device__ bool one_access(const T* p, int64_t stride, int n) {
+  return stride == 1 && n >= 4 && reinterpret_cast<uintptr_t>(p) % sizeof(Quad<T>) == 0;
+}
+template <class T>
+__device__ void load_quad(const T* p, int64_t stride, int n, float (&to)[4]) {
+  if (one_access(p, stride, n)) {
+    const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(p);
+    for (int i = 0; i < 4; ++i) to[i] = to_float(quad.values[i]);
+  } else {
+    for (int i = 0; i < 4; ++i) to[i] = i < n ? to_float(p[i * stride]) : 0.0f;
+  }
+}
+template <class T>
+__device__ void store_quad(T* p, int64_t stride, int n, const float (&from)[4]) {
+  if (one_access(p, stride, n)) {
+    Quad<T> quad;
+    for (int i = 0; i < 4; ++i) quad.values[i] = from_float<T>(from[i]);
+    *reinterpret_cast<Quad<T>*>(p) = quad;
+  } else {
+    for (int i = 0; i < 4; ++i)
+      if (i < n) p[i * stride] = from_float<T>(from[i]);
+  }
+}
+
+// x * Phi(x). bfloat16 takes Phi as the logistic function of an odd quintic, 3e-5 off at most: its rounding of values
+// near 1 is 100 times that, and erf costs three times the instructions.
+__device__ inline float logistic_phi(float x) {
+  const float s = fminf(x * x, 42.25f);  // beyond |x| = 6.5 the polynomial would turn back
+  const float logit = x * (1.59501577f + s * (0.07401129f - s * 0.00070303f));
+  return __fdividef(1.0f, 1.0f + exp2f(logit * -1.4426950408889634f));
+}
+template <class T>
+__device__ float gelu(float x) {
+  if constexpr (sizeof(T) == 2 && !__is_same(T, __half)) return x * logistic_phi(x);
+  return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+}
+// Its derivative, Phi(x) + x phi(x).
+template <class T>
+__device__ float gelu_slope(float x) {
+  if constexpr (sizeof(T) == 2 && !__is_same(T, __half)) {
+    const float phi = logistic_phi(x), s = fminf(x * x, 42.25f);
+    return phi + x * phi * (1.0f - phi) * (1.59501577f + s * (0.22203387f - s * 0.00351515f));
+  }
+  const float bell = exp2f(x * x * -0.7213475204444817f) * 0.3989422804014327f;
+  return 0.5f * (1.0f + erff(x * 0.7071067811865476f)) + x * bell;
+}
+
+__device__ inline float warp_sum(float value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The sum over each `group` of the block's threads, in a fixed order, for every one of them. `area`: a float per warp.
+__device__ inline float group_sum(float value, float* area, int group) {
+  value = warp_sum(value);
+  __syncthreads();  // `area` may still be read
+  if (threadIdx.x % 32 == 0) area[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int warps = group / 32, first = threadIdx.x / group * warps;
+  float sum = 0;
+  for (int i = 0; i < warps; ++i) sum += area[first + i];
+  return sum;
+}
+
+}  // namespace focalnet::cuda

@@ -1,0 +1,109 @@
+// What the CUDA kernels are asked to do, in plain structs: no torch, no CUDA types. The ops (focal_context.cpp, ...)
+// fill them in; the .cu files launch.
+#pragma once
+
+#include "common/geometry.h"
+
+namespace focalnet::cuda {
+
+constexpr int MAX_LEVELS = 8;
+
+// A vector of parameters in the call's dtype, or nothing.
+struct Vector {
+  const void* data = nullptr;
+  int64_t stride = 1;
+};
+
+struct LevelWeights {
+  Level size;
+  MapView weights;  // axis c is the channel, (t, m, w) the tap
+};
+
+// A level chain: the part of a call that both directions of focal_context share.
+struct Chain {
+  Geometry g;
+  DType dtype;
+  int L;
+  LevelWeights levels[MAX_LEVELS];
+  MapView ctx, gates;           // gates: axis c is the level, L + 1 of them
+  Vector ctx_bias, gates_bias;  // added to them, where they come from a product that left its bias to us
+  float scale;                  // of the result: 1 / (L + 1) if normalized
+};
+
+struct ContextForward {
+  Chain chain;
+  MapView out;
+  float* mean;     // (B, C): of the last level over all pixels
+  float* scratch;  // ContextPlan::scratch floats
+};
+
+struct ContextBackward {
+  Chain chain;
+  MapView grad_out;
+  const float* mean;     // what the forward found
+  MapView grad_ctx;      // written where data is not null
+  MapView ctx_all;       // likewise: the forward's result again
+  float* gates_parts;    // [ContextPlan::slots][B][L + 1][pixels], or null
+  float* weights_parts;  // [ContextPlan::image_runs][C][all levels' taps], or null
+  float* scratch;
+};
+
+// How a direction of focal_context is cut into blocks.
+struct ContextPlan {
+  bool tensor_cores;                 // focal_context_*_rows.cu, not focal_context_*.cu
+  int group;                         // threads per channel
+  int groups;                        // channels side by side in a block
+  int64_t channel_blocks;            // of `groups` channels
+  int64_t channel_run, image_run;    // channel blocks and images that a task takes one after the other
+  int64_t channel_runs, image_runs;  // tasks along both
+  int64_t slots;                     // of gates_parts
+  int64_t shared;                    // bytes of shared memory
+  bool planes_in_shared;             // or in scratch
+  int64_t blocks;                    // that run
+  int64_t scratch;                   // floats
+  constexpr int64_t tasks() const { return channel_runs * image_runs; }
+};
+
+ContextPlan plan_context_fwd(const Chain& chain);
+ContextPlan plan_context_bwd(const Chain& chain);
+void run_context_fwd(const ContextForward& p, const ContextPlan& plan, void* stream);
+void run_context_bwd(const ContextBackward& p, const ContextPlan& plan, void* stream);
+
+// out = the sum over j < count of parts[j * stride + (image * C + channel) * channel_stride + pixel], in a fixed order.
+struct SumJob {
+  const float* parts;
+  int64_t count, stride, channel_stride;
+  Geometry g;
+  MapView out;
+};
+constexpr int MAX_SUMS = MAX_LEVELS + 1;
+struct SumJobs {
+  DType dtype;
+  int n;
+  SumJob jobs[MAX_SUMS];
+};
+void run_sums(const SumJobs& jobs, void* stream);
+
+// out = LN?((q + q_bias) * (modulator + bias))
+struct ModulateForward {
+  Geometry g;
+  DType dtype;
+  MapView q, modulator;
+  Vector q_bias, bias;
+  Vector ln_weight, ln_bias;  // null: no LayerNorm
+  float ln_eps;
+  MapView out;  // may be `modulator`
+};
+void run_modulate_fwd(const ModulateForward& p, void* stream);
+
+// Its backward. `grad` is the gradient of out, over which out itself is written again.
+struct ModulateBackward {
+  ModulateForward forward;
+  MapView grad, grad_q, grad_modulator;
+  float* sums;  // [parts][3][C]: of grad_modulator, and of LN's weight's and bias' gradients
+  int64_t parts;
+};
+int64_t modulate_bwd_parts(const ModulateForward& p);
+void run_modulate_bwd(const ModulateBackward& p, void* stream);
+
+}  // namespace focalnet::cuda

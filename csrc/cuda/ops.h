@@ -1,0 +1,35 @@
+// The raw ops on GPU tensors; their schemas stand in Python (ops/*/op.py).
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "cuda/tensors.h"
+
+namespace focalnet::cuda {
+
+std::tuple<Tensor, Tensor> focal_context_fwd(Tensor ctx, Tensor gates, std::vector<Tensor> weights, bool normalize);
+std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, std::vector<Tensor> weights,
+                                      Tensor mean, bool normalize, int64_t needed);
+Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
+    Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
+    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
+    std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save);
+std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, std::optional<Tensor> f_bias,
+                                         Tensor h_weight, std::optional<Tensor> h_bias, Tensor proj_weight,
+                                         std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
+                                         std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights,
+                                         Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
+                                         int64_t needed);
+
+template <class Library>
+void implement_ops(Library& m) {
+  m.impl("focal_context_fwd_cuda", TORCH_BOX(&focal_context_fwd));
+  m.impl("focal_context_bwd_cuda", TORCH_BOX(&focal_context_bwd));
+  m.impl("modulate_fwd_cuda", TORCH_BOX(&modulate_fwd));
+  m.impl("focal_modulation_fwd_cuda", TORCH_BOX(&focal_modulation_fwd));
+  m.impl("focal_modulation_bwd_cuda", TORCH_BOX(&focal_modulation_bwd));
+}
+
+}  // namespace focalnet::cuda

@@ -1,0 +1,47 @@
+"""What the C++ backends share: "cpu" on CPU tensors, "cuda" on GPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
+
+
+def raw_op(name: str, backend: str) -> Callable:
+    """The C++ kernel of that name: "cuda" has raw ops of its own."""
+    return getattr(torch.ops.focalnet_kernels, name + {"cpu": "", "cuda": "_cuda"}[backend])
+
+
+def why_not_native(
+    backend: str, tensor: Tensor, sizes: Sequence[int] = (), weights: Sequence[Tensor] = ()
+) -> str | None:
+    """Why a backend's kernels cannot run this call; None where they can.
+
+    Args:
+        tensor: the call's first, which has everybody's device and dtype.
+        sizes: of the map, where there are focal levels.
+        weights: the focal levels'.
+    """
+    device = "cpu" if backend == "cpu" else _native.cuda_device
+    if tensor.device.type != device:
+        return f"the tensors are on {tensor.device}, not on {'the CPU' if backend == 'cpu' else 'a GPU'}"
+    if tensor.dtype not in DTYPES:
+        return f"dtype {tensor.dtype} is left to the reference (kernels: float32, bfloat16, float16)"
+    if backend == "cpu":
+        return _native.cpu_missing
+    return _why_too_large(sizes, weights) or _native.cuda_missing
+
+
+def _why_too_large(sizes: Sequence[int], weights: Sequence[Tensor]) -> str | None:
+    if len(weights) > LARGEST_CUDA_LEVELS:
+        return f"{len(weights)} focal levels are more than its {LARGEST_CUDA_LEVELS}"
+    zeros = [max((w.shape[2 + axis] for w in weights), default=1) + 8 for axis in range(len(sizes))]
+    if torch.Size([size + z for size, z in zip(sizes, zeros, strict=True)]).numel() >= 2**27:
+        return f"maps of {' x '.join(map(str, sizes))} pixels are too large for its 32-bit offsets"
+    return None

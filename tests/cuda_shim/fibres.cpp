@@ -1,0 +1,147 @@
+#include "fibres.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+namespace focalnet_shim {
+
+namespace {
+
+constexpr size_t STACK = 64 * 1024;
+enum class State { ready, at_warp, at_block, done };
+
+struct Fibre {
+  ucontext_t start;
+  jmp_buf resume;
+  bool started = false;
+  State state = State::done;
+  Index thread;
+  unsigned turns = 0;
+  std::vector<char> stack = std::vector<char>(STACK);
+};
+
+// One block at a time runs, whichever thread of the machine asks for it.
+struct Machine {
+  std::vector<Fibre> fibres;
+  std::vector<unsigned char> mail, shared;
+  std::mt19937_64 lots{0};
+  Running running;
+  size_t current = 0;
+  jmp_buf scheduler;
+  const std::function<void()>* kernel = nullptr;
+  std::string failure;
+};
+Machine machine;
+
+void enter() {
+  try {
+    (*machine.kernel)();
+  } catch (const std::exception& error) {
+    machine.failure = error.what();
+  }
+  machine.fibres[machine.current].state = State::done;
+  _longjmp(machine.scheduler, 1);
+}
+
+void resume(size_t i) {
+  Fibre& fibre = machine.fibres[i];
+  machine.current = i;
+  machine.running.thread = fibre.thread;
+  if (_setjmp(machine.scheduler) != 0) return;  // back from the fibre
+  if (fibre.started) _longjmp(fibre.resume, 1);
+  fibre.started = true;
+  setcontext(&fibre.start);
+}
+
+void wait(State state) {
+  Fibre& fibre = machine.fibres[machine.current];
+  fibre.state = state;
+  if (_setjmp(fibre.resume) == 0) _longjmp(machine.scheduler, 1);
+}
+
+// Lets those go on whose barrier everybody has reached; threads that are done count as having reached it.
+bool release(size_t first, size_t last, State barrier) {
+  bool any = false;
+  for (size_t i = first; i < last; ++i) {
+    const State state = machine.fibres[i].state;
+    if (state != barrier && state != State::done) return false;
+    any |= state == barrier;
+  }
+  for (size_t i = first; i < last; ++i)
+    if (machine.fibres[i].state == barrier) machine.fibres[i].state = State::ready;
+  return any;
+}
+
+void run_block(int threads) {
+  std::vector<Fibre>& fibres = machine.fibres;
+  if (fibres.size() < size_t(threads)) fibres.resize(threads);
+  machine.mail.assign(size_t(threads + 31) / 32 * 2 * 32 * 64, 0);
+  for (int i = 0; i < threads; ++i) {
+    Fibre& fibre = fibres[i];
+    getcontext(&fibre.start);
+    fibre.start.uc_stack.ss_sp = fibre.stack.data();
+    fibre.start.uc_stack.ss_size = fibre.stack.size();
+    fibre.start.uc_link = nullptr;
+    makecontext(&fibre.start, enter, 0);
+    fibre.started = false;
+    fibre.turns = 0;
+    fibre.state = State::ready;
+    fibre.thread.x = i;
+  }
+  std::vector<size_t> order(threads);
+  for (int i = 0; i < threads; ++i) order[i] = i;
+  while (true) {
+    std::shuffle(order.begin(), order.end(), machine.lots);
+    bool ran = false;
+    for (size_t i : order)
+      if (fibres[i].state == State::ready) {
+        resume(i);
+        ran = true;
+        if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
+      }
+    bool released = release(0, threads, State::at_block);
+    for (size_t warp = 0; warp < size_t(threads); warp += 32)
+      released |= release(warp, std::min<size_t>(threads, warp + 32), State::at_warp);
+    if (ran || released) continue;
+    for (int i = 0; i < threads; ++i)
+      if (fibres[i].state != State::done) throw std::runtime_error("threads wait at barriers that others never reach");
+    return;
+  }
+}
+
+}  // namespace
+
+const Running& running() { return machine.running; }
+void wait_for_block() { wait(State::at_block); }
+void wait_for_warp() { wait(State::at_warp); }
+void turn() { ++machine.fibres[machine.current].turns; }
+unsigned char* mailbox(int lane) {
+  const size_t set = machine.fibres[machine.current].turns % 2;
+  return machine.mail.data() + ((machine.running.thread.x / 32 * 2 + set) * 32 + lane) * 64;
+}
+void* shared_memory() {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(machine.shared.data()) + 15) / 16 * 16);
+}
+
+void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+  machine.kernel = &kernel;
+  machine.failure.clear();
+  machine.running.grid.x = unsigned(blocks);
+  machine.running.size.x = unsigned(threads);
+  for (int64_t block = 0; block < blocks; ++block) {
+    machine.shared.assign(shared_bytes + 32, 0xff);  // NaN in every floating-point format
+    machine.running.block.x = unsigned(block);
+    run_block(threads);
+  }
+}
+
+void seed(uint64_t seed) { machine.lots.seed(seed); }
+
+}  // namespace focalnet_shim

@@ -1,0 +1,62 @@
+// Blocks of CUDA threads as fibres. Between two synchronisations a fibre runs alone; which one runs next is drawn by
+// lot, anew for every block, so that a missing barrier shows: whoever reads too early finds NaN or stale values in
+// shared memory, which is filled with NaN before every block.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace focalnet_shim {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct Running {
+  Index thread, block, grid, size;
+};
+
+const Running& running();
+inline int lane() { return running().thread.x % 32; }
+
+void wait_for_block();
+void wait_for_warp();
+
+// What lanes of the running thread's warp tell each other: a place of 64 bytes for each, two sets in turn, so that one
+// wait is enough. `turn` starts a lane's next set.
+void turn();
+unsigned char* mailbox(int lane);
+
+// Shows `value` to the warp; afterwards the lanes' values can be read from their mailboxes.
+template <class T>
+void show(const T& value) {
+  static_assert(sizeof(T) <= 64);
+  turn();
+  std::memcpy(mailbox(lane()), &value, sizeof(T));
+  wait_for_warp();
+}
+template <class T>
+T shown_by(int lane) {
+  T value;
+  std::memcpy(&value, mailbox(lane), sizeof(T));
+  return value;
+}
+
+// `value` as lane `source` of the warp gave it.
+template <class T>
+T exchange(const T& value, int source) {
+  show(value);
+  return shown_by<T>(source % 32);
+}
+
+// Bytes of shared memory of the running block, 16-byte aligned.
+void* shared_memory();
+
+// Runs `kernel` in `blocks` blocks of `threads` threads, one block after the other.
+void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+
+// Draws the lots from `seed` from now on.
+void seed(uint64_t seed);
+
+}  // namespace focalnet_shim
