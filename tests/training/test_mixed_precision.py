@@ -79,3 +79,23 @@ def test_grad_scaler_skips_an_overflow(backend, seed):
         after = trained(layer, [torch.randn(2, 5, 4, 8) * 30], scaler)
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert scaler.get_scale() == 2.0**29
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_large_activations(backend, dtype, seed):
+    """Nothing overflows that does not in eager PyTorch: contexts whose sum over the map passes float16's 65504."""
+    torch.manual_seed(seed)
+    layer, C = build("timm", C=16), 16
+    with torch.no_grad():
+        layer.f.weight.abs_()
+        layer.f.weight[:C] *= 0.01
+        layer.f.weight[2 * C :] *= 0.01
+        for conv, _ in layer.focal_layers:
+            conv.weight.abs_()
+    x = 20 + example("timm", C=C, H=60, W=56)
+    assert layer.f(x)[:, C : 2 * C].sum((2, 3)).median() > 65504
+    eager = output_and_gradients(layer, x, dtype)
+    fk.accelerate(layer, backend)
+    for name, result in output_and_gradients(layer, x, dtype).items():
+        assert result[eager[name].isfinite()].isfinite().all(), name
+    assert eager["y"].isfinite().all(), "nothing is finite: this test cannot fail"
