@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Iterator
 
@@ -10,7 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import focalnet_kernels as fk
+from focalnet_kernels.bench import roofline
+from focalnet_kernels.bench.cases import OPS, Case, cases
+from focalnet_kernels.bench.providers import providers
+from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.timing import interleaved
+from focalnet_kernels.models.layers import PublishedLayer
 from focalnet_kernels.testing import make_context_inputs
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
@@ -21,93 +25,25 @@ def _stages(tiny: bool):
     return ((8, 7),) if tiny else STAGES
 
 
-def ceilings(device: str, tiny: bool) -> Iterator[dict]:
+def ceilings(device: str, dtypes, tiny: bool) -> Iterator[dict]:
     """What this device copies and multiplies at best: the bounds of everything else."""
-    n = 1 << (16 if tiny else 29)
-    a, b = torch.randn(n, device=device, dtype=torch.float16), torch.empty(n, device=device, dtype=torch.float16)
-    size = 128 if tiny else 8192
-    calls = {"copy": lambda: b.copy_(a)}
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(size, size, device=device).to(dtype)
-        calls[f"product {str(dtype)[6:]}"] = lambda x=x: x @ x
-    for name, times in interleaved(calls, 9, device).items():
-        seconds = times["p50_ms"] / 1e3
-        rate = 4 * n / seconds / 1e9 if name == "copy" else 2 * size**3 / seconds / 1e9
-        yield {"what": "ceiling", "provider": name, "rate": round(rate, 1), "unit": "GB/s or GFLOP/s"} | times
+    yield from roofline.ceilings(dtypes, device, 9, small=tiny)[1]
 
 
-def contexts(device: str, batches, dtypes, backends, tiny: bool) -> Iterator[dict]:
-    """focal_context by itself: its share of the bytes that must move (ctx and gates in, ctx_all out)."""
-    for C, H in _stages(tiny):
-        for B in batches:
-            for dtype in dtypes:
-                inputs = make_context_inputs((B, C, H, H), KERNELS, dtype=dtype, device=device)
-                bytes_moved = (2 * inputs["ctx"].numel() + inputs["gates"].numel()) * dtype.itemsize
-                calls = {b: _on(b, lambda i=inputs: fk.focal_context(**i)) for b in ("reference", *backends)}
-                with torch.inference_mode():
-                    results = interleaved(calls, 5 if tiny else 20, device)
-                for name, times in results.items():
-                    rate = round(bytes_moved / times["p50_ms"] / 1e6, 1)
-                    yield (
-                        _row("focal_context", "forward", (B, C, H, H), dtype, name)
-                        | {
-                            "rate": rate,
-                            "unit": "GB/s of unavoidable bytes",
-                        }
-                        | times
-                    )
-
-
-def layers(device: str, batches, dtypes, backends, compiled: bool, tiny: bool) -> Iterator[dict]:
-    """The whole layer against the authors' form, eager and compiled; peak memory of a training step."""
-    for C, H in _stages(tiny):
-        for B in batches:
-            for dtype in dtypes:
-                torch.manual_seed(0)
-                layer = fk.FocalModulation(C, 3, len(KERNELS)).to(device, dtype)
-                x = torch.randn(B, H, H, C, device=device).to(dtype)
-                grad = torch.randn_like(x)
-                providers = {b: _on(b, copy.deepcopy(layer)) for b in ("reference", *backends)}
-                if compiled:
-                    eager = copy.deepcopy(layer)
-                    compiled_layer = torch.compile(_on("reference", eager), mode="max-autotune-no-cudagraphs")
-                    providers["compiled"] = compiled_layer
-                for mode in ("forward", "forward+backward"):
-                    calls = {name: _step(run, x, grad, mode) for name, run in providers.items()}
-                    results = interleaved(calls, 3 if tiny else 20, device, warm=3)
-                    for name, times in results.items():
-                        peak = _peak(calls[name], device)
-                        yield _row("layer", mode, (B, H, H, C), dtype, name) | {"peak_bytes": peak} | times
-
-
-def models(device: str, batches, dtypes, backends, compiled: bool, tiny: bool) -> Iterator[dict]:
-    """FocalNet-T LRF: timm's, compiled and accelerated."""
-    timm = importlib.import_module("timm.models.focalnet")
-    size, options = 224, {"depths": (2, 2, 6, 2), "embed_dim": 96, "focal_levels": (3, 3, 3, 3)}
-    if tiny:
-        size, options = 32, {"depths": (1, 1, 1, 1), "embed_dim": 8, "focal_levels": (1, 1, 1, 1)}
-    for B in batches:
-        for dtype in dtypes:
-            torch.manual_seed(0)
-            model = timm.FocalNet(**options).to(device, dtype)
-            x = torch.randn(B, 3, size, size, device=device).to(dtype)
-            target = torch.randint(1000, (B,), device=device)
-            providers = {"timm": copy.deepcopy(model)}
-            providers["timm channels_last"] = copy.deepcopy(model).to(memory_format=torch.channels_last)
-            if compiled:
-                providers["timm compiled"] = torch.compile(copy.deepcopy(model))
-            for backend in backends:
-                ours = copy.deepcopy(model)
-                fk.accelerate(ours, backend=backend)
-                providers[backend] = ours
-                if compiled:
-                    providers[f"{backend} compiled"] = torch.compile(copy.deepcopy(ours))
-            for mode in ("forward", "forward+backward"):
-                calls = {name: _model_step(m, x, target, mode) for name, m in providers.items()}
-                for name, times in interleaved(calls, 2 if tiny else 10, device, warm=3).items():
-                    rate = round(1e3 * B / times["p50_ms"], 1)
-                    row = _row("model", mode, tuple(x.shape), dtype, name) | {"rate": rate, "unit": "images/s"}
-                    yield row | {"peak_bytes": _peak(calls[name], device)} | times
+def timed(device: str, level: str, batches, dtypes, backends, compile_modes, tiny: bool) -> Iterator[dict]:
+    """Ops, layers and models beside what people use today: `bench`'s own cases, without the backends that are wrong."""
+    for batch in batches:
+        if tiny:  # in Triton's interpreter a block has to stand for a model
+            level = "block" if level == "model" else level
+            layer, whats = PublishedLayer(8, 7, 3, 3), OPS if level == "op" else (level,)
+            found = [Case(level, w, "tiny", 1, layer, 0, batch, d, device) for w in whats for d in dtypes]
+        else:
+            options = {"batch": batch, "size": None, "dtypes": dtypes, "device": device}
+            found = cases([level], ["focalnet_tiny_lrf"], **options)
+        for case in found:
+            who = [p for p in providers(case, compile_modes) if p.backend is None or p.backend in backends]
+            rounds = 3 if tiny else 10 if level == "model" else 20
+            yield from run_case(case, who, modes=("forward", "forward+backward"), rounds=rounds)
 
 
 def convolutions(device: str, tiny: bool) -> Iterator[dict]:
@@ -202,7 +138,7 @@ def tiles(device: str, tiny: bool) -> Iterator[dict]:
                         assert error < 1e-2, f"relative error {error:.1e}"
                         yield row | interleaved({"": call}, 10, device)[""]
                 except Exception as failure:
-                    yield row | {"unit": str(failure).strip().splitlines()[-1][:100]}
+                    yield row | {"skipped": str(failure).strip().splitlines()[-1][:100]}
     plan._TENSOR_CORES.update(original)
     plan._SLOTS_PER_MULTIPROCESSOR.update(slots)
 
@@ -215,7 +151,7 @@ def _doubled(value):
 
 def _row(what, mode, shape, dtype, provider) -> dict:
     return {
-        "what": what,
+        "case": what,
         "mode": mode,
         "shape": "x".join(map(str, shape)),
         "dtype": str(dtype).removeprefix("torch."),
@@ -229,40 +165,3 @@ def _on(backend, function):
             return function(*args)
 
     return call
-
-
-def _step(run, x, grad, mode):
-    def forward():
-        with torch.inference_mode():
-            run(x)
-
-    def both():
-        run(x.detach().requires_grad_()).backward(grad)
-
-    return forward if mode == "forward" else both
-
-
-def _model_step(model, x, target, mode):
-    def forward():
-        model.eval()
-        with torch.inference_mode():
-            model(x)
-
-    def both():
-        model.train()
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x).float(), target).backward()
-
-    return forward if mode == "forward" else both
-
-
-def _peak(call, device) -> int | None:
-    """Bytes that a call allocates at most, beyond what was there."""
-    if torch.device(device).type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -22,13 +20,24 @@ import gpu_measure
 import torch
 
 import focalnet_kernels as fk
+from focalnet_kernels.bench.machine import machine as about_machine
+from focalnet_kernels.bench.records import MEASURED
 from focalnet_kernels.testing import make_layer_inputs
 
+SHOWN = (
+    "case",
+    "shape",
+    "dtype",
+    "mode",
+    "provider",
+    "p50_ms",
+    "gbyte_per_s",
+    "gflop_per_s",
+    "peak_bytes",
+    "skipped",
+    "result",
+)
 PARTS = ("correct", "ceilings", "contexts", "layers", "latency", "models", "experiments", "convolutions", "tiles")
-COLUMNS = (
-    "part", "what", "mode", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "rate", "unit", "peak_bytes",
-    "device", "torch", "triton", "python", "focalnet_kernels", "commit", "date",
-)  # fmt: skip
 
 
 @click.command()
@@ -41,35 +50,39 @@ COLUMNS = (
 def main(output, parts, device, seconds, no_compile, tiny) -> None:
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    machine = _machine(device)
+    machine = about_machine(device) | {"date": datetime.date.today().isoformat()}
     backends = _backends(device, tiny)
     print(f"{machine['device']}: backends {', '.join(backends) or 'none'}", flush=True)
-    compiled = not (no_compile or tiny)
+    compiled = () if no_compile or tiny else ("default",)
     bf16 = [torch.float16] if tiny else [torch.bfloat16]
     every = bf16 if tiny else [torch.bfloat16, torch.float16, torch.float32]
     large, one = ([2], [1]) if tiny else ([128], [1])
+
+    def measured(level, batches, dtypes, compile_modes):
+        return gpu_measure.timed(device, level, batches, dtypes, backends, compile_modes, tiny)
+
     for part in parts.split(","):
         if time.monotonic() - started > seconds:
             print(f"{part}: left out, {seconds:.0f} seconds are over", flush=True)
             continue
         rows = {
             "correct": lambda: _correct(backends, device, tiny),
-            "ceilings": lambda: gpu_measure.ceilings(device, tiny),
-            "contexts": lambda: gpu_measure.contexts(device, [*large, *one], every, backends, tiny),
-            "layers": lambda: gpu_measure.layers(device, large, bf16, backends, compiled, tiny),
-            "latency": lambda: gpu_measure.layers(device, one, every, backends, False, tiny),
-            "models": lambda: gpu_measure.models(device, large, bf16, backends, compiled, tiny),
+            "ceilings": lambda: gpu_measure.ceilings(device, every, tiny),
+            "contexts": lambda: measured("op", [*large, *one], every, ()),
+            "layers": lambda: measured("layer", large, bf16, compiled),
+            "latency": lambda: measured("layer", one, every, ()),
+            "models": lambda: measured("model", large, bf16, compiled),
             "experiments": lambda: gpu_measure.experiments(device, tiny),
             "convolutions": lambda: gpu_measure.convolutions(device, tiny),
             "tiles": lambda: gpu_measure.tiles(device, tiny),
         }[part]()
         with (output / f"{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
             writer.writeheader()
             for row in rows:
                 writer.writerow({"part": part, **machine, **row})
                 file.flush()
-                shown = (row.get(k) for k in COLUMNS[1:12])
+                shown = (row.get(k) for k in SHOWN)
                 print(f"{part:12}", *(str(v) for v in shown if v not in (None, "")), sep="  ", flush=True)
         print(f"{part}: done after {time.monotonic() - started:.0f} s", flush=True)
 
@@ -92,27 +105,7 @@ def _correct(backends: list[str], device: str, tiny: bool):
                 result = f"{type(error).__name__}: {str(error).strip()[:300]}"
                 if backend in backends and "not installed" not in result:
                     backends.remove(backend)
-            yield {"what": name, "provider": backend, "unit": result}
-
-
-def _machine(device: str) -> dict:
-    try:
-        triton = __import__("triton").__version__
-    except ImportError:
-        triton = ""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    on_gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "focalnet_kernels": fk.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
+            yield {"case": name, "provider": backend, "result": result}
 
 
 if __name__ == "__main__":

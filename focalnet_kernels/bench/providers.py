@@ -74,7 +74,7 @@ class Provider:
 
     Args:
         name: as in tables.
-        build: takes the case and whether to compute in float64 (on the numbers of the case's dtype).
+        build: takes the case and whether to compute exactly, on the numbers of the case's dtype all the same.
         yardstick: the name of the eager provider of the same function; its own for that one.
         backend: of ours that it runs on; None for everything else.
         compiled: the mode of torch.compile, or None.
@@ -213,12 +213,17 @@ def _accelerated(backend: str, build: Callable, case: Case, exact: bool) -> Subj
 def _input(case: Case, exact: bool) -> Tensor:
     """x of `case.shape`, the same for every provider."""
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(case.device, case.dtype)
-    return x.double() if exact else x
+    return x.to(_exact_dtype(case)) if exact else x
 
 
 def _placed(case: Case, module: nn.Module, exact: bool) -> nn.Module:
     module = module.to(case.device, case.dtype)
-    return module.double() if exact else module
+    return module.to(_exact_dtype(case)) if exact else module
+
+
+def _exact_dtype(case: Case) -> torch.dtype:
+    """float32 is exact enough for a whole model of 16 bits, whose activations in float64 might not fit the device."""
+    return torch.float32 if case.layer is None and case.dtype.itemsize == 2 else torch.float64
 
 
 def _lively(module: nn.Module) -> nn.Module:

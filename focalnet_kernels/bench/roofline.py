@@ -147,7 +147,7 @@ def ceilings(dtypes: Iterable[torch.dtype], device: str, rounds: int, small: boo
         for key, attempt in list(attempts.items()):
             try:
                 attempt()
-            except dispatch.BackendError:
+            except Exception:  # cases say why; without an attempt the ceiling is torch's
                 del attempts[key]
         times = interleaved(attempts, rounds, device)
     rates, rows = {}, []
