@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,34 @@ def test_a_cuda_library_that_does_not_load(bare_copy, fault):
 def test_public_names():
     for name in focalnet_kernels.__all__:
         assert getattr(focalnet_kernels, name).__doc__ or name == "__version__", name
+
+
+def test_building_asks_for_no_torch():
+    """An isolated build would fetch another one than is there."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    (requires,) = re.findall(r"^requires = \[(.*)\]$", text, re.M)
+    assert "setuptools" in requires and "torch" not in requires
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [False, True], ids=["no-isolation", "isolation"])
+def test_installs_without_a_compiler(isolated, tmp_path):
+    """pip's own install into an empty directory, where neither compiler nor CUDA is to be found."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("focalnet_kernels", "csrc"):
+        shutil.copytree(PACKAGE.parent / name, source / name, ignore=shutil.ignore_patterns(*BINARIES))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(PACKAGE.parent / name, source)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALNET_KERNELS", "CUDA"))}
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(source)]
+    done = subprocess.run(
+        pip + ([] if isolated else ["--no-build-isolation"]),
+        env=environment | {"PATH": str(tmp_path), "CXX": "none", "CC": "none"},
+        capture_output=True,
+        text=True,
+    )
+    if isolated and "setuptools" in done.stderr and "No matching distribution" in done.stderr:
+        pytest.skip("no package registry, from which an isolated build takes setuptools")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = probe("no-triton", path=target)
+    assert found["file"].startswith(str(target)) and found["backend"] == "reference" and found["right"]
