@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import importlib
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +17,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..bench.machine import cpu_name
+from ..bench.timing import interleaved
 from ..functional import explain
 from ..integrations import accelerate, restore
 from ..models import create_model, load_checkpoint
 from ..models.key_maps import convert_state_dict, recognise_layout
-from ..bench.machine import cpu_name
 
 VARIANT = "focalnet_tiny_lrf"
-ROUNDS = 5
+ROUNDS, WARM = 5, 1
 # colour photographs that scikit-image's wheel carries, so that nothing is downloaded
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -208,7 +207,7 @@ def _time_all(models: dict[str, nn.Module], photographs: Tensor, progress: Progr
     """Times of the first modulation layer of each stage and of whole models; the backend of each stage."""
     compiled = COMPILED in models
     things = len(models[UNTOUCHED].layers) + 1
-    task = progress.add_task("timing", total=things * len(models) * (ROUNDS + 1))
+    task = progress.add_task("timing", total=things * len(models) * (ROUNDS + WARM))
     timings, backends = [], []
     for stage, x in enumerate(_stage_inputs(models[UNTOUCHED], photographs)):
         layers = {name: models[name].layers[stage].blocks[0].modulation for name in models if name != COMPILED}
@@ -243,20 +242,8 @@ def _stage_inputs(model: nn.Module, photographs: Tensor) -> list[Tensor]:
 
 
 def _time(calls: dict[str, Callable], what: str, shape: str, tick: Callable) -> list[Timing]:
-    """One warm-up, then rounds in which every call has its turn, so that a busy moment hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-            tick()
-    timings = []
-    for name, measured in seconds.items():
-        p20, _, _, p80 = statistics.quantiles(measured[1:], n=5, method="inclusive")
-        p20, p50, p80 = (1e3 * value for value in (p20, statistics.median(measured[1:]), p80))
-        timings.append(Timing(what, shape, name, p20, p50, p80))
-    return timings
+    times = interleaved(calls, ROUNDS, warm=WARM, tick=tick)
+    return [Timing(what, shape, name, **found) for name, found in times.items()]
 
 
 def _medians(timings: list[Timing]) -> dict[str, dict[str, float]]:
