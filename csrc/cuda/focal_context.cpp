@@ -24,10 +24,18 @@ Chain chain_of(const Geometry& g, DType dtype, const std::vector<Tensor>& weight
 Tensor context_fwd(const Chain& chain, const MapView& out, const Tensor& like, const OnDevice& on) {
   Tensor mean = torch::stable::new_empty(like, {chain.g.B, chain.g.C}, ScalarType::Float);
   if (chain.g.B == 0) return mean;
-  const ContextPlan plan = plan_context_fwd(chain);
-  Tensor scratch = torch::stable::new_empty(like, {plan.scratch}, ScalarType::Float);
-  run_context_fwd({chain, out, static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(scratch.data_ptr())},
-                  plan, on.stream);
+  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
+  ContextForward p{chain, out, static_cast<float*>(mean.mutable_data_ptr()), nullptr};
+  const RowsPlan rows = plan_rows_fwd(chain);
+  if (rows.fits) {
+    Tensor shares = floats(rows.shares);
+    run_rows_fwd(p, rows, static_cast<float*>(shares.mutable_data_ptr()), on.stream);
+  } else {
+    const ContextPlan plan = plan_context_fwd(chain);
+    Tensor scratch = floats(plan.scratch);
+    p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
+    run_context_fwd(p, plan, on.stream);
+  }
   return mean;
 }
 

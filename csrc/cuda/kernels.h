@@ -48,7 +48,7 @@ struct ContextBackward {
   float* scratch;
 };
 
-// How a direction of focal_context is cut into blocks.
+// How a direction of focal_context is cut into blocks: over planes of floats, for every call.
 struct ContextPlan {
   bool tensor_cores;                 // focal_context_*_rows.cu, not focal_context_*.cu
   int group;                         // threads per channel
@@ -68,6 +68,30 @@ ContextPlan plan_context_fwd(const Chain& chain);
 ContextPlan plan_context_bwd(const Chain& chain);
 void run_context_fwd(const ContextForward& p, const ContextPlan& plan, void* stream);
 void run_context_bwd(const ContextBackward& p, const ContextPlan& plan, void* stream);
+
+// The same by rows on tensor cores (rows.h), for 16-bit maps and kernels up to 13. Offsets count 16-bit elements of the
+// shared memory of a warp, or of a block where a map is too wide for one.
+constexpr int MOST_WARPS = 8;  // along a row: maps up to 1024 columns wide
+struct RowsPlan {
+  bool fits;                                     // whether this form can take the call
+  int window;                                    // 16 or 32 columns
+  int segments;                                  // of 8 columns, per row of one image
+  int images;                                    // side by side in a warp
+  int warps;                                     // along one row: 1, or as many as a wide map needs
+  int image_row, row;                            // elements of a ring's row: of one image, of all
+  int reach[MAX_LEVELS + 1];                     // rows that levels up to l together look up and down
+  int rings[MAX_LEVELS], ring_rows[MAX_LEVELS];  // of what enters level l
+  int zeros, bands[MAX_LEVELS], sums;
+  int elements;                    // in all
+  int64_t strips, strip_rows;      // of rows
+  int64_t groups, run, runs;       // of images, and how many of these a warp takes one after the other
+  int64_t tasks, blocks, threads;  // threads: of a block
+  int64_t shared;                  // bytes
+  int64_t shares;                  // floats of [strips][B][C], sums of the last level where there are several strips
+};
+
+RowsPlan plan_rows_fwd(const Chain& chain);
+void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream);
 
 // out = the sum over j < count of parts[j * stride + (image * C + channel) * channel_stride + pixel], in a fixed order.
 struct SumJob {

@@ -1,0 +1,271 @@
+// focal_context, forward, for 16-bit maps and kernels up to 13: rows stream through tensor cores. See rows.h.
+#include "cuda/rows.h"
+
+namespace focalnet::cuda {
+
+namespace {
+
+struct Arguments {
+  ContextForward p;
+  RowsPlan plan;
+  float* shares;  // [strips][B][C]: sums of the last level, where there are several strips
+};
+
+template <class T>
+__device__ Two<T> with_bias(Two<T> two, float bias) {
+  return {from_float<T>(to_float(two.values[0]) + bias), from_float<T>(to_float(two.values[1]) + bias)};
+}
+
+// Rows first .. first + STEP - 1 of ctx, as this lane will put them into the ring.
+template <class T>
+__device__ void fetch(const Chain& p, const Pairs& pairs, int64_t channel, float bias, int first,
+                      Two<T> (&to)[STEP][2]) {
+#pragma unroll
+  for (int r = 0; r < STEP; ++r)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = first + r, n = t >= 0 && t < p.g.T ? pairs.columns[i] : 0;
+      to[r][i] = load_two(pairs.element_of<const T>(p.ctx, i, channel, t), p.ctx.w, n);
+      if (p.ctx_bias.data && n > 0) {
+        to[r][i] = with_bias(to[r][i], bias);
+        if (n < 2) to[r][i].values[1] = from_float<T>(0.0f);
+      }
+    }
+}
+
+// gate * value of this lane's pair i of row t, added to two sums
+template <class T>
+__device__ void add_gated(const Chain& p, const Pairs& pairs, int i, int level, float bias, int t, float a, float b,
+                          float* sums) {
+  const Two<T> gate = load_two(pairs.element_of<const T>(p.gates, i, level, t), p.gates.w, pairs.columns[i]);
+  sums[0] += (to_float(gate.values[0]) + bias) * a;
+  sums[1] += (to_float(gate.values[1]) + bias) * b;
+}
+
+template <class T, int WINDOW>
+__global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Arguments arguments) {
+  const ContextForward& p = arguments.p;
+  const Chain& chain = p.chain;
+  const RowsPlan& plan = arguments.plan;
+  const Geometry& g = chain.g;
+  const int L = chain.L, all = plan.reach[L], lane = threadIdx.x % 32;
+  const int owner = plan.warps > 1 ? 0 : threadIdx.x / 32, owners = plan.warps > 1 ? 1 : BLOCK_WARPS;
+  const int mine = plan.warps > 1 ? threadIdx.x : lane, crew = plan.warps > 1 ? 32 * plan.warps : 32;
+  const Rows<T> rows(plan, g, shared_memory<T>() + owner * plan.elements);
+  float* const sums = reinterpret_cast<float*>(rows.memory + plan.sums);  // of each segment of a row
+
+  for (int i = mine; i < plan.bands[0]; i += crew) rows.memory[i] = from_float<T>(0.0f);
+  rows.sync();
+  for (int64_t task = blockIdx.x * owners + owner; task < plan.tasks; task += int64_t(gridDim.x) * owners) {
+    const int64_t channel = task % g.C, strip = task / g.C % plan.strips, run = task / g.C / plan.strips;
+    const int begin = int(strip * plan.strip_rows), end = int(std::min<int64_t>(g.T, begin + plan.strip_rows));
+    const float bias = of_vector<T>(chain.ctx_bias, channel);
+    for (int l = 0; l < L && mine < 32; ++l) rows.make_bands(chain.levels[l], channel, plan.bands[l], false);
+    const int64_t last = std::min(plan.groups, (run + 1) * plan.run);
+    for (int64_t group = run * plan.run; group < last; ++group) {
+      const Pairs pairs(plan, g, group);
+      float sum[2] = {};
+      Two<T> next[STEP][2];
+      // the last level's rows begin at `t`, level l's all - reach[l] further down, what enters the first at t + all
+      int t = begin - (all + 1) / 2 * STEP;
+      fetch(chain, pairs, channel, bias, t + all, next);
+      for (; t < end; t += STEP) {
+#pragma unroll
+        for (int r = 0; r < STEP; ++r)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (pairs.at[i] >= 0)
+              *reinterpret_cast<Two<T>*>(rows.row_of(plan.rings[0], plan.ring_rows[0], t + all + r) + pairs.at[i]) =
+                  next[r][i];
+        rows.sync();
+        if (t + STEP < end) fetch(chain, pairs, channel, bias, t + STEP + all, next);
+        for (int l = 0; l < L; ++l) {
+          const int first = t + all - plan.reach[l + 1], kt = int(chain.levels[l].size.kt);
+          if (first + STEP > 0 && first < g.T && (l + 1 < L || first + STEP > begin)) {
+            float acc[STEP][4];
+            if (l + 1 < L) {
+              rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
+#pragma unroll
+              for (int r = 0; r < STEP; ++r) {
+                T* const row = rows.row_of(plan.rings[l + 1], plan.ring_rows[l + 1], first + r);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                  if (pairs.at[i] >= 0)
+                    *reinterpret_cast<Two<T>*>(row + pairs.at[i]) = {
+                        from_float<T>(pairs.columns[i] > 0 ? gelu<T>(acc[r][2 * i]) : 0.0f),
+                        from_float<T>(pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f)};
+              }
+            } else {
+              float total[STEP][4] = {};
+              for (int j = 0; j + 1 < L; ++j) {  // the levels before, as they lie in their rings
+                const float gate_bias = of_vector<T>(chain.gates_bias, j);
+#pragma unroll
+                for (int r = 0; r < STEP; ++r) {
+                  const T* const row = rows.row_of(plan.rings[j + 1], plan.ring_rows[j + 1], first + r);
+#pragma unroll
+                  for (int i = 0; i < 2; ++i)
+                    if (first + r >= begin && first + r < end && pairs.columns[i] > 0) {
+                      const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
+                      add_gated<T>(chain, pairs, i, j, gate_bias, first + r, to_float(two.values[0]),
+                                   to_float(two.values[1]), &total[r][2 * i]);
+                    }
+                }
+              }
+              rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
+              const float gate_bias = of_vector<T>(chain.gates_bias, l);
+#pragma unroll
+              for (int r = 0; r < STEP; ++r)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                  if (first + r >= begin && first + r < end && pairs.columns[i] > 0) {
+                    const float a = gelu<T>(acc[r][2 * i]);
+                    const float b = pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f;
+                    sum[i] += a + b;
+                    add_gated<T>(chain, pairs, i, l, gate_bias, first + r, a, b, &total[r][2 * i]);
+                    store_two(pairs.element_of<T>(p.out, i, channel, first + r), p.out.w, pairs.columns[i],
+                              total[r][2 * i], total[r][2 * i + 1]);
+                  }
+            }
+          }
+          rows.sync();
+        }
+      }
+
+      // the mean of each image, over its segments
+      for (int i = 0; i < 2; ++i) {
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        if (lane % 4 == 0) sums[mine / 32 * 16 + lane / 4 + 8 * i] = sum[i];
+      }
+      rows.sync();
+      const float gate_bias = of_vector<T>(chain.gates_bias, L);
+      for (int i = 0; i < 2; ++i) {
+        const bool inside = pairs.columns[i] > 0;
+        const int of_image = inside ? int(pairs.image[i] - group * plan.images) * plan.segments : 0;
+        float mean = 0;
+        for (int j = 0; j < plan.segments; ++j) mean += sums[of_image + j];
+        if (inside && pairs.column[i] == 0) {
+          const int64_t at = pairs.image[i] * g.C + channel;
+          if (plan.strips > 1)
+            arguments.shares[strip * g.B * g.C + at] = mean;
+          else
+            p.mean[at] = mean / float(g.pixels());
+        }
+        const float global = gelu<T>(mean / float(g.pixels()));
+        for (int row = begin; row < end && inside && plan.strips == 1; ++row) {  // what this lane wrote itself
+          T* const to = pairs.element_of<T>(p.out, i, channel, row);
+          const Two<T> two = load_two<T>(to, p.out.w, pairs.columns[i]);
+          float total[2] = {to_float(two.values[0]), to_float(two.values[1])};
+          add_gated<T>(chain, pairs, i, L, gate_bias, row, global, global, total);
+          store_two(to, p.out.w, pairs.columns[i], total[0] * chain.scale, total[1] * chain.scale);
+        }
+      }
+      rows.sync();  // `sums` and the rings are free again
+    }
+  }
+}
+
+// The global context, where strips had to wait for each other's sums: a plane per block.
+template <class T>
+__global__ void __launch_bounds__(256) context_finish_kernel(Arguments arguments) {
+  const ContextForward& p = arguments.p;
+  const Geometry& g = p.chain.g;
+  const float gate_bias = of_vector<T>(p.chain.gates_bias, p.chain.L);
+  for (int64_t plane = blockIdx.x; plane < g.B * g.C; plane += gridDim.x) {
+    float mean = 0;
+    for (int64_t strip = 0; strip < arguments.plan.strips; ++strip) mean += arguments.shares[strip * g.B * g.C + plane];
+    mean /= float(g.pixels());
+    if (threadIdx.x == 0) p.mean[plane] = mean;
+    const float global = gelu<T>(mean);
+    const int64_t quads = (g.W + 3) / 4;
+    for (int64_t i = threadIdx.x; i < g.T * quads; i += 256) {
+      const int64_t w = i % quads * 4, t = i / quads;
+      const int n = int(std::min<int64_t>(4, g.W - w));
+      float total[4], gate[4];
+      T* const to = element<T>(p.out, plane / g.C, plane % g.C, t, 0, w);
+      load_quad<T>(to, p.out.w, n, total);
+      load_quad(element<const T>(p.chain.gates, plane / g.C, p.chain.L, t, 0, w), p.chain.gates.w, n, gate);
+      for (int j = 0; j < 4; ++j) total[j] = (total[j] + (gate[j] + gate_bias) * global) * p.chain.scale;
+      store_quad(to, p.out.w, n, total);
+    }
+  }
+}
+
+}  // namespace
+
+RowsPlan plan_rows_fwd(const Chain& chain) {
+  const Geometry& g = chain.g;
+  const Device device = current_device();
+  RowsPlan plan{};
+  constexpr int64_t LARGEST_TAPS = 13;
+  int64_t widest = 1, tallest = 1;
+  for (int l = 0; l < chain.L; ++l) {
+    const Level& k = chain.levels[l].size;
+    widest = std::max(widest, k.kw), tallest = std::max(tallest, k.kt);
+    plan.reach[l + 1] = plan.reach[l] + int(k.rt());
+    if (k.km != 1) return plan;
+  }
+  plan.segments = int(std::min<int64_t>((g.W + 7) / 8, 1 << 20));
+  if (chain.dtype == DType::f32 || chain.L == 0 || g.M != 1 || std::max(widest, tallest) > LARGEST_TAPS ||
+      plan.segments > 16 * MOST_WARPS || g.T > 1 << 20)
+    return plan;
+  plan.window = widest <= 9 ? 16 : 32;
+  plan.warps = (plan.segments + 15) / 16;
+  plan.images = plan.warps > 1 ? 1 : int(std::min<int64_t>(16 / plan.segments, std::max<int64_t>(1, g.B)));
+  plan.image_row = 8 * plan.segments + plan.window - 8;
+  plan.row = plan.images * plan.image_row;
+  for (int l = 0; l < chain.L; ++l) {
+    const int to_the_end = plan.reach[chain.L] - plan.reach[l];
+    const int to_the_next = 2 * int(chain.levels[l].size.rt());
+    plan.ring_rows[l] = STEP + std::max(l > 0 ? to_the_end : 0, to_the_next);
+    plan.rings[l] = plan.elements;
+    plan.elements += plan.ring_rows[l] * plan.row;
+  }
+  plan.zeros = plan.elements;
+  plan.elements += plan.row;
+  for (int l = 0; l < chain.L; ++l) {
+    plan.bands[l] = plan.elements;
+    plan.elements += int(chain.levels[l].size.kt) * (plan.window / 16) * 32 * 4;
+  }
+  plan.sums = plan.elements;
+  plan.elements += 2 * 16 * plan.warps;
+  plan.elements = (plan.elements + 7) / 8 * 8;
+  plan.shared = int64_t(plan.elements) * 2 * (plan.warps > 1 ? 1 : BLOCK_WARPS);
+  if (plan.shared > device.shared_per_block) return plan;
+
+  plan.groups = (g.B + plan.images - 1) / plan.images;
+  const int64_t enough = 16 * device.processors;  // warps that a device wants
+  const int64_t planes = std::max<int64_t>(1, plan.groups * g.C * plan.warps), halo = plan.reach[chain.L];
+  // a strip recomputes `halo` rows on both sides: none shorter than that
+  plan.strips =
+      planes < enough / 2 ? std::max<int64_t>(1, std::min(enough / planes, g.T / std::max<int64_t>(8, 4 * halo))) : 1;
+  plan.strip_rows = ((g.T + plan.strips - 1) / plan.strips + STEP - 1) / STEP * STEP;
+  plan.strips = (g.T + plan.strip_rows - 1) / plan.strip_rows;
+  plan.run = std::max<int64_t>(1, std::min<int64_t>(plan.groups, planes / (4 * enough)));
+  plan.runs = (plan.groups + plan.run - 1) / plan.run;
+  plan.tasks = g.C * plan.strips * plan.runs;
+  const int64_t owners = plan.warps > 1 ? 1 : BLOCK_WARPS;
+  plan.blocks = std::min<int64_t>((plan.tasks + owners - 1) / owners, 1 << 20);
+  plan.threads = 32 * plan.warps * owners;
+  plan.shares = plan.strips > 1 ? plan.strips * g.B * g.C : 0;
+  plan.fits = true;
+  return plan;
+}
+
+void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream) {
+  const Arguments arguments{p, plan, shares};
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    launch(plan.window == 16 ? context_fwd_rows_kernel<T, 16> : context_fwd_rows_kernel<T, 32>, plan.blocks,
+           int(plan.threads), plan.shared, stream, arguments);
+    if (plan.strips > 1)
+      launch(context_finish_kernel<T>, std::min<int64_t>(p.chain.g.B * p.chain.g.C, 1 << 20), 256, 0, stream,
+             arguments);
+  };
+  if (p.chain.dtype == DType::bf16)
+    run(__nv_bfloat16());
+  else
+    run(__half());
+}
+
+}  // namespace focalnet::cuda

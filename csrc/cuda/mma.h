@@ -1,0 +1,49 @@
+// The tensor cores' instructions. (A test build has a header of this name that does the same with the warp's
+// mailboxes.)
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace focalnet::cuda {
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i points to the 16 bytes of row i % 8 of matrix i
+// / 8. Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each.
+__device__ inline void load_matrices(uint32_t (&a)[4], const void* row) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+// The same, each transposed.
+__device__ inline void load_transposed(uint32_t (&a)[4], const void* row) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8). Lane i = 4 g + q holds, two elements to a register,
+// a: rows g, g + 8, g, g + 8, columns 2 q (+ 8 in the last two); b: column g, rows 2 q and 2 q + 8;
+// d: row g, columns 2 q, 2 q + 1, then row g + 8.
+template <class T>
+__device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint2& b);
+template <>
+__device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint2& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+template <>
+__device__ inline void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], const uint2& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+
+}  // namespace focalnet::cuda

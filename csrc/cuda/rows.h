@@ -1,0 +1,163 @@
+// The depthwise chain on tensor cores, a few rows of a map at a time. ops/focal_context/README.md has the drawing.
+//
+// A warp owns a channel of 16 segments of 8 columns: of one image, or of several narrow ones. Along a row, a level is a
+// product of the segments' windows (16 x WINDOW inputs, each window starting WINDOW / 4 columns left of its segment)
+// with a band of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a time; what
+// they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour has.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/device.h"
+#include "cuda/mma.h"
+
+namespace focalnet::cuda {
+
+constexpr int STEP = 4;         // rows that a level advances at once
+constexpr int BLOCK_WARPS = 4;  // of maps that a warp has alone
+
+// The two pairs of columns of a row that a lane holds of a 16 x 8 product: of segments `lane / 4` and 8 further.
+struct Pairs {
+  int64_t image[2];
+  int column[2], columns[2];  // the first of two, and how many are inside the map
+  int at[2];                  // in a ring's row
+
+  __device__ Pairs(const RowsPlan& plan, const Geometry& g, int64_t group) {
+    const int lane = threadIdx.x % 32, warp = plan.warps > 1 ? threadIdx.x / 32 : 0;
+    for (int i = 0; i < 2; ++i) {
+      const int slot = warp * 16 + lane / 4 + 8 * i, nth = slot / plan.segments;
+      image[i] = group * plan.images + nth;
+      column[i] = slot % plan.segments * 8 + lane % 4 * 2;
+      const bool inside = nth < plan.images && image[i] < g.B;
+      columns[i] = inside ? int(std::min<int64_t>(2, std::max<int64_t>(0, g.W - column[i]))) : 0;
+      at[i] = (nth < plan.images ? nth : 0) * plan.image_row + plan.window / 4 + column[i];
+      if (nth >= plan.images) at[i] = -1;
+    }
+  }
+  template <class T>
+  __device__ T* element_of(const MapView& v, int i, int64_t c, int64_t t) const {
+    return element<T>(v, image[i], c, t, 0, column[i]);
+  }
+};
+
+template <class T>
+struct alignas(4) Two {
+  T values[2];
+};
+
+// Two elements `stride` apart, zero where there is none.
+template <class T>
+__device__ Two<T> load_two(const T* p, int64_t stride, int n) {
+  if (stride == 1 && n == 2 && reinterpret_cast<uintptr_t>(p) % 4 == 0) return *reinterpret_cast<const Two<T>*>(p);
+  const T zero = from_float<T>(0.0f);
+  return {n > 0 ? p[0] : zero, n > 1 ? p[stride] : zero};
+}
+template <class T>
+__device__ void store_two(T* p, int64_t stride, int n, float a, float b) {
+  const Two<T> two{from_float<T>(a), from_float<T>(b)};
+  if (stride == 1 && n == 2 && reinterpret_cast<uintptr_t>(p) % 4 == 0) {
+    *reinterpret_cast<Two<T>*>(p) = two;
+    return;
+  }
+  if (n > 0) p[0] = two.values[0];
+  if (n > 1) p[stride] = two.values[1];
+}
+
+// Where row t of a ring lies.
+__device__ inline int ring_slot(int t, int rows) { return (t + 64 * rows) % rows; }
+
+// A warp's rows, wherever they come from and go to.
+template <class T>
+struct Rows {
+  const RowsPlan& plan;
+  T* memory;
+  int T_;         // rows of the map
+  int window_at;  // of the row that this lane shows to ldmatrix
+
+  __device__ Rows(const RowsPlan& plan, const Geometry& g, T* memory) : plan(plan), memory(memory), T_(int(g.T)) {
+    const int lane = threadIdx.x % 32, warp = plan.warps > 1 ? threadIdx.x / 32 : 0;
+    int slot = warp * 16 + lane % 16;
+    if (slot >= plan.images * plan.segments) slot = 0;  // nobody looks at its products
+    window_at = slot / plan.segments * plan.image_row + slot % plan.segments * 8 + lane / 16 * 8;
+  }
+
+  // Lanes of the rows' owners wait for each other.
+  __device__ void sync() const {
+    if (plan.warps > 1)
+      __syncthreads();
+    else
+      __syncwarp();
+  }
+
+  __device__ T* row_of(int ring, int rows, int t) const { return memory + ring + ring_slot(t, rows) * plan.row; }
+
+  // This lane's share of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
+  // to output n. Only this lane reads it again. `flipped`: taps in reverse order, for the transpose.
+  __device__ void make_bands(const LevelWeights& level, int64_t channel, int at, bool flipped) const {
+    const int lane = threadIdx.x % 32, kt = int(level.size.kt), kw = int(level.size.kw), halves = plan.window / 16;
+    const int shift = plan.window / 4 - kw / 2;
+    for (int i = 0; i < kt * halves; ++i) {
+      const int dt = i / halves, first = i % halves * 16 + lane % 4 * 2, n = lane / 4;
+      T taps[4];
+      for (int j = 0; j < 4; ++j) {
+        const int tap = first + j % 2 + j / 2 * 8 - n - shift;
+        const bool inside = tap >= 0 && tap < kw;
+        const int row = flipped ? kt - 1 - dt : dt, column = flipped ? kw - 1 - tap : tap;
+        taps[j] = inside ? *element<const T>(level.weights, 0, channel, row, 0, column) : from_float<T>(0.0f);
+      }
+      *reinterpret_cast<Quad<T>*>(memory + at + (i * 32 + lane) * 4) = {taps[0], taps[1], taps[2], taps[3]};
+    }
+  }
+
+  // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.
+  template <int K, int WINDOW>
+  __device__ void convolve_rows(float (&acc)[STEP][4], int ring, int rows, int bands, int first) const {
+    constexpr int HALVES = WINDOW / 16;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < STEP; ++r)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[r][j] = 0;
+    uint2 band[K * HALVES];
+#pragma unroll
+    for (int i = 0; i < K * HALVES; ++i)
+      band[i] = *reinterpret_cast<const uint2*>(memory + bands + (i * 32 + lane) * 4);
+    int slot = ring_slot(first - K / 2, rows);
+#pragma unroll
+    for (int i = 0; i < K + STEP - 1; ++i) {
+      const int t = first - K / 2 + i;
+      const T* row = memory + (t >= 0 && t < T_ ? ring + slot * plan.row : plan.zeros) + window_at;
+      slot = slot + 1 == rows ? 0 : slot + 1;
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t windows[4];
+        load_matrices(windows, row + 16 * half);
+#pragma unroll
+        for (int r = 0; r < STEP; ++r)
+          if (i >= r && i - r < K) multiply_add<T>(acc[r], windows, band[(i - r) * HALVES + half]);
+      }
+    }
+  }
+
+  template <int WINDOW>
+  __device__ void convolve(float (&acc)[STEP][4], int kt, int ring, int rows, int bands, int first) const {
+    switch (kt) {
+      case 1:
+        return convolve_rows<1, WINDOW>(acc, ring, rows, bands, first);
+      case 3:
+        return convolve_rows<3, WINDOW>(acc, ring, rows, bands, first);
+      case 5:
+        return convolve_rows<5, WINDOW>(acc, ring, rows, bands, first);
+      case 7:
+        return convolve_rows<7, WINDOW>(acc, ring, rows, bands, first);
+      case 9:
+        return convolve_rows<9, WINDOW>(acc, ring, rows, bands, first);
+      case 11:
+        return convolve_rows<11, WINDOW>(acc, ring, rows, bands, first);
+      default:
+        return convolve_rows<13, WINDOW>(acc, ring, rows, bands, first);
+    }
+  }
+};
+
+}  // namespace focalnet::cuda
