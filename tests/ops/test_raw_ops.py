@@ -89,7 +89,7 @@ def test_opcheck_16_bits(request, kernels, name, seed):
     opcheck(request, name, kernels, "contiguous", dtype, seed)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", SUFFIX)
 @pytest.mark.parametrize("name", [name for name in RAW_OPS if "fwd" in name])
 def test_exist_without_kernels(name, backend, seed):
     """Schema and fake stand in Python: the meta device needs no extension and no Triton."""

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from integrations.foreign_layers import build, example
+from integrations.foreign_layers import BUILD, build, example
 from models.foreign import small_config, timm_model
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import BACKWARD_FACTOR, FORWARD_FACTOR, assert_accurate
+
+QUICK = ("detrex", "timm", "transformers")  # one of each way to keep the parts
 
 
 def output_and_gradients(layer, x, dtype):
@@ -20,7 +22,9 @@ def output_and_gradients(layer, x, dtype):
     return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
 
-@pytest.mark.parametrize("form", ["detrex", "timm", "transformers"])
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in BUILD]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast(form, dtype, backend, seed):
     """float32 parameters and input: dtypes as their own forward's under autocast, errors within the rule."""
