@@ -77,14 +77,14 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu():
-    """The CUDA kernels take CPU tensors meanwhile."""
+    """The CUDA kernels take CPU tensors meanwhile. Gives what seeds the order in which their threads run."""
     if reason := cuda_shim.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend cuda: {reason}")
-    cuda_shim.load_ops()
+    seed_threads = cuda_shim.load_ops()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "cuda_device", "cpu")
         patch.setattr(_native, "cuda_missing", None)
-        yield
+        yield seed_threads
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,15 @@
 The raw ops of backend "cuda" then take CPU tensors. See cuda_runtime.h and fibres.h beside this file.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +34,7 @@ def missing() -> str | None:
 def build(name: str, sources: list[Path]) -> Path:
     """Compiles and links `sources` unless that was done for the same files before. Returns the library."""
     headers = [*SHIM.rglob("*.h"), *CSRC.rglob("*.h")]
-    key = hashlib.sha256(torch.__version__.encode())
+    key = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
     for path in sorted([*headers, *sources]):
         key.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / key.hexdigest()[:16]
@@ -56,9 +59,13 @@ def build(name: str, sources: list[Path]) -> Path:
     return library
 
 
-def load_ops() -> None:
-    """The raw ops of backend "cuda", on CPU tensors."""
-    torch.ops.load_library(str(build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp"])))
+def load_ops() -> Callable[[int], None]:
+    """The raw ops of backend "cuda", on CPU tensors. Returns what seeds the order in which their threads run."""
+    library = str(build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp"]))
+    torch.ops.load_library(library)
+    seed = ctypes.CDLL(library).focalnet_shim_seed
+    seed.argtypes, seed.restype = [ctypes.c_uint64], None
+    return seed
 
 
 def load_checks():

@@ -34,8 +34,12 @@ struct alignas(8) float2 {
 #define gridDim (focalnet_shim::running().grid)
 #define blockDim (focalnet_shim::running().size)
 
-inline void __syncthreads() { focalnet_shim::wait_for_block(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { focalnet_shim::wait_for_warp(); }
+inline void __syncthreads(focalnet_shim::Place place = focalnet_shim::Place::current()) {
+  focalnet_shim::wait_for_block(place);
+}
+inline void __syncwarp(unsigned = 0xffffffffu, focalnet_shim::Place place = focalnet_shim::Place::current()) {
+  focalnet_shim::wait_for_warp(place);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -22,6 +22,7 @@ struct Fibre {
   jmp_buf resume;
   bool started = false;
   State state = State::done;
+  Place place;  // of the barrier it waits at
   Index thread;
   unsigned turns = 0;
   std::vector<char> stack = std::vector<char>(STACK);
@@ -60,23 +61,27 @@ void resume(size_t i) {
   setcontext(&fibre.start);
 }
 
-void wait(State state) {
+void wait(State state, Place place) {
   Fibre& fibre = machine.fibres[machine.current];
   fibre.state = state;
+  fibre.place = place;
   if (_setjmp(fibre.resume) == 0) _longjmp(machine.scheduler, 1);
 }
 
 // Lets those go on whose barrier everybody has reached; threads that are done count as having reached it.
 bool release(size_t first, size_t last, State barrier) {
-  bool any = false;
+  const Fibre* before = nullptr;
   for (size_t i = first; i < last; ++i) {
-    const State state = machine.fibres[i].state;
-    if (state != barrier && state != State::done) return false;
-    any |= state == barrier;
+    const Fibre& fibre = machine.fibres[i];
+    if (fibre.state == State::done) continue;
+    if (fibre.state != barrier) return false;
+    if (before && (before->place.line() != fibre.place.line() || before->place.column() != fibre.place.column()))
+      throw std::runtime_error("threads wait at different barriers");
+    before = &fibre;
   }
   for (size_t i = first; i < last; ++i)
     if (machine.fibres[i].state == barrier) machine.fibres[i].state = State::ready;
-  return any;
+  return before != nullptr;
 }
 
 void run_block(int threads) {
@@ -119,8 +124,8 @@ void run_block(int threads) {
 }  // namespace
 
 const Running& running() { return machine.running; }
-void wait_for_block() { wait(State::at_block); }
-void wait_for_warp() { wait(State::at_warp); }
+void wait_for_block(Place place) { wait(State::at_block, place); }
+void wait_for_warp(Place place) { wait(State::at_warp, place); }
 void turn() { ++machine.fibres[machine.current].turns; }
 unsigned char* mailbox(int lane) {
   const size_t set = machine.fibres[machine.current].turns % 2;
@@ -145,3 +150,6 @@ void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::fu
 void seed(uint64_t seed) { machine.lots.seed(seed); }
 
 }  // namespace focalnet_shim
+
+// For ctypes: every library has a machine of its own.
+extern "C" __attribute__((visibility("default"))) void focalnet_shim_seed(uint64_t seed) { focalnet_shim::seed(seed); }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <source_location>
 #include <vector>
 
 namespace focalnet_shim {
@@ -20,8 +21,10 @@ struct Running {
 const Running& running();
 inline int lane() { return running().thread.x % 32; }
 
-void wait_for_block();
-void wait_for_warp();
+// Barriers know where they stand in the source: threads that wait at different ones are an error.
+using Place = std::source_location;
+void wait_for_block(Place place);
+void wait_for_warp(Place place);
 
 // What lanes of the running thread's warp tell each other: a place of 64 bytes for each, two sets in turn, so that one
 // wait is enough. `turn` starts a lane's next set.
@@ -30,11 +33,11 @@ unsigned char* mailbox(int lane);
 
 // Shows `value` to the warp; afterwards the lanes' values can be read from their mailboxes.
 template <class T>
-void show(const T& value) {
+void show(const T& value, Place place = Place::current()) {
   static_assert(sizeof(T) <= 64);
   turn();
   std::memcpy(mailbox(lane()), &value, sizeof(T));
-  wait_for_warp();
+  wait_for_warp(place);
 }
 template <class T>
 T shown_by(int lane) {
@@ -45,8 +48,8 @@ T shown_by(int lane) {
 
 // `value` as lane `source` of the warp gave it.
 template <class T>
-T exchange(const T& value, int source) {
-  show(value);
+T exchange(const T& value, int source, Place place = Place::current()) {
+  show(value, place);
   return shown_by<T>(source % 32);
 }
 

@@ -1,0 +1,205 @@
+"""The CUDA kernels on a CPU: the shim that runs them, and what every backend's tests do not ask of them."""
+
+import math
+
+import cuda_shim
+import numpy as np
+import pytest
+import torch
+
+import focalnet_kernels as fk
+from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs, run
+from ops.strategies import DTYPES, dtype_name
+
+
+@pytest.fixture(scope="module")
+def checks(cuda_on_cpu):
+    return cuda_shim.load_checks()
+
+
+# ------------------------------------------------------------------------------------- the shim, by itself
+
+LANES = np.arange(32)
+
+
+def pairs(matrices):
+    """Per lane and matrix, the two elements (lane / 4, 2 * (lane % 4)) and next: PTX's fragment of 8 x 8."""
+    rows, columns = LANES // 4, LANES % 4 * 2
+    return np.stack([np.stack([m[rows, columns], m[rows, columns + 1]], -1) for m in matrices], 1)
+
+
+def packed(bits):
+    """Registers of two 16-bit elements each, the first in the lower half."""
+    return np.ascontiguousarray(bits).view(np.uint32)[..., 0]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+def test_ldmatrix(checks, transposed, seed):
+    matrices = np.random.default_rng(seed).integers(0, 2**16, (4, 8, 8), dtype=np.uint16)
+    expected = pairs(matrices.transpose(0, 2, 1) if transposed else matrices)
+    np.testing.assert_array_equal(checks.load(matrices.reshape(32, 8), transposed, 0), packed(expected))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+def test_ldmatrix_wants_aligned_rows(checks, transposed):
+    with pytest.raises(RuntimeError, match="16-byte aligned"):
+        checks.load(np.zeros((32, 8), np.uint16), transposed, 8)
+
+
+def sixteen_bits(values, bfloat16):
+    """(bits, what they stand for)."""
+    if bfloat16:
+        bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(float)
+    return values.astype(np.float16).view(np.uint16), values.astype(np.float16).astype(float)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float16", "bfloat16"])
+def test_mma(checks, bfloat16, seed):
+    """d + a b, with a and b in registers as ldmatrix leaves them, which is as PTX has them."""
+    generator = np.random.default_rng(seed)
+    a_bits, a = sixteen_bits(generator.normal(size=(16, 16)), bfloat16)
+    b_bits, b = sixteen_bits(generator.normal(size=(16, 8)), bfloat16)
+    d = generator.normal(size=(16, 8)).astype(np.float32)
+    quarters = [a_bits[:8, :8], a_bits[8:, :8], a_bits[:8, 8:], a_bits[8:, 8:]]
+    a_registers = checks.load(np.concatenate(quarters), False, 0)
+    np.testing.assert_array_equal(a_registers, packed(pairs(quarters)))
+    b_registers = checks.load(np.concatenate([b_bits, b_bits]), True, 0)[:, :2]
+    np.testing.assert_array_equal(b_registers, packed(pairs([b_bits[:8].T, b_bits[8:].T])))
+    d_registers = pairs([d[:8], d[8:]]).reshape(32, 4)
+    result = checks.multiply(a_registers, np.ascontiguousarray(b_registers), d_registers, bfloat16)
+    exact = d + a @ b
+    np.testing.assert_allclose(result, pairs([exact[:8], exact[8:]]).reshape(32, 4), atol=1e-5)
+
+
+def test_shuffles(checks, seed):
+    values = np.random.default_rng(seed).normal(size=96).astype(np.float32)
+    for mask, source in ((1, 0), (2, 7), (16, 31), (31, 12)):
+        crossed, sent = checks.shuffle(values, mask, source)
+        warps = values.reshape(3, 32)
+        np.testing.assert_array_equal(crossed, warps[:, LANES ^ mask].ravel())
+        np.testing.assert_array_equal(sent, np.repeat(warps[:, source], 32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_shared_memory_is_poisoned(checks, dtype):
+    """In every block anew, whatever the one before left there."""
+    assert np.isnan(checks.poison(3, 4096).view(dtype)).all()
+
+
+def test_limits_of_a_block(checks, monkeypatch):
+    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "4096")
+    checks.ask_for_shared_memory(4096)
+    with pytest.raises(RuntimeError, match="shared memory"):
+        checks.ask_for_shared_memory(4097)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    list(enumerate(["that others never reach", "that others never reach", "at different barriers"])),
+    ids=["warp-in-block", "half-a-shuffle", "two-places"],
+)
+def test_lost_barriers(checks, fault, message):
+    with pytest.raises(RuntimeError, match=message):
+        checks.lose_barrier(fault)
+
+
+@pytest.mark.parametrize("before, after", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("by_warp", [False, True], ids=["block", "warp"])
+def test_planted_races(checks, by_warp, before, after, seed):
+    """Values handed to a neighbour, over and over: wrong as soon as either barrier is missing, in any order but one."""
+    values = np.random.default_rng(seed).normal(size=96).astype(np.float32)
+    rounds, right = 3, 0
+    expected = np.roll(values.reshape(3, 32) if by_warp else values, -rounds, axis=-1).ravel()
+    for order in range(seed, seed + 100):
+        checks.seed(order)
+        right += np.array_equal(checks.pass_on(values, rounds, by_warp, before, after), expected)
+    assert right == (100 if before and after else 0)
+
+
+# -------------------------------------------------------------------------------------------- the kernels
+
+
+def depthwise(ctx, weights):
+    """Zero-padded depthwise correlation of (B, C, H, W) with (C, 1, k, k)."""
+    k, (H, W) = weights.shape[-1], ctx.shape[2:]
+    padded = np.pad(ctx, ((0, 0), (0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    return sum(weights[:, 0, i, j, None, None] * padded[:, :, i : i + H, j : j + W] for i in range(k) for j in range(k))
+
+
+def gelu(x):
+    return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("dtype, limit", [(np.float32, 1e-5), (np.float16, 5e-3)], ids=["float32", "float16"])
+def test_against_numpy(cuda_on_cpu, dtype, limit, seed):
+    """The formula once more, without PyTorch: what other tests compare with cannot share its faults."""
+    generator = np.random.default_rng(seed)
+    ctx, gates = generator.normal(size=(2, 3, 6, 11)).astype(dtype), generator.normal(size=(2, 3, 6, 11)).astype(dtype)
+    weights = [generator.normal(size=(3, 1, k, k)).astype(dtype) / dtype(k) for k in (3, 5)]
+    level, expected = ctx.astype(float), 0
+    for i, w in enumerate(weights):
+        level = gelu(depthwise(level, w.astype(float)))
+        expected = expected + gates[:, i : i + 1] * level
+    expected = expected + gates[:, 2:] * gelu(level.mean((2, 3), keepdims=True))
+    with fk.use_backend("cuda"):
+        result = fk.focal_context(torch.tensor(ctx), torch.tensor(gates), [torch.tensor(w) for w in weights])
+    assert np.abs(result.numpy() - expected).max() <= limit * np.abs(expected).max()
+
+
+# (shape, kernels, bytes of shared memory): what plans treat in their own ways. Several images in a warp, a block for a
+# row, strips of rows, windows of 32 columns; planes of floats (float32, volumes, tall kernels), in global memory where
+# the shared one is small
+PLANS = {
+    "groups": ((5, 3, 7, 6), [3, 5], None),
+    "three-levels": ((2, 3, 9, 13), [3, 5, 7], None),
+    "window-of-32": ((2, 2, 9, 17), [3, 11], None),
+    "wide": ((1, 2, 5, 140), [3, 5], None),
+    "strips": ((1, 2, 90, 56), [3, 5], None),
+    "wide-strips": ((1, 1, 40, 140), [3], None),
+    "volume": ((1, 3, 4, 5, 6), [3, 5], None),
+    "tall-kernel": ((2, 3, 17, 5), [3, (15, 3)], None),
+    "scratch": ((2, 3, 21, 19), [3, 5], 4096),
+    "scratch-volume": ((2, 2, 7, 6, 9), [3], 4096),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_plans(cuda_on_cpu, plan, dtype, seed, monkeypatch):
+    shape, kernels, shared = plan
+    if shared:
+        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(shared))
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
+    assert_op_accurate(fk.focal_context, inputs, "cuda", torch.randn(shape).to(dtype))
+
+
+def assert_order_does_not_matter(seed_threads, op, inputs, grad_output, seed):
+    """A missing barrier makes results depend on the order in which threads run."""
+    results = []
+    for order in range(seed, seed + 4):
+        seed_threads(order)
+        with fk.use_backend("cuda"):
+            results.append(run(op, inputs, grad_output))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert value.isfinite().all(), name
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_order_of_threads_in_focal_context(cuda_on_cpu, plan, dtype, seed, monkeypatch):
+    shape, kernels, shared = plan
+    if shared:
+        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(shared))
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
+    assert_order_does_not_matter(cuda_on_cpu, fk.focal_context, inputs, torch.randn(shape).to(dtype), seed)
+
+
+@pytest.mark.parametrize("postln", [False, True], ids=["plain", "postln"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_order_of_threads_in_focal_modulation(cuda_on_cpu, postln, dtype, seed):
+    for shape in ((2, 7, 6, 40), (3, 5, 9, 10)):
+        inputs = make_layer_inputs(shape, [3, 5], postln=postln, dtype=dtype, seed=seed)
+        assert_order_does_not_matter(cuda_on_cpu, fk.focal_modulation, inputs, torch.randn(shape).to(dtype), seed)
