@@ -46,11 +46,14 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   const int64_t gates = chain.L + 1;
   int64_t taps = 0;
   for (int l = 0; l < chain.L; ++l) taps += chain.levels[l].size.taps();
-  const ContextPlan plan = plan_context_bwd(chain);
+  const RowsBackwardPlan rows = plan_rows_bwd(chain);
+  const ContextPlan planes = rows.rows.fits ? ContextPlan{} : plan_context_bwd(chain);
+  const int64_t slots = rows.rows.fits ? rows.slots : planes.slots;
+  const int64_t image_runs = rows.rows.fits ? rows.rows.runs : planes.image_runs;
   const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  Tensor scratch = floats(plan.scratch);
-  Tensor gates_parts = floats(wanted.gates.data ? plan.slots * g.B * gates * g.pixels() : 0);
-  Tensor weights_parts = floats(wanted.weights ? plan.image_runs * g.C * taps : 0);
+  Tensor scratch = floats(planes.scratch);
+  Tensor gates_parts = floats(wanted.gates.data ? slots * g.B * gates * g.pixels() : 0);
+  Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
   ContextBackward p{};
   p.chain = chain;
   p.grad_out = grad_out;
@@ -64,7 +67,7 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   if (wanted.gates.data) {
     p.gates_parts = static_cast<float*>(gates_parts.data_ptr());
     const Geometry all{g.B, gates, g.T, g.M, g.W};
-    sums.jobs[sums.n++] = {p.gates_parts, plan.slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
+    sums.jobs[sums.n++] = {p.gates_parts, slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
   }
   std::vector<Tensor> gradients;
   if (wanted.weights) {
@@ -74,11 +77,14 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
       const Level& k = chain.levels[l].size;
       gradients.push_back(torch::stable::empty_like(weights[l]));
       const MapView to = map_of(gradients[l], 2, 0);
-      sums.jobs[sums.n++] = {parts, plan.image_runs, g.C * taps, taps, {1, g.C, k.kt, k.km, k.kw}, to};
+      sums.jobs[sums.n++] = {parts, image_runs, g.C * taps, taps, {1, g.C, k.kt, k.km, k.kw}, to};
       parts += k.taps();
     }
   }
-  run_context_bwd(p, plan, on.stream);
+  if (rows.rows.fits)
+    run_rows_bwd(p, rows, on.stream);
+  else
+    run_context_bwd(p, planes, on.stream);
   run_sums(sums, on.stream);
   return gradients;
 }

@@ -11,28 +11,6 @@ struct Arguments {
   float* shares;  // [strips][B][C]: sums of the last level, where there are several strips
 };
 
-template <class T>
-__device__ Two<T> with_bias(Two<T> two, float bias) {
-  return {from_float<T>(to_float(two.values[0]) + bias), from_float<T>(to_float(two.values[1]) + bias)};
-}
-
-// Rows first .. first + STEP - 1 of ctx, as this lane will put them into the ring.
-template <class T>
-__device__ void fetch(const Chain& p, const Pairs& pairs, int64_t channel, float bias, int first,
-                      Two<T> (&to)[STEP][2]) {
-#pragma unroll
-  for (int r = 0; r < STEP; ++r)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = first + r, n = t >= 0 && t < p.g.T ? pairs.columns[i] : 0;
-      to[r][i] = load_two(pairs.element_of<const T>(p.ctx, i, channel, t), p.ctx.w, n);
-      if (p.ctx_bias.data && n > 0) {
-        to[r][i] = with_bias(to[r][i], bias);
-        if (n < 2) to[r][i].values[1] = from_float<T>(0.0f);
-      }
-    }
-}
-
 // gate * value of this lane's pair i of row t, added to two sums
 template <class T>
 __device__ void add_gated(const Chain& p, const Pairs& pairs, int i, int level, float bias, int t, float a, float b,
@@ -68,17 +46,12 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Ar
       Two<T> next[STEP][2];
       // the last level's rows begin at `t`, level l's all - reach[l] further down, what enters the first at t + all
       int t = begin - (all + 1) / 2 * STEP;
-      fetch(chain, pairs, channel, bias, t + all, next);
+      fetch_ctx(chain, pairs, channel, bias, t + all, next);
       for (; t < end; t += STEP) {
 #pragma unroll
-        for (int r = 0; r < STEP; ++r)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (pairs.at[i] >= 0)
-              *reinterpret_cast<Two<T>*>(rows.row_of(plan.rings[0], plan.ring_rows[0], t + all + r) + pairs.at[i]) =
-                  next[r][i];
+        for (int r = 0; r < STEP; ++r) rows.put(plan.rings[0], plan.ring_rows[0], t + all + r, pairs, next[r]);
         rows.sync();
-        if (t + STEP < end) fetch(chain, pairs, channel, bias, t + STEP + all, next);
+        if (t + STEP < end) fetch_ctx(chain, pairs, channel, bias, t + STEP + all, next);
         for (int l = 0; l < L; ++l) {
           const int first = t + all - plan.reach[l + 1], kt = int(chain.levels[l].size.kt);
           if (first + STEP > 0 && first < g.T && (l + 1 < L || first + STEP > begin)) {
@@ -87,13 +60,12 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Ar
               rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
 #pragma unroll
               for (int r = 0; r < STEP; ++r) {
-                T* const row = rows.row_of(plan.rings[l + 1], plan.ring_rows[l + 1], first + r);
+                Two<T> values[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                  if (pairs.at[i] >= 0)
-                    *reinterpret_cast<Two<T>*>(row + pairs.at[i]) = {
-                        from_float<T>(pairs.columns[i] > 0 ? gelu<T>(acc[r][2 * i]) : 0.0f),
-                        from_float<T>(pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f)};
+                  values[i] = {from_float<T>(pairs.columns[i] > 0 ? gelu<T>(acc[r][2 * i]) : 0.0f),
+                               from_float<T>(pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f)};
+                rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs, values);
               }
             } else {
               float total[STEP][4] = {};
@@ -197,43 +169,21 @@ RowsPlan plan_rows_fwd(const Chain& chain) {
   const Geometry& g = chain.g;
   const Device device = current_device();
   RowsPlan plan{};
-  constexpr int64_t LARGEST_TAPS = 13;
-  int64_t widest = 1, tallest = 1;
-  for (int l = 0; l < chain.L; ++l) {
-    const Level& k = chain.levels[l].size;
-    widest = std::max(widest, k.kw), tallest = std::max(tallest, k.kt);
-    plan.reach[l + 1] = plan.reach[l] + int(k.rt());
-    if (k.km != 1) return plan;
-  }
-  plan.segments = int(std::min<int64_t>((g.W + 7) / 8, 1 << 20));
-  if (chain.dtype == DType::f32 || chain.L == 0 || g.M != 1 || std::max(widest, tallest) > LARGEST_TAPS ||
-      plan.segments > 16 * MOST_WARPS || g.T > 1 << 20)
-    return plan;
-  plan.window = widest <= 9 ? 16 : 32;
-  plan.warps = (plan.segments + 15) / 16;
-  plan.images = plan.warps > 1 ? 1 : int(std::min<int64_t>(16 / plan.segments, std::max<int64_t>(1, g.B)));
-  plan.image_row = 8 * plan.segments + plan.window - 8;
-  plan.row = plan.images * plan.image_row;
+  if (!lay_out_rows(chain, plan)) return plan;
   for (int l = 0; l < chain.L; ++l) {
     const int to_the_end = plan.reach[chain.L] - plan.reach[l];
     const int to_the_next = 2 * int(chain.levels[l].size.rt());
-    plan.ring_rows[l] = STEP + std::max(l > 0 ? to_the_end : 0, to_the_next);
-    plan.rings[l] = plan.elements;
-    plan.elements += plan.ring_rows[l] * plan.row;
+    const int needed = STEP + std::max(l > 0 ? to_the_end : 0, to_the_next);
+    plan.ring_rows[l] = int(std::min<int64_t>(needed, g.T));  // a ring of the whole map needs no more
+    plan.rings[l] = take(plan, plan.ring_rows[l] * plan.row);
   }
-  plan.zeros = plan.elements;
-  plan.elements += plan.row;
-  for (int l = 0; l < chain.L; ++l) {
-    plan.bands[l] = plan.elements;
-    plan.elements += int(chain.levels[l].size.kt) * (plan.window / 16) * 32 * 4;
-  }
-  plan.sums = plan.elements;
-  plan.elements += 2 * 16 * plan.warps;
-  plan.elements = (plan.elements + 7) / 8 * 8;
+  plan.zeros = take(plan, plan.row);
+  for (int l = 0; l < chain.L; ++l)
+    plan.bands[l] = take(plan, int(chain.levels[l].size.kt) * (plan.window / 16) * 32 * 4);
+  plan.sums = take(plan, 2 * 16 * plan.warps);
   plan.shared = int64_t(plan.elements) * 2 * (plan.warps > 1 ? 1 : BLOCK_WARPS);
   if (plan.shared > device.shared_per_block) return plan;
 
-  plan.groups = (g.B + plan.images - 1) / plan.images;
   const int64_t enough = 16 * device.processors;  // warps that a device wants
   const int64_t planes = std::max<int64_t>(1, plan.groups * g.C * plan.warps), halo = plan.reach[chain.L];
   // a strip recomputes `halo` rows on both sides: none shorter than that

@@ -90,6 +90,22 @@ struct RowsPlan {
   int64_t shares;                  // floats of [strips][B][C], sums of the last level where there are several strips
 };
 
+// What the backward has besides. A block's warps own neighbouring channels and go down the same maps together.
+struct RowsBackwardPlan {
+  RowsPlan rows;
+  int flipped[MAX_LEVELS];                       // bands of the transposes
+  int grads[MAX_LEVELS], grad_rows[MAX_LEVELS];  // rings of the gradients of what leaves level l's convolution
+  // and such that only the lane that wrote them reads, 64 pairs to a row
+  int slopes[MAX_LEVELS], slope_rows[MAX_LEVELS], grad_out, grad_out_rows;
+  int products;         // [L + 1][STEP][2][32] pairs: what a channel adds to the gates' gradients
+  int channels;         // of a block: its warps
+  int64_t channel_run;  // blocks of channels that a task takes one after the other
+  int64_t slots;        // of gates_parts: tasks along the channels
+};
+
+RowsBackwardPlan plan_rows_bwd(const Chain& chain);
+void run_rows_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream);
+
 RowsPlan plan_rows_fwd(const Chain& chain);
 void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream);
 

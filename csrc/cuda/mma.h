@@ -28,6 +28,13 @@ __device__ inline void load_transposed(uint32_t (&a)[4], const void* row) {
                : "memory");
 }
 
+// An 8 x 8 matrix held as above, transposed.
+__device__ inline uint32_t transpose(uint32_t a) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(a));
+  return transposed;
+}
+
 // d (16 x 8) += a (16 x 16) b (16 x 8). Lane i = 4 g + q holds, two elements to a register,
 // a: rows g, g + 8, g, g + 8, columns 2 q (+ 8 in the last two); b: column g, rows 2 q and 2 q + 8;
 // d: row g, columns 2 q, 2 q + 1, then row g + 8.

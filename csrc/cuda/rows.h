@@ -63,6 +63,38 @@ __device__ void store_two(T* p, int64_t stride, int n, float a, float b) {
   if (n > 1) p[stride] = two.values[1];
 }
 
+template <class T>
+__device__ Two<T> with_bias(Two<T> two, float bias, int n) {
+  const T zero = from_float<T>(0.0f);
+  return {n > 0 ? from_float<T>(to_float(two.values[0]) + bias) : zero,
+          n > 1 ? from_float<T>(to_float(two.values[1]) + bias) : zero};
+}
+
+// Rows first .. first + STEP - 1 of a map as this lane holds them; zeros outside.
+template <class T>
+__device__ void fetch(const MapView& map, int64_t rows, const Pairs& pairs, int64_t channel, int first,
+                      Two<T> (&to)[STEP][2]) {
+#pragma unroll
+  for (int r = 0; r < STEP; ++r)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = first + r, n = t >= 0 && t < rows ? pairs.columns[i] : 0;
+      to[r][i] = load_two(pairs.element_of<const T>(map, i, channel, t), map.w, n);
+    }
+}
+// The same of ctx, with its bias.
+template <class T>
+__device__ void fetch_ctx(const Chain& p, const Pairs& pairs, int64_t channel, float bias, int first,
+                          Two<T> (&to)[STEP][2]) {
+  fetch(p.ctx, p.g.T, pairs, channel, first, to);
+  if (!p.ctx_bias.data) return;
+#pragma unroll
+  for (int r = 0; r < STEP; ++r)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < p.g.T ? pairs.columns[i] : 0);
+}
+
 // Where row t of a ring lies.
 __device__ inline int ring_slot(int t, int rows) { return (t + 64 * rows) % rows; }
 
@@ -90,6 +122,15 @@ struct Rows {
   }
 
   __device__ T* row_of(int ring, int rows, int t) const { return memory + ring + ring_slot(t, rows) * plan.row; }
+
+  // Puts this lane's pairs of row t into a ring, if that is a row of the map.
+  __device__ void put(int ring, int rows, int t, const Pairs& pairs, const Two<T> (&row)[2]) const {
+    if (t < 0 || t >= T_) return;
+    T* const to = row_of(ring, rows, t);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (pairs.at[i] >= 0) *reinterpret_cast<Two<T>*>(to + pairs.at[i]) = row[i];
+  }
 
   // This lane's share of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
   // to output n. Only this lane reads it again. `flipped`: taps in reverse order, for the transpose.
@@ -158,6 +199,60 @@ struct Rows {
         return convolve_rows<13, WINDOW>(acc, ring, rows, bands, first);
     }
   }
+
+  // sums[OFFSET + dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of
+  // its outputs: element (j, i) of input j of a window and output i. Taps are its diagonals.
+  template <int K, int OFFSET, int ALL>
+  __device__ void add_products(float (&sums)[ALL][4], int ring, int rows, int first,
+                               const uint32_t (&grad)[STEP][2]) const {
+    uint2 columns[STEP];
+#pragma unroll
+    for (int r = 0; r < STEP; ++r) columns[r] = {transpose(grad[r][0]), transpose(grad[r][1])};
+    int slot = ring_slot(first - K / 2, rows);
+#pragma unroll
+    for (int i = 0; i < K + STEP - 1; ++i) {
+      const int t = first - K / 2 + i;
+      const T* row = memory + (t >= 0 && t < T_ ? ring + slot * plan.row : plan.zeros) + window_at;
+      slot = slot + 1 == rows ? 0 : slot + 1;
+      uint32_t windows[4];
+      load_transposed(windows, row);
+      const uint32_t turned[4] = {windows[0], windows[2], windows[1], windows[3]};
+#pragma unroll
+      for (int r = 0; r < STEP; ++r)
+        if (i >= r && i - r < K) multiply_add<T>(sums[OFFSET + i - r], turned, columns[r]);
+    }
+  }
 };
+
+// Fills in how a map's rows lie in a warp; false where this form cannot take them.
+inline bool lay_out_rows(const Chain& chain, RowsPlan& plan) {
+  constexpr int64_t LARGEST_TAPS = 13;
+  const Geometry& g = chain.g;
+  int64_t widest = 1, tallest = 1;
+  for (int l = 0; l < chain.L; ++l) {
+    const Level& k = chain.levels[l].size;
+    widest = std::max(widest, k.kw), tallest = std::max(tallest, k.kt);
+    plan.reach[l + 1] = plan.reach[l] + int(k.rt());
+    if (k.km != 1) return false;
+  }
+  plan.segments = int(std::min<int64_t>((g.W + 7) / 8, 1 << 20));
+  if (chain.dtype == DType::f32 || chain.L == 0 || g.M != 1 || std::max(widest, tallest) > LARGEST_TAPS ||
+      plan.segments > 16 * MOST_WARPS || g.T > 1 << 20)
+    return false;
+  plan.window = widest <= 9 ? 16 : 32;
+  plan.warps = (plan.segments + 15) / 16;
+  plan.images = plan.warps > 1 ? 1 : int(std::min<int64_t>(16 / plan.segments, std::max<int64_t>(1, g.B)));
+  plan.image_row = 8 * plan.segments + plan.window - 8;
+  plan.row = plan.images * plan.image_row;
+  plan.groups = (g.B + plan.images - 1) / plan.images;
+  return true;
+}
+
+// Takes the next n elements of a warp's shared memory.
+inline int take(RowsPlan& plan, int n) {
+  const int first = plan.elements;
+  plan.elements += (n + 7) / 8 * 8;
+  return first;
+}
 
 }  // namespace focalnet::cuda

@@ -37,6 +37,17 @@ inline void load_transposed(uint32_t (&a)[4], const void* row) {
   }
 }
 
+inline uint32_t transpose(uint32_t a) {
+  focalnet_shim::show(a);
+  const int lane = focalnet_shim::lane(), g = lane / 4, q = lane % 4;
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t two = focalnet_shim::shown_by<uint32_t>(4 * (2 * q + i) + g / 2);
+    result |= (two >> 16 * (g % 2) & 0xffff) << 16 * i;
+  }
+  return result;
+}
+
 inline float half_of(uint32_t two, int i, __nv_bfloat16) { return __bfloat162float({uint16_t(two >> 16 * i)}); }
 inline float half_of(uint32_t two, int i, __half) {
   const uint16_t bits = uint16_t(two >> 16 * i);
