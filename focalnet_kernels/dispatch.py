@@ -1,9 +1,9 @@
 """Which backend runs an op, and why not the others.
 
-Every op lists its implementations in order of preference. An implementation says in one sentence why it cannot
-take a call, or None when it can. `select` takes the first that can; a backend that the user named must be able
-to, or the call raises. Everything here is plain Python over shapes, dtypes, devices and PyTorch's modes:
-torch.compile sees constants.
+Every op lists its implementations in order of preference; what was measured on a device (see measured.py) goes before
+it. An implementation says in one sentence why it cannot take a call, or None when it can. `select` takes the first that
+can; a backend that the user named must be able to, or the call raises. Everything here is plain Python over shapes,
+dtypes, devices and PyTorch's modes: torch.compile sees constants.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from . import measured
 
 ENVIRONMENT = "FOCALNET_KERNELS_BACKEND"
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -42,13 +44,14 @@ class Implementation:
 
 
 _implementations: dict[str, tuple[Implementation, ...]] = {}
+_workloads: dict[str, Callable[..., measured.Workload]] = {}
 _requested = os.environ.get(ENVIRONMENT, "auto")
 _warned: set[str] = set()
 
 
-def register(op: str, *implementations: Implementation) -> None:
-    """Declare an op's implementations, the preferred one first."""
-    _implementations[op] = implementations
+def register(op: str, workload: Callable[..., measured.Workload], *implementations: Implementation) -> None:
+    """Declare an op's implementations, the preferred one first; `workload` takes the op's arguments."""
+    _workloads[op], _implementations[op] = workload, implementations
 
 
 def implementation(op: str, backend: str) -> Implementation:
@@ -102,7 +105,7 @@ def select(op: str, *args) -> Implementation:
         BackendError: the user named a backend that cannot.
     """
     name = requested_backend()
-    for candidate in _implementations[op]:
+    for candidate in _measured(op, name, *args) or _implementations[op]:
         if name in ("auto", candidate.backend):
             reason = _why_not(candidate, name, *args)
             if reason is None:
@@ -110,6 +113,26 @@ def select(op: str, *args) -> Implementation:
             if name != "auto":
                 raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
     raise BackendError(f"{op}: backend {name!r} cannot run this call: it does not implement this op")
+
+
+def _measured(op: str, name: str, *args) -> list[Implementation] | None:
+    """The implementations not slower than eager in the order found on this device, or None: no such measurement."""
+    if name != "auto" or not measured.anything_of(args[0].device):
+        return None
+    workload = _workloads[op](*args)
+    if not _all_known(workload.shape):
+        return None
+    order = measured.backends(op, args[0].device, args[0].dtype, *workload)
+    return order and [i for backend in order for i in _implementations[op] if i.backend == backend]
+
+
+def _all_known(shape: tuple[int, ...]) -> bool:
+    """Whether no size is a symbol: a graph for every size must not be bound to the first by asking for it."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return all([has_static_value(size) for size in shape])
+    return all([type(size) is int for size in shape])
 
 
 def _why_not(candidate: Implementation, name: str, *args) -> str | None:
@@ -152,12 +175,17 @@ class Explanation:
 def explain_call(op: str, *args) -> Explanation:
     """As `select`, with every reason, and without raising."""
     name, chosen, reasons = requested_backend(), None, {}
-    for candidate in _implementations[op]:
+    order = _measured(op, name, *args)
+    others = [i for i in _implementations[op] if order is None or i not in order]
+    for candidate in (order or []) + others:
         reason = _why_not(candidate, name, *args)
         if reason is None and name not in ("auto", candidate.backend):
             reason = f"backend {name!r} was asked for"
         if reason is None and chosen is not None:
             reason = f"{chosen!r} is preferred"
+            if order is not None:
+                faster = "eager" if chosen == "reference" else repr(chosen)
+                reason = f"{faster} was measured faster on this device"
         if reason is None:
             chosen = candidate.backend
         else:

@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from ..dispatch import use_backend
 from ..functional import explain, focal_modulation
 from ..models.layers import DETECTION, PublishedLayer, published_layers
 from ..models.variants import VARIANTS
@@ -59,10 +60,11 @@ def _run(console, layers, batch, dtypes, device) -> int:
         options = {"postln": layer.use_postln_in_modulation, "dtype": dtype, "device": device}
         inputs = make_layer_inputs(shape, layer.kernels, **options) | {"normalize": layer.normalize_modulator}
         cells = []
-        reasons = explain(focal_modulation, **inputs)
         for backend in backends:
-            if backend in reasons.reasons and not reasons.reasons[backend].endswith("is preferred"):
-                absent.setdefault(f"{backend}: {reasons.reasons[backend]}")
+            with use_backend(backend):
+                found = explain(focal_modulation, **inputs)
+            if found.backend != backend:
+                absent.setdefault(f"{backend}: {found.reasons[backend]}")
                 cells.append("-")
                 continue
             try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...measured import Workload
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._library import define
 from . import native, triton_launch
@@ -73,8 +74,14 @@ def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normali
     return implementation.forward(ctx, gates, weights, normalize)[0]
 
 
+def _workload(ctx, gates, weights, normalize) -> Workload:
+    kernels = tuple([tuple(w.shape[2:]) for w in weights])
+    return Workload(needs_grad([ctx, gates, *weights]), ctx.shape[1], kernels, (ctx.shape[0], *ctx.shape[2:]))
+
+
 dispatch.register(
     "focal_context",
+    _workload,
     dispatch.Implementation(
         "triton", triton_launch.why_not, triton_launch.focal_context_fwd, triton_launch.focal_context_bwd
     ),

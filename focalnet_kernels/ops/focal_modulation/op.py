@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...measured import Workload
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._library import define
 from . import native, triton_launch
@@ -117,8 +118,14 @@ def _reference_output(x, parameters, normalize, ln_eps):
     return focal_modulation_reference(x, parameters, normalize, ln_eps)[0]
 
 
+def _workload(x, parameters, normalize, ln_eps) -> Workload:
+    kernels = tuple([tuple(w.shape[2:]) for w in parameters.focal_weights])
+    return Workload(needs_grad([x, *parameters.flat()]), x.shape[-1], kernels, tuple(x.shape[:-1]))
+
+
 dispatch.register(
     "focal_modulation",
+    _workload,
     dispatch.Implementation(
         "triton", triton_launch.why_not, triton_launch.focal_modulation_fwd, triton_launch.focal_modulation_bwd
     ),

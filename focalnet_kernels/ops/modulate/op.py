@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
+from ...measured import Workload
 from .._autograd import needs_grad
 from .._library import define
 from . import native, triton_launch
@@ -56,8 +57,13 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) ->
     return implementation.forward(q, ctx_all, weight, bias)
 
 
+def _workload(q, ctx_all, weight, bias) -> Workload:
+    return Workload(needs_grad([q, ctx_all, weight, bias]), q.shape[1], (), (q.shape[0], *q.shape[2:]))
+
+
 dispatch.register(
     "modulate",
+    _workload,
     dispatch.Implementation("triton", triton_launch.why_not, triton_launch.modulate_fwd),
     native.implementation("cpu"),
     native.implementation("cuda"),
