@@ -15,6 +15,7 @@ BARS = {
     "layers.csv": ("layers.png", "p50_ms", "ms, median", ("forward", "forward+backward")),
     "model.csv": ("model.png", "images_per_s", "images/s", ("forward", "forward+backward")),
     "peers.csv": ("peers.png", "images_per_s", "images/s", ("forward", "forward+backward")),
+    "peers_larger.csv": ("peers_larger.png", "images_per_s", "images/s", ("forward", "forward+backward")),
 }
 ROOFLINE = ("roofline.png", ("ops.csv", "layers.csv"))
 

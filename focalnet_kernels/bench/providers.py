@@ -222,8 +222,8 @@ def _placed(case: Case, module: nn.Module, exact: bool) -> nn.Module:
 
 
 def _exact_dtype(case: Case) -> torch.dtype:
-    """float32 is exact enough for a whole model of 16 bits, whose activations in float64 might not fit the device."""
-    return torch.float32 if case.layer is None and case.dtype.itemsize == 2 else torch.float64
+    """float32 is exact enough for 16 bits, and takes a tenth of float64's time in a depthwise convolution on a CPU."""
+    return torch.float32 if case.dtype.itemsize == 2 else torch.float64
 
 
 def _lively(module: nn.Module) -> nn.Module:

@@ -51,7 +51,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Time ops, layers, blocks and models: forward, backward, and both.
 
-    Every provider is first held to the eager form's accuracy against float64: who fails gets no figure. Then they run
+    Every provider is first held to the error rule, forward and backward: who fails gets no figure. Then they run
     in turns in one process, so that drift hits all alike. Figures are p20, p50 and p80 of the rounds, images/s, peak
     memory, the bytes kept for backward, and the share of what the machine's copy and matrix product would allow.
     """
