@@ -17,12 +17,7 @@ def raw_op(name, backend):
     return getattr(OPS, name + SUFFIX[backend])
 
 
-def opcheck(request, name, backend, layout, dtype, seed):
-    if (name, backend) == ("focal_modulation_bwd-postln", "triton"):
-        reason = (
-            "the gradients of h.bias, ln.weight and ln.bias are rows of one tensor, which an op's results must not be"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def opcheck(name, backend, layout, dtype, seed):
     arguments = RAW_OPS[name](backend, layout, dtype, seed)
     torch.library.opcheck(raw_op(name.partition("-")[0], backend).default, arguments)
 
@@ -79,14 +74,14 @@ RAW_OPS = {
 
 @pytest.mark.parametrize("name", RAW_OPS)
 @pytest.mark.parametrize("layout", [pytest.param(x, marks=SLOW if x in RARE else ()) for x in LAYOUTS])
-def test_opcheck(request, kernels, name, layout, seed):
-    opcheck(request, name, kernels, layout, torch.float32, seed)
+def test_opcheck(kernels, name, layout, seed):
+    opcheck(name, kernels, layout, torch.float32, seed)
 
 
 @pytest.mark.parametrize("name", RAW_OPS)
-def test_opcheck_16_bits(request, kernels, name, seed):
+def test_opcheck_16_bits(kernels, name, seed):
     dtype = torch.float16 if kernels == "triton" else torch.bfloat16  # which Triton's interpreter computes wrongly
-    opcheck(request, name, kernels, "contiguous", dtype, seed)
+    opcheck(name, kernels, "contiguous", dtype, seed)
 
 
 @pytest.mark.parametrize("backend", SUFFIX)

@@ -140,11 +140,12 @@ def rows_bwd(
     return sums
 
 
-def sum_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """(programs, 3, C) of `rows_bwd` -> (3, C) of that dtype, in one launch."""
+def sum_programs(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(programs, 3, C) of `rows_bwd` -> three (C,) of that dtype, in one launch."""
     from .triton_rows import sum_programs_kernel
 
-    out = sums.new_empty(sums.shape[1:], dtype=dtype)
+    programs, _, C = sums.shape
+    outs = tuple(sums.new_empty(C, dtype=dtype) for _ in range(3))
     BLOCK = 128
-    launch(sum_programs_kernel, cdiv(out.numel(), BLOCK), sums.device, sums, out, len(sums), out.numel(), BLOCK=BLOCK)
-    return out
+    launch(sum_programs_kernel, cdiv(3 * C, BLOCK), sums.device, sums, outs, programs, C, BLOCK=BLOCK)
+    return outs

@@ -81,10 +81,13 @@ def element(matrix, strides, row, i):
 
 
 @triton.jit
-def sum_programs_kernel(sums, out, programs, n, BLOCK: tl.constexpr):
-    """out (n) = the sum over programs of sums (programs, n), in order."""
+def sum_programs_kernel(sums, outs, programs, C, BLOCK: tl.constexpr):
+    """outs[j] (C,) = the sum over programs of sums[:, j] (programs, 3, C), in order. Three tensors: results must
+    not share memory."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for program in range(0, programs):
-        total += tl.load(sums + program * n + i, mask=i < n, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < n)
+        total += tl.load(sums + program * 3 * C + i, mask=i < 3 * C, other=0.0)
+    for j in tl.static_range(3):
+        out = outs[j]
+        tl.store(out + i - j * C, total.to(out.dtype.element_ty), mask=(i >= j * C) & (i < (j + 1) * C))
