@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
+from gpu_processes import in_processes
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench import roofline
 from focalnet_kernels.bench.cases import OPS, Case, cases
-from focalnet_kernels.bench.providers import providers
+from focalnet_kernels.bench.providers import AUTHORS, providers
 from focalnet_kernels.bench.runner import run_case
+from focalnet_kernels.bench.steps import calls, results
 from focalnet_kernels.bench.timing import interleaved
 from focalnet_kernels.models.layers import PublishedLayer
 from focalnet_kernels.testing import make_context_inputs
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 KERNELS = (3, 5, 7)
+MODES = ("forward", "forward+backward")
+LARGEST = 10**8  # elements of an input: no 128 images of 384 x 384 pixels
 
 
 def _stages(tiny: bool):
@@ -30,20 +39,95 @@ def ceilings(device: str, dtypes, tiny: bool) -> Iterator[dict]:
     yield from roofline.ceilings(dtypes, device, 9, small=tiny)[1]
 
 
-def timed(device: str, level: str, batches, dtypes, backends, compile_modes, tiny: bool) -> Iterator[dict]:
-    """Ops, layers and models beside what people use today: `bench`'s own cases, without the backends that are wrong."""
-    for batch in batches:
-        if tiny:  # in Triton's interpreter a block has to stand for a model
-            level = "block" if level == "model" else level
-            layer, whats = PublishedLayer(8, 7, 3, 3), OPS if level == "op" else (level,)
-            found = [Case(level, w, "tiny", 1, layer, 0, batch, d, device) for w in whats for d in dtypes]
-        else:
-            options = {"batch": batch, "size": None, "dtypes": dtypes, "device": device}
-            found = cases([level], ["focalnet_tiny_lrf"], **options)
-        for case in found:
-            who = [p for p in providers(case, compile_modes) if p.backend is None or p.backend in backends]
-            rounds = 3 if tiny else 10 if level == "model" else 20
-            yield from run_case(case, who, modes=("forward", "forward+backward"), rounds=rounds)
+@dataclass(frozen=True)
+class Block:
+    """Cases of `bench` that are prepared together and then timed one after the other.
+
+    Args:
+        everybody: also the providers that are neither eager PyTorch as dispatch knows it nor ours.
+        compiled: also torch.compile's forms.
+    """
+
+    cases: list[Case]
+    everybody: bool = False
+    compiled: bool = False
+
+    def rows(self, backends, compile: bool, workers: int | None, until: float) -> Iterator[dict]:
+        """`run_case`'s, until the time is over; a case is timed as a whole or not at all.
+
+        Args:
+            backends: of ours that are timed.
+            workers: processes in which kernels are compiled beforehand, which take half of the time at most; or None.
+        """
+        modes = ("default",) if compile and self.compiled else ()
+        todo = []
+        for case in self.cases:
+            of_case = [p for p in providers(case, modes) if p.backend is None or p.backend in backends]
+            plain = (AUTHORS, *(f"{AUTHORS} compiled" for _ in modes))
+            todo.append((case, [p for p in of_case if self.everybody or p.backend or p.name in plain]))
+        if workers:
+            tasks = [(case, tuple(p.name for p in who), modes) for case, who in todo]
+            half = (time.monotonic() + until) / 2
+            for _ in in_processes(compile_kernels, tasks, chunk=2, workers=workers, seconds=120, until=half):
+                pass
+        for case, who in todo:
+            if time.monotonic() > until:
+                return
+            rounds = 3 if case.target == "tiny" else 10 if case.level == "model" else 20
+            yield from run_case(case, who, modes=MODES, rounds=rounds)
+
+
+def _layers(dtypes, device, tiny) -> Iterator[Block]:
+    """The headline: FocalNet-T's layers beside everybody's."""
+    for batch in _batches((128, 1), tiny):
+        yield Block(_cases(["layer"], ["focalnet_tiny_lrf"], batch, dtypes[:1], device, tiny), True, True)
+
+
+def _models(dtypes, device, tiny) -> Iterator[Block]:
+    level = "block" if tiny else "model"  # in an interpreter a block has to stand for a model
+    for batch in _batches((128,), tiny):
+        yield Block(_cases([level], ["focalnet_tiny_lrf"], batch, dtypes[:1], device, tiny), True, True)
+
+
+def _dispatch(dtypes, device, tiny) -> Iterator[Block]:
+    """Every published layer and its ops, by eager PyTorch and by ours: what dispatch's table is made of."""
+    targets = [
+        f"focalnet_{name}" for name in ("tiny_lrf", "base_lrf", "large_fl4", "tiny_srf", "base_srf", "large_fl3")
+    ]
+    for dtype in dtypes:
+        for batch in _batches((128, 1, 32), tiny):
+            found = {}  # FocalNet-S has the layers of T; modulate has those of either range
+            for case in _cases(["layer", "op"], targets, batch, [dtype], device, tiny):
+                layer = case.layer if case.what != "modulate" else (case.layer.dim, case.layer.spatial)
+                if prod(case.shape) <= LARGEST:
+                    found.setdefault((case.what, layer), case)
+            yield Block(list(found.values()), compiled=batch == 128 and dtype == dtypes[0])
+
+
+BLOCKS = {"layers": _layers, "dispatch": _dispatch, "models": _models}
+
+
+def _batches(batches, tiny: bool) -> tuple[int, ...]:
+    return (2, 1) if tiny else batches
+
+
+def _cases(levels, targets, batch, dtypes, device, tiny) -> list[Case]:
+    if not tiny:
+        return list(cases(levels, targets, batch=batch, size=None, dtypes=dtypes, device=device))
+    layer = PublishedLayer(8, 7, 3, 3)
+    whats = [(level, what) for level in levels for what in (OPS if level == "op" else (level,))]
+    return [Case(level, what, "tiny", 1, layer, 0, batch, d, device) for level, what in whats for d in dtypes]
+
+
+def compile_kernels(case: Case, names: tuple[str, ...], modes: tuple[str, ...]) -> None:
+    """Leaves a case's kernels in the caches of Triton and torch.compile."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    for provider in providers(case, modes):
+        if provider.name in names and (provider.backend == "triton" or provider.compiled):
+            with contextlib.suppress(Exception):  # whoever times it hears of it
+                subject = provider.build(case, False)
+                results(subject)
+                calls(subject, "forward")()
 
 
 def convolutions(device: str, tiny: bool) -> Iterator[dict]:

@@ -1,23 +1,33 @@
 """One script for a GPU: first whether every backend is right there, then how fast, then which tiles are best.
 
-    python benchmarks/gpu_report.py --output results          everything, in about 8 minutes
-    python benchmarks/gpu_report.py --parts correct,layers    some of it
+    PYTHONPATH=. python benchmarks/gpu_report.py                            everything, in less than 8 minutes
+    PYTHONPATH=. python benchmarks/gpu_report.py --parts correct,layers     some of it
 
-Each part appends to its own CSV as it goes, so that an interrupted run keeps what it found. A backend that is wrong
-anywhere is not timed. On a CPU under TRITON_INTERPRET=1, --tiny walks the same way in small sizes.
+From a fresh checkout, on an H200:
+
+    FOCALNET_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=16 python setup.py build_ext --inplace &&
+    PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report
+
+Each part writes its own CSV as it goes, so that an interrupted run keeps what it found. Part "dispatch" has what
+benchmarks/dispatch_table.py wants, what matters most first: --dtypes and --seconds share it among several runs.
+Every backend is checked, each check apart from the others; one that faults or hangs is not timed, and no figure is
+given where it is wrong. On a CPU, --tiny --device cpu walks the same way in small sizes: the Triton kernels under
+TRITON_INTERPRET=1, the CUDA kernels with --shim.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
+import os
 import time
 from pathlib import Path
 
-import click
 import gpu_correctness
 import gpu_measure
 import torch
+from gpu_processes import Fault, in_processes
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench.machine import machine as about_machine
@@ -25,87 +35,104 @@ from focalnet_kernels.bench.records import MEASURED
 from focalnet_kernels.testing import make_layer_inputs
 
 SHOWN = (
-    "case",
-    "shape",
-    "dtype",
-    "mode",
-    "provider",
-    "p50_ms",
-    "gbyte_per_s",
-    "gflop_per_s",
-    "peak_bytes",
-    "skipped",
+    "case", "shape", "dtype", "mode", "provider", "p50_ms", "gbyte_per_s", "gflop_per_s", "peak_bytes", "skipped",
     "result",
-)
-PARTS = ("correct", "ceilings", "contexts", "layers", "latency", "models", "experiments", "convolutions", "tiles")
+)  # fmt: skip
+PARTS = ("correct", "ceilings", "layers", "dispatch", "models", "experiments", "convolutions", "tiles")
+LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
 
-@click.command()
-@click.option("--output", default="gpu-report", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--parts", default=",".join(PARTS), show_default=True)
-@click.option("--device", default="cuda", show_default=True)
-@click.option("--seconds", default=480.0, show_default=True, help="Parts that would begin later are left out.")
-@click.option("--no-compile", is_flag=True, help="Without torch.compile, which takes most of the time.")
-@click.option("--tiny", is_flag=True)
-def main(output, parts, device, seconds, no_compile, tiny) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="gpu-report", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--seconds", default=420.0, type=float, help="then no further case begins; default: %(default)s"
+    )
+    parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 2), type=int, help="default: %(default)s")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shim", action="store_true", help="the CUDA kernels acted out on a CPU")
+    report(parser.parse_args())
+
+
+def report(options: argparse.Namespace) -> None:
+    """Runs the parts; a CSV each in `options.output`."""
+    if options.shim:
+        gpu_correctness.act_out()
     started = time.monotonic()
-    output.mkdir(parents=True, exist_ok=True)
-    machine = about_machine(device) | {"date": datetime.date.today().isoformat()}
-    backends = _backends(device, tiny)
-    print(f"{machine['device']}: backends {', '.join(backends) or 'none'}", flush=True)
-    compiled = () if no_compile or tiny else ("default",)
-    bf16 = [torch.float16] if tiny else [torch.bfloat16]
-    every = bf16 if tiny else [torch.bfloat16, torch.float16, torch.float32]
-    large, one = ([2], [1]) if tiny else ([128], [1])
-
-    def measured(level, batches, dtypes, compile_modes):
-        return gpu_measure.timed(device, level, batches, dtypes, backends, compile_modes, tiny)
-
-    for part in parts.split(","):
-        if time.monotonic() - started > seconds:
-            print(f"{part}: left out, {seconds:.0f} seconds are over", flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
+    absent = {backend: _reason_against(backend, options) for backend in ("triton", "cuda")}
+    backends = [backend for backend, reason in absent.items() if reason is None]
+    print(f"{machine['device']}, torch {machine['torch']}: backends {', '.join(backends) or 'none'}", flush=True)
+    for part in options.parts.split(","):
+        begun = time.monotonic()
+        until = started + options.seconds
+        if begun > until:
+            print(f"{part}: left out, {options.seconds:.0f} seconds are over", flush=True)
             continue
-        rows = {
-            "correct": lambda: _correct(backends, device, tiny),
-            "ceilings": lambda: gpu_measure.ceilings(device, every, tiny),
-            "contexts": lambda: measured("op", [*large, *one], every, ()),
-            "layers": lambda: measured("layer", large, bf16, compiled),
-            "latency": lambda: measured("layer", one, every, ()),
-            "models": lambda: measured("model", large, bf16, compiled),
-            "experiments": lambda: gpu_measure.experiments(device, tiny),
-            "convolutions": lambda: gpu_measure.convolutions(device, tiny),
-            "tiles": lambda: gpu_measure.tiles(device, tiny),
-        }[part]()
-        with (output / f"{part}.csv").open("w", newline="") as file:
+        # one that runs alone may take all there is
+        until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
+        with (options.output / f"{part}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
             writer.writeheader()
-            for row in rows:
+            for row in _rows(part, backends, absent, options, until):
                 writer.writerow({"part": part, **machine, **row})
                 file.flush()
-                shown = (row.get(k) for k in SHOWN)
-                print(f"{part:12}", *(str(v) for v in shown if v not in (None, "")), sep="  ", flush=True)
-        print(f"{part}: done after {time.monotonic() - started:.0f} s", flush=True)
+                print(f"{part:12}", *(str(row[k]) for k in SHOWN if row.get(k)), sep="  ", flush=True)
+        print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def _backends(device: str, tiny: bool) -> list[str]:
-    inputs = make_layer_inputs((1, 4, 4, 8), [3], dtype=torch.float16 if tiny else torch.bfloat16, device=device)
-    found = fk.explain(fk.focal_modulation, **inputs)
-    usable = [b for b, reason in found.reasons.items() if reason.endswith("is preferred")]
-    return [b for b in ("triton", "cuda") if b == found.backend or b in usable]
+def _reason_against(backend: str, options) -> str | None:
+    """Why it cannot run here, or None."""
+    dtype = torch.float16 if options.tiny else torch.bfloat16
+    with fk.use_backend(backend):
+        found = fk.explain(
+            fk.focal_modulation, **make_layer_inputs((1, 4, 4, 8), [3], dtype=dtype, device=options.device)
+        )
+    return found.reasons.get(backend)
 
 
-def _correct(backends: list[str], device: str, tiny: bool):
-    """Runs every check; takes a backend that fails one off the list."""
-    for backend in list(backends):
-        for name, check in gpu_correctness.checks(backend, device, tiny):
-            try:
-                check()
-                result = "right"
-            except Exception as error:
-                result = f"{type(error).__name__}: {str(error).strip()[:300]}"
-                if backend in backends and "not installed" not in result:
-                    backends.remove(backend)
-            yield {"case": name, "provider": backend, "result": result}
+def _rows(part: str, backends: list[str], absent: dict[str, str | None], options, until: float):
+    device, tiny = options.device, options.tiny
+    dtypes = [torch.float16] if tiny else [getattr(torch, name) for name in options.dtypes.split(",")]
+    if part == "correct":
+        yield from _correct(backends, absent, options, until)
+    elif part == "ceilings":
+        yield from gpu_measure.ceilings(device, dtypes, tiny)
+    elif part in gpu_measure.BLOCKS:
+        compiling = None if tiny else options.workers
+        for block in gpu_measure.BLOCKS[part](dtypes, device, tiny):
+            yield from block.rows(backends, not (tiny or options.no_compile), compiling, until)
+    elif part in ("experiments", "tiles") and "triton" not in backends:
+        yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
+    else:
+        rows = {
+            "experiments": gpu_measure.experiments,
+            "convolutions": gpu_measure.convolutions,
+            "tiles": gpu_measure.tiles,
+        }
+        for row in rows[part](device, tiny):
+            yield row
+            if time.monotonic() > until:
+                return
+
+
+def _correct(backends: list[str], absent: dict[str, str | None], options, until: float):
+    """Makes every check; takes a backend that faults off the list."""
+    yield from ({"case": "all", "provider": b, "skipped": reason} for b, reason in absent.items() if reason)
+    about = (options.device, options.tiny)
+    names = {backend: gpu_correctness.names(backend, *about) for backend in backends}
+    tasks = [(i, b, *about, options.shim) for b in backends for i in range(len(names[b]))]
+    limits = {"workers": options.workers, "seconds": gpu_correctness.SANITIZER_SECONDS + 20, "until": until}
+    for (index, backend, *_), said in in_processes(gpu_correctness.verdict, tasks, chunk=3, **limits):
+        if isinstance(said, Fault) and backend in backends:
+            backends.remove(backend)
+        said = "skipped: the time was over" if said is None else said
+        yield {"case": names[backend][index], "provider": backend, "result": said}
 
 
 if __name__ == "__main__":
