@@ -5,12 +5,13 @@ Nine layers, so that both mergings and the splitting take part. Needs scikit-lea
 
 import argparse
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 
 import focalnet_kernels as fk
 
@@ -38,23 +39,45 @@ def split_digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def train(epochs: int, seed: int, batch: int = 64, peak_rate: float = 3e-3) -> float:
-    """The accuracy on the test images after `epochs` over the others."""
-    torch.manual_seed(seed)
-    (images, labels), (test_images, test_labels) = split_digits(seed)
-    network = make_network()
+def draw_batches(count: int, epochs: int, batch: int = 64) -> Tensor:
+    """Indices (steps, batch): all images in another order in every epoch, those that fill no batch left out."""
+    steps = count // batch
+    return torch.cat([torch.randperm(count)[: steps * batch].view(steps, batch) for _ in range(epochs)])
+
+
+def optimize(
+    network: nn.Module, loss_of: Callable[[Tensor], Tensor], batches: Tensor, peak_rate: float = 3e-3
+) -> Iterator[Tensor]:
+    """Trains while it is iterated over: a step for each batch, whose loss `loss_of` computes and which is given."""
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    steps = len(labels) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(labels))[: steps * batch].view(steps, batch):
-            optimizer.zero_grad()
-            F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=len(batches))
+    for chosen in batches:
+        optimizer.zero_grad()
+        loss = loss_of(chosen)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield loss.detach()
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     network.eval()
     with torch.inference_mode():
-        return (network(test_images).argmax(1) == test_labels).float().mean().item()
+        return (network(images).argmax(1) == labels).float().mean().item()
+
+
+def train(epochs: int, seed: int) -> float:
+    """The accuracy on the test images after `epochs` over the others."""
+    torch.manual_seed(seed)
+    (images, labels), test = split_digits(seed)
+    network = make_network()
+
+    def loss_of(chosen: Tensor) -> Tensor:
+        return F.cross_entropy(network(images[chosen]), labels[chosen])
+
+    for _ in optimize(network, loss_of, draw_batches(len(labels), epochs)):
+        pass
+    return accuracy(network, *test)
 
 
 def main() -> None:
@@ -63,8 +86,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     start = time.perf_counter()
-    accuracy = train(arguments.epochs, arguments.seed)
-    print(f"test accuracy {accuracy:.1%} after {arguments.epochs} epochs, {time.perf_counter() - start:.0f} s")
+    found = train(arguments.epochs, arguments.seed)
+    print(f"test accuracy {found:.1%} after {arguments.epochs} epochs, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
