@@ -97,7 +97,7 @@ def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callabl
             name = f"layer {'x'.join(map(str, shape))} k={kernels}{' postln' if postln else ''} {str(dtype)[6:]}"
             yield name, lambda s=shape, k=kernels, p=postln, d=dtype: _layer(backend, device, s, k, d, postln=p)
     for layout in LAYOUTS:
-        for dtype in dtypes:
+        for dtype in dtypes[-1:] if tiny else dtypes:
             yield f"strides {layout} {str(dtype)[6:]}", lambda lay=layout, d=dtype: _layouts(backend, device, lay, d)
     yield "autocast", lambda: _autocast(backend, device)
 

@@ -29,7 +29,7 @@ def in_processes(
         until: by time.monotonic(), when all must be over.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload(["focalnet_kernels.bench.runner"])  # and so torch: no process imports it anew
 
     def answers(todo: Sequence[tuple]) -> list[tuple[tuple, object]]:
         found = []

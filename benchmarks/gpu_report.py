@@ -9,7 +9,10 @@ From a fresh checkout, on an H200:
     PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report
 
 Each part writes its own CSV as it goes, so that an interrupted run keeps what it found. Part "dispatch" has what
-benchmarks/dispatch_table.py wants, what matters most first: --dtypes and --seconds share it among several runs.
+benchmarks/dispatch_table.py wants, 128 images in bfloat16 first; all of it takes several runs, each to its own folder:
+
+    PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report-float16 --parts dispatch --dtypes float16
+
 Every backend is checked, each check apart from the others; one that faults or hangs is not timed, and no figure is
 given where it is wrong. On a CPU, --tiny --device cpu walks the same way in small sizes: the Triton kernels under
 TRITON_INTERPRET=1, the CUDA kernels with --shim.
@@ -128,7 +131,9 @@ def _correct(backends: list[str], absent: dict[str, str | None], options, until:
     names = {backend: gpu_correctness.names(backend, *about) for backend in backends}
     tasks = [(i, b, *about, options.shim) for b in backends for i in range(len(names[b]))]
     limits = {"workers": options.workers, "seconds": gpu_correctness.SANITIZER_SECONDS + 20, "until": until}
-    for (index, backend, *_), said in in_processes(gpu_correctness.verdict, tasks, chunk=3, **limits):
+    for (index, backend, *_), said in in_processes(
+        gpu_correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits
+    ):
         if isinstance(said, Fault) and backend in backends:
             backends.remove(backend)
         said = "skipped: the time was over" if said is None else said
