@@ -76,7 +76,7 @@ def cuda_library(toolkit):
             ("USE_CUDA", None),
             ("FOCALNET_CUDA_BUILD", build.replace('"', '\\"') if sys.platform == "win32" else build),
         ],
-        extra_compile_args={"cxx": CXX, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
+        extra_compile_args={"cxx": CXX, "nvcc": NVCC},
     )
     runtime = toolkit.runtime()
     if runtime and sys.platform != "win32":
@@ -130,7 +130,7 @@ if BUILD == "none":
     say("FOCALNET_KERNELS_BUILD=none: no C++ kernels")
 else:
     sys.path.insert(0, str(ROOT / "csrc"))
-    from toolkit import ARCHITECTURES, find_toolkit
+    from toolkit import ARCHITECTURES, NVCC, find_toolkit
 
     modules = extensions()
     for module in modules:

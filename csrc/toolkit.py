@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = "8.0;9.0+PTX"  # TORCH_CUDA_ARCH_LIST, unless it is set: newer GPUs compile the PTX when they load it
+NVCC = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def find_toolkit(torch_cuda: str | None) -> Toolkit | str:
         if version.partition(".")[0] == major:
             return Toolkit(nvcc, home.resolve(), version)
         seen.append(f"{nvcc} is of CUDA {version}")
-    found = ", ".join(seen) or "there is no nvcc (CUDA_HOME, PATH, the pip package nvidia-cuda-nvcc)"
+    found = (
+        ", ".join(seen) or "there is no nvcc (CUDA_HOME, PATH, the pip packages nvidia-cuda-nvcc and nvidia-cuda-cccl)"
+    )
     return f"torch is of CUDA {torch_cuda}, but {found}"
 
 

@@ -1,0 +1,256 @@
+"""Building: the CUDA kernels for GPUs that need not be there, the toolkit that is found, what setup.py makes of it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc/cuda"
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "csrc")
+    import toolkit
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
+)
+needs_sh = pytest.mark.skipif(os.name == "nt", reason="stands in for nvcc with a shell script")
+
+
+# --------------------------------------------------------------------------------------------- the kernels
+
+RESOURCES = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+    re.S,
+)
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+def test_kernels_spill_nothing(architecture, tmp_path):
+    found = toolkit.find_toolkit(torch.version.cuda)
+    if isinstance(found, str):
+        pytest.skip(found)
+
+    def compile(source):
+        """{kernel: (bytes of stack, stored, loaded)}"""
+        command = [found.nvcc, *toolkit.NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch={architecture}"]
+        command += ["-Xptxas=-v", "-cubin", source, "-o", tmp_path / f"{source.stem}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kernels = {name: tuple(map(int, sizes)) for name, *sizes in RESOURCES.findall(done.stderr)}
+        assert kernels, f"{source.name}: no kernels, or ptxas has come to speak otherwise:\n{done.stderr}"
+        return kernels
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compile, sorted(CUDA.glob("*.cu"), key=lambda p: -p.stat().st_size)))  # longest first
+    assert len(compiled) >= 5
+    spilled = {name: sizes for kernels in compiled for name, sizes in kernels.items() if any(sizes)}
+    assert not spilled
+
+
+INCLUDE = re.compile(r'^#include ["<](.+)[">]', re.M)
+
+
+def closure(source):
+    """The names that a source includes, and those of ours in turn."""
+    names, todo = set(), [source]
+    while todo:
+        for name in INCLUDE.findall(todo.pop().read_text()):
+            if name not in names and (ROOT / "csrc" / name).exists():
+                todo.append(ROOT / "csrc" / name)
+            names.add(name)
+    return names
+
+
+def test_kernels_include_no_torch():
+    """A .cu file that includes torch takes minutes to compile."""
+    for source in CUDA.glob("*.cu"):
+        names = closure(source)
+        assert "cuda/kernels.h" in names
+        assert not [name for name in names if re.match("torch|ATen|c10|Python|pybind", name)], source.name
+
+
+GNU_ONLY = re.compile(
+    r"__attribute__|__builtin_|__extension__|__typeof|\btypeof\b|__int128|\(\{|#pragma GCC|#include_next|<bits/"
+    r"|<unistd.h>|\bssize_t\b|\bM_PI\b|\?:|case [^:]+ \.\.\. "
+)
+
+
+def test_sources_are_portable():
+    """What other compilers than GCC and Clang would not take, as far as it can be told from afar."""
+    files = [p for folder in ("cuda", "common") for p in (ROOT / "csrc" / folder).iterdir()]
+    assert len(files) > 10
+    for path in files:
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not GNU_ONLY.findall(code), path.name
+
+
+# --------------------------------------------------------------------------------------- find_toolkit
+
+
+def make_nvcc(home, version):
+    """Answers as nvcc does, and compiles nothing."""
+    nvcc = home / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.48" ;;
+  --dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;
+  *) echo "this nvcc compiles nothing" >&2; exit 1 ;;
+esac
+""")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A machine without any toolkit. Gives its site-packages."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(toolkit.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    return tmp_path / "site-packages"
+
+
+def test_no_toolkit(bare):
+    reason = toolkit.find_toolkit("13.2")
+    assert "torch is of CUDA 13.2, but there is no nvcc" in reason and "\n" not in reason
+    assert toolkit.find_toolkit(None) == "this torch was built without CUDA"
+
+
+@needs_sh
+def test_a_wrapper_on_path(bare, tmp_path):
+    nvcc = make_nvcc(tmp_path / "cuda", "13.0")
+    wrapper = tmp_path / "path/nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    found = toolkit.find_toolkit("13.2")
+    assert (found.home, found.version) == (tmp_path / "cuda", "13.0")
+
+
+@needs_sh
+def test_cuda_home_comes_first(bare, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(make_nvcc(tmp_path / "a", "13.0").parent))
+    monkeypatch.setenv("CUDA_HOME", str(make_nvcc(tmp_path / "b", "13.1").parents[1]))
+    assert toolkit.find_toolkit("13.2").home == tmp_path / "b"
+
+
+@needs_sh
+def test_another_cuda(bare, tmp_path, monkeypatch):
+    """It is passed over; where there is no other, one line says so."""
+    old = make_nvcc(tmp_path / "old", "12.8")
+    monkeypatch.setenv("CUDA_HOME", str(old.parents[1]))
+    assert toolkit.find_toolkit("13.2") == f"torch is of CUDA 13.2, but {old} is of CUDA 12.8"
+    monkeypatch.setenv("PATH", str(make_nvcc(tmp_path / "new", "13.3").parent))
+    assert toolkit.find_toolkit("13.2").home == tmp_path / "new"
+
+
+@needs_sh
+def test_an_nvcc_that_does_not_run(bare, tmp_path, monkeypatch):
+    nvcc = make_nvcc(tmp_path / "cuda", "13.0")
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert toolkit.find_toolkit("13.2") == f"torch is of CUDA 13.2, but {nvcc} does not answer"
+
+
+@needs_sh
+def test_pip_packages(bare):
+    """They lie beside torch, on no PATH, and have the runtime under its versioned name alone."""
+    home = bare / "nvidia/cu13"
+    make_nvcc(home, "13.0")
+    (home / "lib").mkdir()
+    (home / "lib/libcudart.so.13").touch()
+    found = toolkit.find_toolkit("13.2")
+    assert found.home == home and found.runtime() == home / "lib/libcudart.so.13"
+
+
+# ---------------------------------------------------------------------------------------------- setup.py
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """setup.py over sources that compile in no time."""
+    (tmp_path / "focalnet_kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "csrc/toolkit.py", "focalnet_kernels/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("csrc/cpu/nothing.cpp", "csrc/cuda/nothing.cu", "focalnet_kernels/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def build(tree, choice, **environment):
+    """Runs setup.py. Returns its status, what we say, which libraries it left, and all that was said."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALNET_KERNELS", "CUDA_", "TORCH_CUDA"))}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=tree,
+        env=inherited | {"FOCALNET_KERNELS_BUILD": choice} | environment,
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith(("focalnet_kernels: ", "FOCALNET_KERNELS"))]
+    libraries = sorted(p.name.partition(".")[0] for p in (tree / "focalnet_kernels").glob("_c*.*"))
+    return done.returncode, said, libraries, done.stdout + done.stderr
+
+
+def test_build_none(tree):
+    assert build(tree, "none")[:3] == (0, ["focalnet_kernels: FOCALNET_KERNELS_BUILD=none: no C++ kernels"], [])
+
+
+def test_build_nonsense(tree):
+    status, said, libraries, _ = build(tree, "gpu")
+    assert status and said == ["FOCALNET_KERNELS_BUILD: expected auto, none, cpu or cuda, got 'gpu'"] and not libraries
+
+
+@needs_sh
+@needs_compiler
+@pytest.mark.parametrize("choice", ["cpu", "auto", "cuda"])
+def test_build_without_a_toolkit(tree, choice):
+    """An nvcc of another CUDA hides whatever else is on PATH."""
+    path = f"{make_nvcc(tree / 'old', '1.0').parent}{os.pathsep}{os.environ['PATH']}"
+    if toolkit._pip_folders("bin/nvcc"):
+        pytest.skip("the pip package of nvcc is installed")
+    status, said, libraries, output = build(tree, choice, PATH=path)
+    if choice == "cpu":
+        assert (status, said, libraries) == (0, [], ["_cpu"]), output
+        return
+    (line,) = said
+    assert torch.version.cuda is None or "is of CUDA 1.0" in line
+    if choice == "auto":
+        assert line.startswith("focalnet_kernels: no CUDA kernels: ")
+        assert (status, libraries) == (0, ["_cpu"]), output
+    else:
+        assert line.startswith("focalnet_kernels: FOCALNET_KERNELS_BUILD=cuda: ")
+        assert status and not libraries
+
+
+@needs_sh
+@needs_compiler
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_build_where_nvcc_fails(tree, choice):
+    make_nvcc(tree / "cuda", torch.version.cuda)
+    status, said, libraries, output = build(tree, choice, CUDA_HOME=str(tree / "cuda"))
+    if choice == "auto":
+        (line,) = said
+        assert line.startswith("focalnet_kernels: no focalnet_kernels._cuda: ")
+        assert (status, libraries) == (0, ["_cpu"]), output
+    else:
+        assert status and "this nvcc compiles nothing" in output
+
+
+def test_build_without_a_compiler(tree):
+    status, said, libraries, output = build(tree, "auto", PATH=str(tree), CXX="none", CC="none")
+    assert status == 0 and not libraries, output
+    assert said and all(line.startswith("focalnet_kernels: no ") for line in said)
