@@ -147,7 +147,8 @@ def _why_plain(exports: bool) -> str | None:
         return "torch.func transforms (grad, vmap, jvp and the like) are left to 'reference', which 'auto' takes there"
     if torch.autograd.forward_ad._current_level >= 0:  # raw ops would drop the tangents without a word
         return "forward-mode differentiation is left to 'reference', which 'auto' takes there"
-    if exports and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    # the flag itself: in torch.compile of torch 2.10 is_exporting() always says yes
+    if exports and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
         return "what is exported or traced must run without this package"
     return None
 

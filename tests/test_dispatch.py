@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import focalnet_kernels as fk
 from focalnet_kernels import dispatch
@@ -105,6 +106,18 @@ def test_auto_runs_everything(op, make_inputs):
     with fk.use_backend("auto"):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             assert op(**make_inputs(dtype=dtype)).dtype == dtype
+
+
+@for_every_op
+def test_auto_chooses_the_same_in_torch_compile(op, make_inputs):
+    inputs = make_inputs()
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    with fk.use_backend("auto"), torch.inference_mode():
+        torch.compile(op, fullgraph=True, backend=counter)(**inputs)
+        chosen = fk.explain(op, **inputs).backend
+    raw_ops = [n for n in counter.graphs[0].graph.nodes if str(n.target).startswith("focalnet_kernels.")]
+    assert bool(raw_ops) == (chosen != "reference")
 
 
 @for_every_op
