@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 import focalnet_kernels as fk
 from distributed import train
+from distributed.launch import on_two_processes
 from focalnet_kernels import _native
 
 # the kernels last: of them stderr is to be silent
@@ -20,17 +19,9 @@ BACKENDS = ("reference",) if _native.cpu_missing else ("reference", "cpu")
 @functools.cache
 def launched(way):
     """The results of all cases of one way, and what the processes wrote to stderr."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with tempfile.TemporaryDirectory() as directory:
         out = os.path.join(directory, "results.pt")
-        ran = subprocess.run(
-            [*torchrun, train.__file__, way, out, *BACKENDS],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert ran.returncode == 0, ran.stderr[-4000:]
+        ran = on_two_processes(train.__file__, way, out, *BACKENDS)
         return torch.load(out), ran.stderr
 
 
@@ -43,6 +34,8 @@ def alone(backend):
 @pytest.mark.parametrize("way, case", [(way, case) for way, cases in train.CASES.items() for case in cases])
 def test_two_processes_train_as_one(backend, way, case):
     """Every loss, every gradient and the parameters after the last step."""
+    if backend not in BACKENDS:
+        pytest.skip("no process but this one acts a GPU out")
     results, expected = launched(way)[0][backend, case], alone(backend)
     assert set(results) == set(expected)
     # bfloat16 is held to eager PyTorch by other tests: here it is to arrive
