@@ -7,9 +7,11 @@ backend's losses may be as far from float64's as FACTOR times those of eager PyT
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import sqrt
 
+FILE = "learning.csv"
 FACTOR = 3
 ROUNDING = 2**-23  # of a loss in float32, relative: what a drift is not told from
 # steps, counted from 0 and to before the last: what rounding does at once, and what training makes of it
@@ -35,3 +37,33 @@ def drift(losses: Sequence[float], exact: Sequence[float]) -> list[float]:
 def allowed(eager: Sequence[float], exact: Sequence[float]) -> float:
     """How far from `exact` a backend may be on the same steps on which eager PyTorch found `eager`."""
     return FACTOR * distance(eager, exact) + ROUNDING * max(exact)
+
+
+@dataclass
+class Run:
+    """One training of `FILE`; `about` is its last row, which says how it was made."""
+
+    backend: str
+    precision: str
+    processes: str
+    batch: str
+    losses: list[float]
+    about: dict[str, str]
+
+
+def runs(rows: Iterable[dict[str, str]]) -> list[Run]:
+    """The trainings of a file, in its order."""
+    found: dict[tuple[str, ...], Run] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("backend", "precision", "processes", "batch"))
+        run = found.setdefault(key, Run(*key, [], row))
+        run.losses.append(float(row["loss"]))
+        run.about = row
+    return list(found.values())
+
+
+def yardstick(found: Iterable[Run], run: Run, precision: str) -> Run:
+    """Eager PyTorch's run, in one process, on the same batches as `run`."""
+    return next(
+        r for r in found if (r.backend, r.precision, r.processes, r.batch) == ("reference", precision, "1", run.batch)
+    )

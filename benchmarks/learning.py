@@ -51,8 +51,8 @@ EVERY_RUN = (
         for backend in ("reference", "cpu")
         for processes in (1, 2)
     ),
-    (1, "--backend cuda --precision fp32 --steps 50"),
-    (1, "--backend cuda --precision bf16 --steps 50"),
+    (1, "--backend cuda --precision fp32 --steps 10"),
+    (1, "--backend cuda --precision bf16 --steps 10"),
     (1, f"--backend reference --precision fp64 {FEW}"),
     (1, f"--backend reference --precision fp32 {FEW}"),
     (1, f"--backend triton --precision fp32 {FEW}"),
@@ -92,8 +92,9 @@ def train(
     device: str = "cpu",
     rank: int = 0,
     processes: int = 1,
+    **options,
 ) -> Result:
-    """A run, or its first `steps`: the schedule is that of the whole."""
+    """A run, or its first `steps`: the schedule is that of the whole. `options` as `digits.optimize` takes them."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     (images, labels), test = ([x.to(device) for x in part] for part in digits.split_digits(seed))
     images, test[0] = images.to(dtype), test[0].to(dtype)
@@ -113,7 +114,7 @@ def train(
 
     losses = []
     with fk.use_backend(backend):
-        for loss in islice(digits.optimize(trained, loss_of, batches), steps):
+        for loss in islice(digits.optimize(trained, loss_of, batches, **options), steps):
             if processes > 1:
                 dist.all_reduce(loss)
             losses.append(loss.item() / processes)

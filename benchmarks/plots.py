@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import drift
+
 COLOURS = {
     "authors' form": "#9aa5b1", "timm": "#4c78a8", "timm channels_last": "#72a0d0", "transformers": "#b279a2",
     "swin": "#e0a458", "convnext": "#c96f5b", "focalnet": "#4c78a8",
@@ -18,11 +20,14 @@ BARS = {
     "peers_larger.csv": ("peers_larger.png", "images_per_s", "images/s", ("forward", "forward+backward")),
 }
 ROOFLINE = ("roofline.png", ("ops.csv", "layers.csv"))
+LEARNING = "learning.png"
+BACKENDS = {"reference": "#4c78a8", "cpu": OURS, "cuda": "#c96f5b", "triton": "#b279a2"}
 
 
 def names(folder: Path) -> list[str]:
     """The images that `draw` makes from the files that are there."""
     found = [image for file, (image, *_) in BARS.items() if (folder / file).exists()]
+    found += [LEARNING] if (folder / drift.FILE).exists() else []
     return found + ([ROOFLINE[0]] if _ceilings(folder) else [])
 
 
@@ -30,6 +35,8 @@ def draw(folder: Path) -> None:
     for file, (image, column, unit, modes) in BARS.items():
         if (folder / file).exists():
             _bars(_read(folder / file), column, unit, modes).savefig(folder / image, dpi=130)
+    if (folder / drift.FILE).exists():
+        _learning(_read(folder / drift.FILE)).savefig(folder / LEARNING, dpi=130)
     if _ceilings(folder):
         _roofline(folder).savefig(folder / ROOFLINE[0], dpi=130)
 
@@ -124,6 +131,39 @@ def _roofline(folder: Path):
                     panel.scatter(*zip(*points, strict=True), marker=marker, color=colour, s=24, label=f"{op}, {kind}")
         panel.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
         panel.set_title(f"{dtype}, forward", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _learning(rows):
+    """The losses of all trainings; and, for each precision, how far from float64's they are."""
+    runs = drift.runs(rows)
+    precisions = [p for p in dict.fromkeys(run.precision for run in runs) if p != "fp64"]
+    figure = _figure(5.2 * (1 + len(precisions)), 4.2)
+    whole, *panels = figure.subplots(1, 1 + len(precisions))
+    for run in runs:
+        about = run.about["runs_on"]
+        complete = run.about["accuracy"]
+        label = run.backend + (", 2 processes" if run.processes == "2" else "")
+        label += "" if about in ("cpu", "cuda") else f", {about}"
+        label += "" if complete else f", batch {run.batch}, {len(run.losses)} steps"
+        style = {"color": BACKENDS[run.backend], "lw": 1.2, "ls": ":" if run.processes == "2" else "-"}
+        steps = range(1, len(run.losses) + 1)
+        if run.precision == "fp64":
+            style |= {"color": "black", "ls": "-"}
+        if complete:
+            whole.plot(steps, run.losses, label=f"{label}, {run.precision}", **style)
+        if run.precision in precisions:
+            exact = drift.yardstick(runs, run, "fp64").losses
+            tens = [slice(max(0, i - 10), i) for i in steps]  # a single difference may be 0 by chance
+            apart = [drift.distance(run.losses[ten], exact[ten]) for ten in tens]
+            panels[precisions.index(run.precision)].plot(steps, apart, label=label, **style)
+    whole.set(yscale="log", xlabel="step", ylabel="loss", title="trained to the end")
+    for panel, precision in zip(panels, precisions, strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="step", title=f"{precision}: distance of the loss from float64's")
+    for panel in (whole, *panels):
+        panel.title.set_fontsize(9)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=7)
     return figure

@@ -10,6 +10,7 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
     slower FILE ...                 where somebody is faster than the fastest of ours
     machine FILE                    what the figures were found on
     plot FILE                       an image
+    learning FILE                   one row per training, with its distance from float64
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
+import drift
 import plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"<!-- (table|slower|machine|plot) (.+?) -->\n.*?<!-- end -->", re.S)
+BLOCK = re.compile(r"<!-- (table|slower|machine|plot|learning) (.+?) -->\n.*?<!-- end -->", re.S)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 COLUMNS = {
     "p50_ms": ("milliseconds, medians", 1),
@@ -96,8 +98,29 @@ def machine(row: dict[str, str]) -> str:
     device = row.get("device") or row.get("cpu", "")
     count = "" if row.get("machine", "cpu").startswith("nvidia") else f"{row['threads']} threads of "
     versions = [f"{name} {row[name]}" for name in ("torch", "triton", "timm", "transformers") if row.get(name)]
-    made = f", commit {row['commit']}, {row['date']}" if row.get("commit") else ""
+    made = "".join(f", {word}{row[name]}" for word, name in (("commit ", "commit"), ("", "date")) if row.get(name))
     return f"{count}{device}; {', '.join(versions)}{made}."
+
+
+def learning(rows: list[dict[str, str]]) -> str:
+    """The Markdown table of all trainings: accuracy, and the losses' distance from float64 beside eager PyTorch's."""
+    order = ("fp64", "fp32", "bf16")
+    found = sorted(drift.runs(rows), key=lambda run: (-int(run.batch), order.index(run.precision), run.processes))
+    windows = [f"{first + 1}-{last or ''}" for first, last in drift.WINDOWS]
+    lines = [["backend", "precision", "processes", "batch", "steps", "test accuracy", *windows]]
+    for run in found:
+        exact, eager = (drift.yardstick(found, run, precision) for precision in ("fp64", run.precision))
+        cells = []
+        if run is not exact:
+            both = zip(*(drift.drift(r.losses, exact.losses) for r in (run, eager)), strict=False)
+            cells = [f"{own:.0e}" if run is eager else f"{own:.0e} ({own / other:.1f})" for own, other in both]
+        on = "" if run.about["runs_on"] in ("cpu", "cuda") else f", {run.about['runs_on']}"
+        accuracy = run.about["accuracy"]
+        shown = f"{100 * float(accuracy):.1f}%" if accuracy else ""
+        line = [run.backend + on, run.precision, run.processes, run.batch, str(len(run.losses)), shown, *cells]
+        lines.append(line + [""] * (len(lines[0]) - len(line)))
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], f"|{'---|' * len(lines[0])}", *text[1:]])
 
 
 def rendered(text: str) -> str:
@@ -122,6 +145,8 @@ def _block(kind: str, arguments: list[str]) -> str:
         return slower(rows)
     if kind == "machine":
         return machine(rows[0])
+    if kind == "learning":
+        return learning(rows)
     mode, column, digits = arguments[1:]
     return table(rows, mode, column, int(digits))
 
@@ -131,6 +156,9 @@ def report(folder: Path) -> str:
     lines = [f"# {folder.name}", "", "Made by `python benchmarks/report.py` from the CSV files beside it.", ""]
     for path in sorted(folder.glob("*.csv")):
         rows = read(path)
+        if path.name == drift.FILE:
+            about = "Learning digits; columns of steps: distance of the losses from float64's (over eager PyTorch's)."
+            lines += [f"## {path.name}", "", machine(rows[-1]), about, "", learning(rows), ""]
         if "mode" not in rows[0]:
             continue
         lines += [f"## {path.name}", "", machine(rows[0]), ""]

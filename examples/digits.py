@@ -6,6 +6,7 @@ Nine layers, so that both mergings and the splitting take part. Needs scikit-lea
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import focalnet_kernels as fk
+
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.05)
 
 
 def make_network() -> fk.SequenceFocalNet:
@@ -46,10 +49,14 @@ def draw_batches(count: int, epochs: int, batch: int = 64) -> Tensor:
 
 
 def optimize(
-    network: nn.Module, loss_of: Callable[[Tensor], Tensor], batches: Tensor, peak_rate: float = 3e-3
+    network: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    batches: Tensor,
+    optimizer: Callable = ADAMW,
+    peak_rate: float = 3e-3,
 ) -> Iterator[Tensor]:
     """Trains while it is iterated over: a step for each batch, whose loss `loss_of` computes and which is given."""
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    optimizer = optimizer(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=len(batches))
     for chosen in batches:
         optimizer.zero_grad()
