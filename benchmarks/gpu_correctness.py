@@ -60,8 +60,8 @@ def verdict(index: int, backend: str, device: str, tiny: bool, shim: bool) -> st
     try:
         list(checks(backend, device, tiny))[index][1]()
     except Exception as error:
-        if "CUDA error" in str(error):
-            raise
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()  # raises from now on where the GPU faulted
         kind = {AssertionError: "wrong", Skipped: "skipped"}.get(type(error), f"failed: {type(error).__name__}")
         return f"{kind}: {' '.join(str(error).split())[:300]}"
     return "right"

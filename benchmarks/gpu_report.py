@@ -129,11 +129,10 @@ def _correct(backends: list[str], absent: dict[str, str | None], options, until:
     yield from ({"case": "all", "provider": b, "skipped": reason} for b, reason in absent.items() if reason)
     about = (options.device, options.tiny)
     names = {backend: gpu_correctness.names(backend, *about) for backend in backends}
-    tasks = [(i, b, *about, options.shim) for b in backends for i in range(len(names[b]))]
+    tasks = sorted((i, b, *about, options.shim) for b in backends for i in range(len(names[b])))
     limits = {"workers": options.workers, "seconds": gpu_correctness.SANITIZER_SECONDS + 20, "until": until}
-    for (index, backend, *_), said in in_processes(
-        gpu_correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits
-    ):
+    verdicts = in_processes(gpu_correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits)
+    for (index, backend, *_), said in verdicts:
         if isinstance(said, Fault) and backend in backends:
             backends.remove(backend)
         said = "skipped: the time was over" if said is None else said
