@@ -23,12 +23,23 @@ def _load(stem: str, kernels: str, needs: str) -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """As `_load`: a library of another CUDA may find its runtime all the same, and must not run beside torch's."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    major = torch.version.cuda.partition(".")[0]
+    if reason := _load("_cuda", "CUDA C++", f"nvcc of CUDA {major}"):
+        return reason
+    built = torch.ops.focalnet_kernels.cuda_build().rpartition("CUDA ")[2]
+    if built.partition(".")[0] == major:
+        return None
+    reason = f"the CUDA C++ kernels were built by CUDA {built}, this torch is of CUDA {torch.version.cuda}"
+    dispatch.warn_once(f"focalnet_kernels falls back to other backends: {reason}")
+    return reason
+
+
 torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
 torch.library.define("focalnet_kernels::cuda_build", "() -> str")
 cpu_missing = _load("_cpu", "C++", "a C++ compiler")
 cuda_device = "cuda"  # where the CUDA kernels take their tensors: tests run them on a CPU
-cuda_missing = (
-    "this torch was built without CUDA"
-    if torch.version.cuda is None
-    else _load("_cuda", "CUDA C++", f"nvcc of CUDA {torch.version.cuda.partition('.')[0]}")
-)
+cuda_missing = _load_cuda()

@@ -31,6 +31,8 @@ if "no-triton" in sys.argv:
     for name in [n for n in sys.modules if n.partition(".")[0] == "triton"]:
         del sys.modules[name]
     sys.meta_path.insert(0, NoTriton())
+if "another-CUDA-beside-ours" in sys.argv:
+    torch.version.cuda = "10.2"
 before = set(sys.modules)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -45,6 +47,7 @@ print(json.dumps({
     "file": fk.__file__,
     "warnings": [[w.category.__name__, str(w.message)] for w in caught],
     "missing": _native.cpu_missing,
+    "cuda_missing": _native.cuda_missing,
     "backend": fk.explain(layer, x).backend,
     "explained": fk.explain(layer, x).reasons.get("cpu"),
     "right": bool(torch.allclose(y, expected, atol=1e-5)) and bool(x.grad.isfinite().all()),
@@ -106,22 +109,26 @@ def test_a_broken_library_warns_once_and_falls_back(bare_copy):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch takes no CUDA library")
-@pytest.mark.parametrize("fault", ["broken", "another CUDA"])
-def test_a_cuda_library_that_does_not_load(bare_copy, fault):
-    library = b"not a library"
-    if fault == "another CUDA":
+@pytest.mark.parametrize("fault", ["broken", "another CUDA", "another CUDA beside ours"])
+def test_a_cuda_library_that_cannot_be_used(bare_copy, fault):
+    """The CUDA runtime that it needs may be absent; or present, but not torch's."""
+    library, reason = b"not a library", "_cuda.abi3.so does not load: "
+    if fault != "broken":
         if CUDA_LIBRARY is None:
             pytest.skip(f"the CUDA library was not built: {_native.cuda_missing}")
-        runtime = b"libcudart.so."
         library = CUDA_LIBRARY.read_bytes()
-        assert runtime in library
-        library = library.replace(runtime, b"libcudart.no.")
+    if fault == "another CUDA":
+        assert b"libcudart.so." in library
+        library = library.replace(b"libcudart.so.", b"libcudart.no.")
+    if fault == "another CUDA beside ours":
+        reason = "the CUDA C++ kernels were built by CUDA "
     (bare_copy / "focalnet_kernels" / "_cuda.abi3.so").write_bytes(library)
-    found = probe(path=bare_copy)
+    found = probe(fault.replace(" ", "-"), path=bare_copy)
     assert found["right"]
     ((category, message),) = found["warnings"]
     assert category == "RuntimeWarning"
-    assert message.startswith("focalnet_kernels falls back to other backends: _cuda.abi3.so does not load: ")
+    assert message.startswith(f"focalnet_kernels falls back to other backends: {reason}")
+    assert found["cuda_missing"].startswith(reason)
     if fault == "another CUDA":
         assert "libcudart.no." in message
 

@@ -31,5 +31,5 @@ def info() -> None:
     if _native.cuda_missing:
         click.echo(f"cuda: off, {_native.cuda_missing}")
     else:
-        built = f"built for {torch.ops.focalnet_kernels.cuda_build()}"
+        built = f"built for compute capability {torch.ops.focalnet_kernels.cuda_build()}"
         click.echo(f"cuda: {f'ready, {built}' if torch.cuda.is_available() else f'off, there is no GPU; {built}'}")

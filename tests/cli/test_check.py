@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 import focalnet_kernels
-from focalnet_kernels import dispatch
+from focalnet_kernels import _native, dispatch
 from focalnet_kernels.cli import main
 from focalnet_kernels.models import list_models
 from focalnet_kernels.models.layers import published_layers
@@ -92,3 +92,29 @@ def test_info():
     for backend in dispatch.BACKENDS[1:]:
         (line,) = [line for line in lines if line.startswith(f"{backend}: ")]
         assert line.split(": ")[1].startswith(("ready", "off, ")), line
+
+
+BUILT = "built for compute capability 8.0 9.0+PTX, CUDA 13.0"
+
+
+@pytest.mark.parametrize(
+    "missing, gpu, said",
+    [
+        (None, True, f"ready, {BUILT}"),
+        (None, False, f"off, there is no GPU; {BUILT}"),
+        ("the CUDA C++ kernels were not built", True, "off, the CUDA C++ kernels were not built"),
+        (
+            "_cuda.abi3.so does not load: invalid ELF header",
+            False,
+            "off, _cuda.abi3.so does not load: invalid ELF header",
+        ),
+    ],
+    ids=["ready", "no-gpu", "not-built", "broken"],
+)
+def test_info_of_cuda(missing, gpu, said, monkeypatch):
+    monkeypatch.setattr(_native, "cuda_missing", missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.ops.focalnet_kernels, "cuda_build", lambda: "8.0 9.0+PTX, CUDA 13.0", raising=False)
+    result = run("info")
+    assert result.exit_code == 0
+    assert f"cuda: {said}" in result.output.splitlines()
