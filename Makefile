@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
 
-.PHONY: install demo test test-slow check-compile sanitize lint format bench bench-results bench-report bench-compare clean
+.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format bench bench-results bench-report bench-compare clean
 
 install: $(VENV)/.installed
 
@@ -23,11 +23,26 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops tests/test_learning.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops
+
+# the CPU kernels' tests over the same binary under an older torch, which is installed beside. One thread: waiting ones
+# spin, and this is to be quick on busy machines too
+OLD_TORCH ?= 2.10
+OLD = build/torch-$(OLD_TORCH)
+$(OLD)/.installed: Makefile
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet 'torch==$(OLD_TORCH).*' numpy 'safetensors>=0.4' 'click>=8.1' 'rich>=13' 'pytest>=8' 'hypothesis>=6.100'
+	@touch $@
+
+test-old-torch: install $(OLD)/.installed
+	PYTHONPATH=. $(BIN)/python tests/loaded.py > $(OLD)/new
+	PYTHONPATH=. $(OLD)/bin/python tests/loaded.py > $(OLD)/old
+	cmp $(OLD)/new $(OLD)/old
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLD)/bin/python -m pytest -m 'not slow' -k 'not cuda' -p no:cacheprovider tests/ops $(ARGS)
 
 # what the Triton kernels compile to on GPUs that need not be there: spilled registers are failures
 TARGETS = sm_80,sm_90,sm_100,gfx942
