@@ -92,13 +92,12 @@ Array<unsigned char> poison(int64_t blocks, int64_t bytes) {
 
 struct Pass {
   float* values;
-  int rounds;
-  bool by_warp;
+  int rounds, ring;    // ring: threads that pass values in turn
+  bool by_warp;        // whether barriers are the warp's
   bool before, after;  // whether there is a barrier before and after values are read
 };
 void pass_kernel(Pass p) {
-  const int threads = p.by_warp ? 32 : blockDim.x, first = threadIdx.x / threads * threads;
-  const int mine = threadIdx.x, next = first + (mine - first + 1) % threads;
+  const int mine = threadIdx.x, next = mine / p.ring * p.ring + (mine + 1) % p.ring;
   float* memory = shared_memory<float>();
   float value = p.values[mine];
   for (int round = 0; round < p.rounds; ++round) {
@@ -111,12 +110,12 @@ void pass_kernel(Pass p) {
   }
   p.values[mine] = value;
 }
-// Every thread takes the next one's value, in turn within its warp or its block, so many rounds.
-Array<float> pass(Array<float> values, int rounds, bool by_warp, bool before, bool after) {
+// Every thread takes the next one's value, so many rounds.
+Array<float> pass(Array<float> values, int rounds, int ring, bool by_warp, bool before, bool after) {
   Array<float> result(values.size());
   std::memcpy(result.mutable_data(), values.data(), values.nbytes());
   launch(pass_kernel, 1, int(values.size()), values.nbytes(), nullptr,
-         Pass{result.mutable_data(), rounds, by_warp, before, after});
+         Pass{result.mutable_data(), rounds, ring, by_warp, before, after});
   return result;
 }
 

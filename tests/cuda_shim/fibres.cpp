@@ -84,6 +84,22 @@ bool release(size_t first, size_t last, State barrier) {
   return before != nullptr;
 }
 
+// Lets every thread of a warp that can run go to its next barrier. Returns whether there was one.
+bool run_warp(size_t first, size_t last) {
+  size_t order[32];
+  for (size_t i = first; i < last; ++i) order[i - first] = i;
+  std::shuffle(order, order + (last - first), machine.lots);
+  bool ran = false;
+  for (size_t j = 0; j < last - first; ++j)
+    if (machine.fibres[order[j]].state == State::ready) {
+      resume(order[j]);
+      ran = true;
+      if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
+    }
+  release(first, last, State::at_warp);
+  return ran;
+}
+
 void run_block(int threads) {
   std::vector<Fibre>& fibres = machine.fibres;
   if (fibres.size() < size_t(threads)) fibres.resize(threads);
@@ -100,20 +116,15 @@ void run_block(int threads) {
     fibre.state = State::ready;
     fibre.thread.x = i;
   }
-  std::vector<size_t> order(threads);
-  for (int i = 0; i < threads; ++i) order[i] = i;
+  std::vector<size_t> warps((threads + 31) / 32);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = 32 * i;
   while (true) {
-    std::shuffle(order.begin(), order.end(), machine.lots);
+    std::shuffle(warps.begin(), warps.end(), machine.lots);
     bool ran = false;
-    for (size_t i : order)
-      if (fibres[i].state == State::ready) {
-        resume(i);
-        ran = true;
-        if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
-      }
-    bool released = release(0, threads, State::at_block);
-    for (size_t warp = 0; warp < size_t(threads); warp += 32)
-      released |= release(warp, std::min<size_t>(threads, warp + 32), State::at_warp);
+    for (size_t warp : warps)  // how far one gets ahead of the others is drawn by lot as well
+      for (unsigned turns = 1 + machine.lots() % 8; turns > 0; --turns)
+        ran |= run_warp(warp, std::min<size_t>(threads, warp + 32));
+    const bool released = release(0, threads, State::at_block);
     if (ran || released) continue;
     for (int i = 0; i < threads; ++i)
       if (fibres[i].state != State::done) throw std::runtime_error("threads wait at barriers that others never reach");

@@ -1,6 +1,6 @@
-// Blocks of CUDA threads as fibres. Between two synchronisations a fibre runs alone; which one runs next is drawn by
-// lot, anew for every block, so that a missing barrier shows: whoever reads too early finds NaN or stale values in
-// shared memory, which is filled with NaN before every block.
+// Blocks of CUDA threads as fibres. Between two synchronisations a fibre runs alone; which one runs next, and how far a
+// warp gets ahead of the others, is drawn by lot, so that a missing barrier shows: whoever reads too early finds NaN or
+// stale values in shared memory, which is filled with NaN before every block.
 #pragma once
 
 #include <cstdint>

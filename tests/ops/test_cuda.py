@@ -109,12 +109,22 @@ def test_lost_barriers(checks, fault, message):
 def test_planted_races(checks, by_warp, before, after, seed):
     """Values handed to a neighbour, over and over: wrong as soon as either barrier is missing, in any order but one."""
     values = np.random.default_rng(seed).normal(size=96).astype(np.float32)
-    rounds, right = 3, 0
-    expected = np.roll(values.reshape(3, 32) if by_warp else values, -rounds, axis=-1).ravel()
+    rounds, ring, right = 3, 32 if by_warp else 96, 0
+    expected = np.roll(values.reshape(-1, ring), -rounds, axis=1).ravel()
     for order in range(seed, seed + 100):
         checks.seed(order)
-        right += np.array_equal(checks.pass_on(values, rounds, by_warp, before, after), expected)
+        right += np.array_equal(checks.pass_on(values, rounds, ring, by_warp, before, after), expected)
     assert right == (100 if before and after else 0)
+
+
+def test_planted_races_between_warps(checks, seed):
+    """A warp's barriers where the block's are needed: some warp gets ahead of its neighbour."""
+    values = np.random.default_rng(seed).normal(size=96).astype(np.float32)
+    rounds, right = 8, 0
+    for order in range(seed, seed + 100):
+        checks.seed(order)
+        right += np.array_equal(checks.pass_on(values, rounds, 96, True, True, True), np.roll(values, -rounds))
+    assert right < 10
 
 
 # -------------------------------------------------------------------------------------------- the kernels
@@ -148,8 +158,8 @@ def test_against_numpy(cuda_on_cpu, dtype, limit, seed):
 
 
 # (shape, kernels, bytes of shared memory): what plans treat in their own ways. Several images in a warp, a block for a
-# row, strips of rows, windows of 32 columns; planes of floats (float32, volumes, tall kernels), in global memory where
-# the shared one is small
+# row, strips of rows, windows of 32 columns, tasks one after the other; planes of floats (float32, volumes, tall
+# kernels), in global memory where the shared one is small
 PLANS = {
     "groups": ((5, 3, 7, 6), [3, 5], None),
     "three-levels": ((2, 3, 9, 13), [3, 5, 7], None),
@@ -157,6 +167,9 @@ PLANS = {
     "wide": ((1, 2, 5, 140), [3, 5], None),
     "strips": ((1, 2, 90, 56), [3, 5], None),
     "wide-strips": ((1, 1, 40, 140), [3], None),
+    "four-levels": ((2, 3, 12, 12), [3, 5, 7, 9], None),
+    "images-in-turn": ((13, 20, 4, 100), [3], None),
+    "channels-in-turn": ((1, 97, 5, 6), [3, 5], None),
     "volume": ((1, 3, 4, 5, 6), [3, 5], None),
     "tall-kernel": ((2, 3, 17, 5), [3, (15, 3)], None),
     "scratch": ((2, 3, 21, 19), [3, 5], 4096),
