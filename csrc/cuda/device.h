@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
@@ -87,17 +89,17 @@ __device__ void store_quad(T* p, int64_t stride, int n, const float (&from)[4]) 
 __device__ inline float logistic_phi(float x) {
   const float s = fminf(x * x, 42.25f);  // beyond |x| = 6.5 the polynomial would turn back
   const float logit = x * (1.59501577f + s * (0.07401129f - s * 0.00070303f));
-  return __fdividef(1.0f, 1.0f + exp2f(logit * -1.4426950408889634f));
+  return __fdividef(1.0f, 1.0f + __expf(-logit));
 }
 template <class T>
 __device__ float gelu(float x) {
-  if constexpr (sizeof(T) == 2 && !__is_same(T, __half)) return x * logistic_phi(x);
+  if constexpr (sizeof(T) == 2 && !std::is_same_v<T, __half>) return x * logistic_phi(x);
   return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
 }
 // Its derivative, Phi(x) + x phi(x).
 template <class T>
 __device__ float gelu_slope(float x) {
-  if constexpr (sizeof(T) == 2 && !__is_same(T, __half)) {
+  if constexpr (sizeof(T) == 2 && !std::is_same_v<T, __half>) {
     const float phi = logistic_phi(x), s = fminf(x * x, 42.25f);
     return phi + x * phi * (1.0f - phi) * (1.59501577f + s * (0.22203387f - s * 0.00351515f));
   }

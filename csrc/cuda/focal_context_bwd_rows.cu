@@ -42,7 +42,7 @@ __device__ void for_all(std::integer_sequence<int, I...>, const F& f) {
 
 template <class T>
 __device__ uint32_t packed(float a, float b) {
-  const Two<T> two{from_float<T>(a), from_float<T>(b)};
+  const Two<T> two = two_of<T>(a, b);
   return *reinterpret_cast<const uint32_t*>(&two);
 }
 
@@ -62,6 +62,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
     return *reinterpret_cast<Two<T>*>(rows.memory + ring + (ring_slot(t, n) * 64 + i * 32 + lane) * 2);
   };
   const auto inside = [&](int t) { return t >= 0 && t < T_; };
+  const auto grad = [&](int t, int i, int j) {  // of the result
+    return to_float(own(all_plan.grad_out, all_plan.grad_out_rows, t, i).values[j]) * chain.scale;
+  };
 
   for (int i = lane; i < plan.bands[0]; i += 32) rows.memory[i] = from_float<T>(0.0f);
   for (int64_t task = blockIdx.x; task < plan.tasks; task += gridDim.x) {
@@ -81,22 +84,23 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
       for (int64_t group = run * plan.run; group < last; ++group) {
         Pairs pairs(plan, g, group);
         if (!valid) pairs.columns[0] = pairs.columns[1] = 0;
+        const Lines<const T> gates(chain.gates, pairs, 0);
 
         // what reaches the mean of the last level: the sum of the last gate times the gradient, over each image
         float mean[2], global[2], to_mean[2] = {};
         {
           const float gate_bias = of_vector<T>(chain.gates_bias, L);
           for (int t = 0; t < T_; t += STEP) {
-            Two<T> grad[STEP][2], gate[STEP][2];
-            fetch(p.grad_out, g.T, pairs, channel, t, grad);
-            fetch(chain.gates, g.T, pairs, L, t, gate);
+            Two<T> entering[STEP][2], gate[STEP][2];
+            fetch(Lines<const T>(p.grad_out, pairs, channel), T_, t, entering);
+            fetch(gates, T_, t, gate, L);
 #pragma unroll
             for (int r = 0; r < STEP; ++r)
 #pragma unroll
               for (int i = 0; i < 2; ++i)
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
-                  to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(grad[r][i].values[j]);
+                  to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(entering[r][i].values[j]);
           }
           for (int i = 0; i < 2; ++i) {
             to_mean[i] += __shfl_xor_sync(0xffffffffu, to_mean[i], 1);
@@ -119,23 +123,23 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
         const auto ahead = [&](int l) { return reach - plan.reach[l]; };  // and its gradient's as many further up
         Two<T> next_ctx[STEP][2], next_grad[STEP][2];
         int t = -(reach + 1) / 2 * STEP;
-        fetch_ctx(chain, pairs, channel, bias, t + reach, next_ctx);
-        fetch(p.grad_out, g.T, pairs, channel, t, next_grad);
+        const auto fetch_both = [&](int t) {
+          fetch_ctx(Lines<const T>(chain.ctx, pairs, channel), chain.ctx_bias, bias, T_, t + reach, next_ctx);
+          fetch(Lines<const T>(p.grad_out, pairs, channel), T_, t, next_grad);
+        };
+        constexpr bool EARLY = ALL <= 15;  // a step ahead, while there are registers for it
+        if (EARLY) fetch_both(t);
         for (; t < T_ + reach; t += STEP) {
-          float grad[STEP][4];  // of the result, at t
+          if (!EARLY) fetch_both(t);
 #pragma unroll
           for (int r = 0; r < STEP; ++r) {
             rows.put(plan.rings[0], plan.ring_rows[0], t + reach + r, pairs, next_ctx[r]);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < 2; ++i)
               if (inside(t + r)) own(all_plan.grad_out, all_plan.grad_out_rows, t + r, i) = next_grad[r][i];
-#pragma unroll
-              for (int j = 0; j < 2; ++j) grad[r][2 * i + j] = to_float(next_grad[r][i].values[j]) * chain.scale;
-            }
           }
           __syncwarp();
-          fetch_ctx(chain, pairs, channel, bias, t + STEP + reach, next_ctx);
-          fetch(p.grad_out, g.T, pairs, channel, t + STEP, next_grad);
+          if (EARLY) fetch_both(t + STEP);
 
           // down: the levels again, and GELU's slopes
           for_all(std::make_integer_sequence<int, L - 1>(), [&](auto level) {
@@ -151,11 +155,11 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                   const float a = acc[r][2 * i], b = acc[r][2 * i + 1];
-                  values[i] = {from_float<T>(pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f),
-                               from_float<T>(pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f)};
+                  values[i] =
+                      two_of<T>(pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f);
                   if (inside(first + r))
-                    own(all_plan.slopes[l], all_plan.slope_rows[l], first + r, i) = {from_float<T>(gelu_slope<T>(a)),
-                                                                                     from_float<T>(gelu_slope<T>(b))};
+                    own(all_plan.slopes[l], all_plan.slope_rows[l], first + r, i) =
+                        two_of<T>(gelu_slope<T>(a), gelu_slope<T>(b));
                 }
                 rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs, values);
               }
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
             for (int l = 0; l <= L; ++l) {
               const float gate_bias = of_vector<T>(chain.gates_bias, l);
               Two<T> gate[STEP][2];
-              if (p.ctx_all.data) fetch(chain.gates, g.T, pairs, l, t, gate);
+              if (p.ctx_all.data) fetch(gates, T_, t, gate, l);
 #pragma unroll
               for (int r = 0; r < STEP; ++r)
 #pragma unroll
@@ -188,8 +192,8 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                     const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
                     value[0] = to_float(two.values[0]), value[1] = to_float(two.values[1]);
                   }
-                  shares[((l * STEP + r) * 2 + i) * 32 + lane] = {from_float<T>(grad[r][2 * i] * value[0]),
-                                                                  from_float<T>(grad[r][2 * i + 1] * value[1])};
+                  shares[((l * STEP + r) * 2 + i) * 32 + lane] =
+                      two_of<T>(grad(t + r, i, 0) * value[0], grad(t + r, i, 1) * value[1]);
                   if (p.ctx_all.data)
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
@@ -202,8 +206,8 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                   if (inside(t + r) && pairs.columns[i] > 0)
-                    store_two(pairs.element_of<T>(p.ctx_all, i, channel, t + r), p.ctx_all.w, pairs.columns[i],
-                              total[r][2 * i] * chain.scale, total[r][2 * i + 1] * chain.scale);
+                    Lines<T>(p.ctx_all, pairs, channel)
+                        .store(i, t + r, total[r][2 * i] * chain.scale, total[r][2 * i + 1] * chain.scale);
           }
 
           // up: the gradient of what leaves each level's convolution, and from it that of what enters
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                     acc, all_plan.grads[l + 1], all_plan.grad_rows[l + 1], all_plan.flipped[l + 1], first);
               const float gate_bias = of_vector<T>(chain.gates_bias, l);
               Two<T> gate[STEP][2];
-              fetch(chain.gates, g.T, pairs, l, first, gate);
+              fetch(gates, T_, first, gate, l);
               uint32_t both[STEP][2];
 #pragma unroll
               for (int r = 0; r < STEP; ++r) {
@@ -229,11 +233,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                     for (int j = 0; j < 2; ++j)
                       if (j < pairs.columns[i]) {
                         const float a = acc[r][2 * i + j];
-                        const float out =
-                            l == L - 1
-                                ? grad[r][2 * i + j]
-                                : to_float(own(all_plan.grad_out, all_plan.grad_out_rows, first + r, i).values[j]) *
-                                      chain.scale;
+                        const float out = grad(first + r, i, j);
                         const float slope =
                             l == L - 1
                                 ? gelu_slope<T>(a)
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                         const float entering = (to_float(gate[r][i].values[j]) + gate_bias) * out;
                         value[j] = (entering + (l == L - 1 ? to_mean[i] : a)) * slope;
                       }
-                  values[i] = {from_float<T>(value[0]), from_float<T>(value[1])};
+                  values[i] = two_of<T>(value[0], value[1]);
                   both[r][i] = packed<T>(value[0], value[1]);
                 }
                 rows.put(all_plan.grads[l], all_plan.grad_rows[l], first + r, pairs, values);
@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
 #pragma unroll
               for (int i = 0; i < 2; ++i)
                 if (inside(t - reach + r) && pairs.columns[i] > 0)
-                  store_two(pairs.element_of<T>(p.grad_ctx, i, channel, t - reach + r), p.grad_ctx.w, pairs.columns[i],
-                            acc[r][2 * i], acc[r][2 * i + 1]);
+                  Lines<T>(p.grad_ctx, pairs, channel).store(i, t - reach + r, acc[r][2 * i], acc[r][2 * i + 1]);
           }
 
           // the block's share of the gates' gradients: the sum over its channels

@@ -13,15 +13,16 @@ struct Arguments {
 
 // gate * value of this lane's pair i of row t, added to two sums
 template <class T>
-__device__ void add_gated(const Chain& p, const Pairs& pairs, int i, int level, float bias, int t, float a, float b,
-                          float* sums) {
-  const Two<T> gate = load_two(pairs.element_of<const T>(p.gates, i, level, t), p.gates.w, pairs.columns[i]);
+__device__ void add_gated(const Lines<const T>& gates, const Vector& biases, int i, int level, int t, float a, float b,
+                          float (&sums)[2]) {
+  const float bias = of_vector<T>(biases, level);
+  const Two<T> gate = gates.load(i, t, true, level);
   sums[0] += (to_float(gate.values[0]) + bias) * a;
   sums[1] += (to_float(gate.values[1]) + bias) * b;
 }
 
 template <class T, int WINDOW>
-__global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Arguments arguments) {
   const ContextForward& p = arguments.p;
   const Chain& chain = p.chain;
   const RowsPlan& plan = arguments.plan;
@@ -42,60 +43,48 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Ar
     const int64_t last = std::min(plan.groups, (run + 1) * plan.run);
     for (int64_t group = run * plan.run; group < last; ++group) {
       const Pairs pairs(plan, g, group);
+      const Lines<const T> ctx(chain.ctx, pairs, channel), gates(chain.gates, pairs, 0);
       float sum[2] = {};
       Two<T> next[STEP][2];
       // the last level's rows begin at `t`, level l's all - reach[l] further down, what enters the first at t + all
       int t = begin - (all + 1) / 2 * STEP;
-      fetch_ctx(chain, pairs, channel, bias, t + all, next);
+      fetch_ctx(ctx, chain.ctx_bias, bias, int(g.T), t + all, next);
       for (; t < end; t += STEP) {
 #pragma unroll
         for (int r = 0; r < STEP; ++r) rows.put(plan.rings[0], plan.ring_rows[0], t + all + r, pairs, next[r]);
         rows.sync();
-        if (t + STEP < end) fetch_ctx(chain, pairs, channel, bias, t + STEP + all, next);
+        if (t + STEP < end) fetch_ctx(ctx, chain.ctx_bias, bias, int(g.T), t + STEP + all, next);
         for (int l = 0; l < L; ++l) {
           const int first = t + all - plan.reach[l + 1], kt = int(chain.levels[l].size.kt);
           if (first + STEP > 0 && first < g.T && (l + 1 < L || first + STEP > begin)) {
             float acc[STEP][4];
+            rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
+#pragma unroll
+            for (int r = 0; r < STEP; ++r)
+#pragma unroll
+              for (int j = 0; j < 4; ++j) acc[r][j] = j % 2 < pairs.columns[j / 2] ? gelu<T>(acc[r][j]) : 0.0f;
             if (l + 1 < L) {
-              rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
 #pragma unroll
-              for (int r = 0; r < STEP; ++r) {
-                Two<T> values[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                  values[i] = {from_float<T>(pairs.columns[i] > 0 ? gelu<T>(acc[r][2 * i]) : 0.0f),
-                               from_float<T>(pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f)};
-                rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs, values);
-              }
-            } else {
-              float total[STEP][4] = {};
-              for (int j = 0; j + 1 < L; ++j) {  // the levels before, as they lie in their rings
-                const float gate_bias = of_vector<T>(chain.gates_bias, j);
-#pragma unroll
-                for (int r = 0; r < STEP; ++r) {
-                  const T* const row = rows.row_of(plan.rings[j + 1], plan.ring_rows[j + 1], first + r);
-#pragma unroll
-                  for (int i = 0; i < 2; ++i)
-                    if (first + r >= begin && first + r < end && pairs.columns[i] > 0) {
-                      const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
-                      add_gated<T>(chain, pairs, i, j, gate_bias, first + r, to_float(two.values[0]),
-                                   to_float(two.values[1]), &total[r][2 * i]);
-                    }
-                }
-              }
-              rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
-              const float gate_bias = of_vector<T>(chain.gates_bias, l);
+              for (int r = 0; r < STEP; ++r)
+                rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs,
+                         {two_of<T>(acc[r][0], acc[r][1]), two_of<T>(acc[r][2], acc[r][3])});
+            } else {  // gates: of this level, and of those before, which lie in their rings
+              const Lines<T> out(p.out, pairs, channel);
 #pragma unroll
               for (int r = 0; r < STEP; ++r)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                   if (first + r >= begin && first + r < end && pairs.columns[i] > 0) {
-                    const float a = gelu<T>(acc[r][2 * i]);
-                    const float b = pairs.columns[i] > 1 ? gelu<T>(acc[r][2 * i + 1]) : 0.0f;
-                    sum[i] += a + b;
-                    add_gated<T>(chain, pairs, i, l, gate_bias, first + r, a, b, &total[r][2 * i]);
-                    store_two(pairs.element_of<T>(p.out, i, channel, first + r), p.out.w, pairs.columns[i],
-                              total[r][2 * i], total[r][2 * i + 1]);
+                    sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
+                    float total[2] = {};
+                    add_gated<T>(gates, chain.gates_bias, i, l, first + r, acc[r][2 * i], acc[r][2 * i + 1], total);
+                    for (int j = 0; j + 1 < L; ++j) {
+                      const T* const row = rows.row_of(plan.rings[j + 1], plan.ring_rows[j + 1], first + r);
+                      const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
+                      add_gated<T>(gates, chain.gates_bias, i, j, first + r, to_float(two.values[0]),
+                                   to_float(two.values[1]), total);
+                    }
+                    out.store(i, first + r, total[0], total[1]);
                   }
             }
           }
@@ -110,7 +99,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Ar
         if (lane % 4 == 0) sums[mine / 32 * 16 + lane / 4 + 8 * i] = sum[i];
       }
       rows.sync();
-      const float gate_bias = of_vector<T>(chain.gates_bias, L);
+      const Lines<T> out(p.out, pairs, channel);
       for (int i = 0; i < 2; ++i) {
         const bool inside = pairs.columns[i] > 0;
         const int of_image = inside ? int(pairs.image[i] - group * plan.images) * plan.segments : 0;
@@ -125,11 +114,10 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) context_fwd_rows_kernel(Ar
         }
         const float global = gelu<T>(mean / float(g.pixels()));
         for (int row = begin; row < end && inside && plan.strips == 1; ++row) {  // what this lane wrote itself
-          T* const to = pairs.element_of<T>(p.out, i, channel, row);
-          const Two<T> two = load_two<T>(to, p.out.w, pairs.columns[i]);
+          const Two<T> two = out.load(i, row, true);
           float total[2] = {to_float(two.values[0]), to_float(two.values[1])};
-          add_gated<T>(chain, pairs, i, L, gate_bias, row, global, global, total);
-          store_two(to, p.out.w, pairs.columns[i], total[0] * chain.scale, total[1] * chain.scale);
+          add_gated<T>(gates, chain.gates_bias, i, L, row, global, global, total);
+          out.store(i, row, total[0] * chain.scale, total[1] * chain.scale);
         }
       }
       rows.sync();  // `sums` and the rings are free again

@@ -34,10 +34,6 @@ struct Pairs {
       if (nth >= plan.images) at[i] = -1;
     }
   }
-  template <class T>
-  __device__ T* element_of(const MapView& v, int i, int64_t c, int64_t t) const {
-    return element<T>(v, image[i], c, t, 0, column[i]);
-  }
 };
 
 template <class T>
@@ -45,54 +41,74 @@ struct alignas(4) Two {
   T values[2];
 };
 
-// Two elements `stride` apart, zero where there is none.
 template <class T>
-__device__ Two<T> load_two(const T* p, int64_t stride, int n) {
-  if (stride == 1 && n == 2 && reinterpret_cast<uintptr_t>(p) % 4 == 0) return *reinterpret_cast<const Two<T>*>(p);
-  const T zero = from_float<T>(0.0f);
-  return {n > 0 ? p[0] : zero, n > 1 ? p[stride] : zero};
+__device__ Two<T> two_of(float a, float b);
+template <>
+__device__ inline Two<__nv_bfloat16> two_of<__nv_bfloat16>(float a, float b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);  // one instruction
+  return {both.x, both.y};
 }
+template <>
+__device__ inline Two<__half> two_of<__half>(float a, float b) {
+  const __half2 both = __floats2half2_rn(a, b);
+  return {both.x, both.y};
+}
+
+// This lane's pairs in a map, a plane at a time: addresses are dear, so what does not change is kept.
 template <class T>
-__device__ void store_two(T* p, int64_t stride, int n, float a, float b) {
-  const Two<T> two{from_float<T>(a), from_float<T>(b)};
-  if (stride == 1 && n == 2 && reinterpret_cast<uintptr_t>(p) % 4 == 0) {
-    *reinterpret_cast<Two<T>*>(p) = two;
-    return;
+struct Lines {
+  const MapView& v;
+  const int (&columns)[2];
+  T* first[2];  // of the plane, row 0
+  bool whole;   // a pair is one aligned access, wherever it lies
+
+  __device__ Lines(const MapView& v, const Pairs& pairs, int64_t channel) : v(v), columns(pairs.columns) {
+    for (int i = 0; i < 2; ++i) first[i] = element<T>(v, pairs.image[i], channel, 0, 0, pairs.column[i]);
+    whole = v.w == 1 && (v.b | v.c | v.t) % 2 == 0 && reinterpret_cast<uintptr_t>(v.data) % 4 == 0;
   }
-  if (n > 0) p[0] = two.values[0];
-  if (n > 1) p[stride] = two.values[1];
-}
+  // Pair i of row t (of `planes` further), zeros outside of the map.
+  __device__ Two<std::remove_const_t<T>> load(int i, int64_t t, bool inside, int64_t planes = 0) const {
+    const T* const from = first[i] + t * v.t + planes * v.c;
+    if (inside && whole && columns[i] == 2) return *reinterpret_cast<const Two<std::remove_const_t<T>>*>(from);
+    const auto zero = from_float<std::remove_const_t<T>>(0.0f);
+    return {inside && columns[i] > 0 ? from[0] : zero, inside && columns[i] > 1 ? from[v.w] : zero};
+  }
+  __device__ void store(int i, int64_t t, float a, float b) const {
+    const Two<T> two = two_of<T>(a, b);
+    T* const to = first[i] + t * v.t;
+    if (whole && columns[i] == 2) {
+      *reinterpret_cast<Two<T>*>(to) = two;
+      return;
+    }
+    if (columns[i] > 0) to[0] = two.values[0];
+    if (columns[i] > 1) to[v.w] = two.values[1];
+  }
+};
 
 template <class T>
 __device__ Two<T> with_bias(Two<T> two, float bias, int n) {
-  const T zero = from_float<T>(0.0f);
-  return {n > 0 ? from_float<T>(to_float(two.values[0]) + bias) : zero,
-          n > 1 ? from_float<T>(to_float(two.values[1]) + bias) : zero};
+  return two_of<T>(n > 0 ? to_float(two.values[0]) + bias : 0.0f, n > 1 ? to_float(two.values[1]) + bias : 0.0f);
 }
 
-// Rows first .. first + STEP - 1 of a map as this lane holds them; zeros outside.
+// Rows first .. first + STEP - 1 of a map of T_ rows as this lane holds them; zeros outside.
 template <class T>
-__device__ void fetch(const MapView& map, int64_t rows, const Pairs& pairs, int64_t channel, int first,
-                      Two<T> (&to)[STEP][2]) {
+__device__ void fetch(const Lines<const T>& lines, int T_, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
 #pragma unroll
   for (int r = 0; r < STEP; ++r)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = first + r, n = t >= 0 && t < rows ? pairs.columns[i] : 0;
-      to[r][i] = load_two(pairs.element_of<const T>(map, i, channel, t), map.w, n);
-    }
+    for (int i = 0; i < 2; ++i) to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < T_, planes);
 }
 // The same of ctx, with its bias.
 template <class T>
-__device__ void fetch_ctx(const Chain& p, const Pairs& pairs, int64_t channel, float bias, int first,
+__device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, float bias, int T_, int first,
                           Two<T> (&to)[STEP][2]) {
-  fetch(p.ctx, p.g.T, pairs, channel, first, to);
-  if (!p.ctx_bias.data) return;
+  fetch(lines, T_, first, to);
+  if (!biases.data) return;
 #pragma unroll
   for (int r = 0; r < STEP; ++r)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < p.g.T ? pairs.columns[i] : 0);
+      to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < T_ ? lines.columns[i] : 0);
 }
 
 // Where row t of a ring lies.
@@ -182,6 +198,10 @@ struct Rows {
 
   template <int WINDOW>
   __device__ void convolve(float (&acc)[STEP][4], int kt, int ring, int rows, int bands, int first) const {
+    if constexpr (WINDOW == 32) {  // only then are kernels so tall: see lay_out_rows
+      if (kt == 11) return convolve_rows<11, WINDOW>(acc, ring, rows, bands, first);
+      if (kt == 13) return convolve_rows<13, WINDOW>(acc, ring, rows, bands, first);
+    }
     switch (kt) {
       case 1:
         return convolve_rows<1, WINDOW>(acc, ring, rows, bands, first);
@@ -191,12 +211,8 @@ struct Rows {
         return convolve_rows<5, WINDOW>(acc, ring, rows, bands, first);
       case 7:
         return convolve_rows<7, WINDOW>(acc, ring, rows, bands, first);
-      case 9:
-        return convolve_rows<9, WINDOW>(acc, ring, rows, bands, first);
-      case 11:
-        return convolve_rows<11, WINDOW>(acc, ring, rows, bands, first);
       default:
-        return convolve_rows<13, WINDOW>(acc, ring, rows, bands, first);
+        return convolve_rows<9, WINDOW>(acc, ring, rows, bands, first);
     }
   }
 
@@ -239,7 +255,7 @@ inline bool lay_out_rows(const Chain& chain, RowsPlan& plan) {
   if (chain.dtype == DType::f32 || chain.L == 0 || g.M != 1 || std::max(widest, tallest) > LARGEST_TAPS ||
       plan.segments > 16 * MOST_WARPS || g.T > 1 << 20)
     return false;
-  plan.window = widest <= 9 ? 16 : 32;
+  plan.window = std::max(widest, tallest) <= 9 ? 16 : 32;
   plan.warps = (plan.segments + 15) / 16;
   plan.images = plan.warps > 1 ? 1 : int(std::min<int64_t>(16 / plan.segments, std::max<int64_t>(1, g.B)));
   plan.image_row = 8 * plan.segments + plan.window - 8;

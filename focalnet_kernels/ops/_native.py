@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import _native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CUDA = (8, 0)  # compute capability: tensor cores that know bfloat16
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
 
@@ -35,7 +37,18 @@ def why_not_native(
         return f"dtype {tensor.dtype} is left to the reference (kernels: float32, bfloat16, float16)"
     if backend == "cpu":
         return _native.cpu_missing
-    return _why_too_large(sizes, weights) or _native.cuda_missing
+    return _why_too_large(sizes, weights) or _native.cuda_missing or _why_too_old(tensor)
+
+
+def _why_too_old(tensor: Tensor) -> str | None:
+    if tensor.is_cuda and not torch.compiler.is_compiling() and (found := _capability(tensor.device)) < OLDEST_CUDA:
+        return (
+            f"it needs compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}, {tensor.device} has {found[0]}.{found[1]}"
+        )
+    return None
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _why_too_large(sizes: Sequence[int], weights: Sequence[Tensor]) -> str | None:

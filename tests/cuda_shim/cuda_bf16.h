@@ -19,3 +19,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   std::memcpy(&bits, &f, 4);
   return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}

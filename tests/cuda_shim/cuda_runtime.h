@@ -50,6 +50,7 @@ T __shfl_sync(unsigned, T value, int source) {
   return focalnet_shim::exchange(value, source);
 }
 
+inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::erff;
