@@ -79,7 +79,7 @@ def test_kernels_include_no_torch():
 
 GNU_ONLY = re.compile(
     r"__attribute__|__builtin_|__extension__|__typeof|\btypeof\b|__int128|\(\{|#pragma GCC|#include_next|<bits/"
-    r"|<unistd.h>|\bssize_t\b|\bM_PI\b|\?:|case [^:]+ \.\.\. "
+    r"|<unistd.h>|\bssize_t\b|__is_same\b|\bM_PI\b|\?:|case [^:]+ \.\.\. "
 )
 
 
