@@ -116,14 +116,14 @@ void run_block(int threads) {
     fibre.state = State::ready;
     fibre.thread.x = i;
   }
+  const auto last_of = [&](size_t warp) { return std::min<size_t>(threads, warp + 32); };
   std::vector<size_t> warps((threads + 31) / 32);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = 32 * i;
   while (true) {
     std::shuffle(warps.begin(), warps.end(), machine.lots);
     bool ran = false;
-    for (size_t warp : warps)  // how far one gets ahead of the others is drawn by lot as well
-      for (unsigned turns = 1 + machine.lots() % 8; turns > 0; --turns)
-        ran |= run_warp(warp, std::min<size_t>(threads, warp + 32));
+    for (size_t warp : warps)  // how far one gets ahead of the others is drawn by lot as well: a step, or all it can
+      for (unsigned turns = 1u << machine.lots() % 12; turns > 0 && run_warp(warp, last_of(warp)); --turns) ran = true;
     const bool released = release(0, threads, State::at_block);
     if (ran || released) continue;
     for (int i = 0; i < threads; ++i)
