@@ -26,17 +26,13 @@ __device__ void row_gradient(const float* grad, const float* plane, const Frame&
     float acc[TAPS] = {};
     for (int i = threadIdx.x % 32; i < f.T * f.M * f.across; i += 32) {
       const int w = i % f.across * 4, m = i / f.across % f.M, t = i / f.across / f.M;
-      const float4 quad = *reinterpret_cast<const float4*>(grad + f.offset(t, m, w));
-      const float g[4] = {quad.x, quad.y, quad.z, quad.w};
+      float g[4];
+      load_quads(grad + f.offset(t, m, w), g);
       const float* row = plane + f.offset(t + dt, m + dm, w);
       if constexpr (KW > 0) {
         constexpr int REACH = KW / 2, LEFT = (REACH + 3) / 4 * 4;
         float x[2 * LEFT + 4];
-#pragma unroll
-        for (int q = 0; q < LEFT / 2 + 1; ++q) {
-          const float4 four = *reinterpret_cast<const float4*>(row - LEFT + 4 * q);
-          x[4 * q] = four.x, x[4 * q + 1] = four.y, x[4 * q + 2] = four.z, x[4 * q + 3] = four.w;
-        }
+        load_quads(row - LEFT, x);
 #pragma unroll
         for (int a = 0; a < KW; ++a)
 #pragma unroll

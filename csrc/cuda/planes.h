@@ -48,6 +48,16 @@ struct Segment {
   __device__ bool has(const Frame& f, int row, int column) const { return t + row < f.T && column < columns; }
 };
 
+// N floats, whole quads from a boundary of four.
+template <int N>
+__device__ void load_quads(const float* from, float (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 quad = *reinterpret_cast<const float4*>(from + i);
+    to[i] = quad.x, to[i + 1] = quad.y, to[i + 2] = quad.z, to[i + 3] = quad.w;
+  }
+}
+
 // acc += the convolution of `plane` at a segment; kernel rows of KW taps, 0 for any number.
 template <int KW>
 __device__ void convolve_rows(const float* plane, const Frame& f, const float* taps, const Level& k, const Segment& s,
@@ -59,19 +69,15 @@ __device__ void convolve_rows(const float* plane, const Frame& f, const float* t
       if constexpr (KW > 0) {
         constexpr int REACH = KW / 2, LEFT = (REACH + 3) / 4 * 4;
         float x[2 * LEFT + 4];
-#pragma unroll
-        for (int q = 0; q < LEFT / 2 + 1; ++q) {
-          const float4 quad = *reinterpret_cast<const float4*>(row - LEFT + 4 * q);
-          x[4 * q] = quad.x, x[4 * q + 1] = quad.y, x[4 * q + 2] = quad.z, x[4 * q + 3] = quad.w;
-        }
+        load_quads(row - LEFT, x);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           if (i < r || i - r >= kt) continue;
-          const float4* quads = reinterpret_cast<const float4*>(taps + ((i - r) * km + j) * padded);
+          const float* row_taps = taps + ((i - r) * km + j) * padded;
 #pragma unroll
           for (int q = 0; q < (KW + 3) / 4; ++q) {
-            const float4 quad = quads[q];
-            const float tap[4] = {quad.x, quad.y, quad.z, quad.w};
+            float tap[4];
+            load_quads(row_taps + 4 * q, tap);
 #pragma unroll
             for (int a = 0; a < 4; ++a)
               if (4 * q + a < KW) {
