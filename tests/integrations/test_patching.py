@@ -11,6 +11,7 @@ from ops.golden import relative_error
 from torch import nn
 
 import focalnet_kernels as fk
+from focalnet_kernels import _native
 from focalnet_kernels.dispatch import requested_backend
 from focalnet_kernels.integrations import accelerate, restore
 from integrations.foreign_layers import BUILD, FORMS, build, example
@@ -151,7 +152,8 @@ def test_shared_instance():
     assert "forward" not in vars(layer)
 
 
-def test_named_backend_holds_for_these_instances_only():
+def test_named_backend_holds_for_these_instances_only(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_device", "cuda")  # whatever other tests have set: it cannot run here
     model = nn.ModuleList([build(FORM), build(FORM)])
     accelerate(model)
     accelerate(model[0], backend="triton")

@@ -44,7 +44,7 @@ CASES = {
 def test_frozen_gradients_are_not_computed(kernels, op, make_inputs, seed):
     inputs = make_inputs(seed)
     names = list(named_tensors(inputs))
-    raw_ops = (f"{op.__name__}_bwd", f"{op.__name__}_bwd_triton")
+    raw_ops = [f"{op.__name__}_bwd{suffix}" for suffix in ("", "_triton", "_cuda")]
     for wanted in ([names[0]], names[1:], names[-1:], names):
         (gradients,) = backward_of(op, inputs, kernels, wanted).results(*raw_ops)
         assert sum(g.numel() > 0 for g in gradients) == len(wanted)
