@@ -16,7 +16,9 @@ from .steps import MODES, calls, results
 from .timing import interleaved, ready
 
 WARM = 2  # rounds
-OTHERS_FACTOR = 8  # not ours to judge: they only have to be the same function
+# not ours to judge: they only have to be the same function. In float32 a sum over 25,000 tokens in another order was ten
+# times eager's error, and another function is still thousands of times
+OTHERS_FACTOR = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
 def run_case(
@@ -94,7 +96,7 @@ def check(subject: Subject, eager: dict[str, Tensor], exact: dict[str, Tensor], 
 
     Raises:
         AssertionError: an error against `exact` of more than 2 (forward) or 3 (backward) times eager's, or of more
-            than 8 times eager's for a provider that is not ours.
+            than `OTHERS_FACTOR` times eager's for a provider that is not ours.
     """
     for name, result in results(subject).items():
         x = exact[name]
@@ -102,7 +104,7 @@ def check(subject: Subject, eager: dict[str, Tensor], exact: dict[str, Tensor], 
         error, of_eager = ((t.double().reshape(x.shape) - x).norm().item() for t in (result, eager[name]))
         factor = FORWARD_FACTOR if name == "output" else BACKWARD_FACTOR
         rounding = SLACK * torch.finfo(result.dtype).eps * x.norm().item()
-        allowed = (factor if ours else OTHERS_FACTOR) * of_eager + rounding
+        allowed = (factor if ours else OTHERS_FACTOR[result.dtype]) * of_eager + rounding
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
