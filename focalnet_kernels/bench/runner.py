@@ -16,8 +16,8 @@ from .steps import MODES, calls, results
 from .timing import interleaved, ready
 
 WARM = 2  # rounds
-# not ours to judge: they only have to be the same function. In float32 a sum over 25,000 tokens in another order was ten
-# times eager's error, and another function is still thousands of times
+# not ours to judge: they only have to be the same function. In float32 a sum over 25,000 tokens in another order was
+# ten times eager's error, and another function is still thousands of times
 OTHERS_FACTOR = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
