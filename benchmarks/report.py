@@ -83,7 +83,7 @@ def slower(rows: Iterable[dict[str, str]]) -> str:
     groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for row in rows:
         if row.get("mode") and (time := value(row, "p50_ms")) is not None:
-            groups.setdefault((row["mode"], what(row)), []).append((time, row["provider"]))
+            groups.setdefault((row["mode"], f"{row['case']} {what(row)}"), []).append((time, row["provider"]))
     lines = []
     for (mode, name), times in groups.items():
         ours = min((t for t in times if is_ours(t[1])), default=None)

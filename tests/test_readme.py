@@ -67,7 +67,7 @@ def test_losing_rows_are_shown_and_said(report, tmp_path):
     table = report.table(rows, "forward", "p50_ms", 1).splitlines()
     assert table[0] == "| forward | authors' form | timm compiled | ours cpu |"
     assert table[2:] == ["| float32 2x4x4x8 | 2.0 | 2.0 | 3.0 |", "| bfloat16 2x4x4x8 | 2.0 |  | 1.5 |"]
-    line = "- forward, float32 2x4x4x8: ours cpu takes 1.50 times as long as timm compiled"
+    line = "- forward, some stage 1 float32 2x4x4x8: ours cpu takes 1.50 times as long as timm compiled"
     assert report.slower(rows) == line
     whole = report.report(tmp_path)
     for part in (line, "- ours cuda: there is no GPU", "2 threads of a CPU", "product float32 by torch: 100.0 GFLOP/s"):

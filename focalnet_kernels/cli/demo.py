@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..functional import explain
 from ..integrations import accelerate, restore
 from ..models import create_model, load_checkpoint
 from ..models.key_maps import convert_state_dict, recognise_layout
+from .extras import import_extra
 
 VARIANT = "focalnet_tiny_lrf"
 ROUNDS, WARM = 5, 1
@@ -77,8 +77,8 @@ class Timing:
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 def demo(images, weights, with_compile, batch, size, output, dtype) -> None:
     """Show that accelerated layers give the same logits on photographs, and how much faster they are."""
-    timm = _import("timm")
-    figure = _import("matplotlib.figure")
+    timm = import_extra("timm", "the demo")
+    figure = import_extra("matplotlib.figure", "the demo")
     console = Console()
     paths = images or _bundled_photographs()
     photographs = _load(timm, paths, batch, size).to(getattr(torch, dtype))
@@ -122,16 +122,6 @@ def demo(images, weights, with_compile, batch, size, output, dtype) -> None:
     console.print(f"wrote {output / 'demo.png'} and {output / 'demo.csv'}", highlight=False, soft_wrap=True)
 
 
-def _import(name: str):
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a mismatched torchvision makes timm raise a RuntimeError
-        raise click.ClickException(
-            f"the demo needs {name.partition('.')[0]}, which cannot be imported ({error}): "
-            'pip install "focalnet_kernels[demo]"'
-        ) from error
-
-
 def _models(timm, weights: Path | None, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """timm's model, and ours with the same weights."""
     torch.manual_seed(0)
@@ -151,7 +141,7 @@ def _models(timm, weights: Path | None, dtype: torch.dtype) -> tuple[nn.Module, 
 
 
 def _bundled_photographs() -> list[Path]:
-    folder = Path(_import("skimage").__file__).parent / "data"
+    folder = Path(import_extra("skimage", "the demo").__file__).parent / "data"
     paths = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()]
     if not paths:
         raise click.UsageError(f"{folder}: no photographs in this scikit-image; give some by --image")
@@ -160,7 +150,7 @@ def _bundled_photographs() -> list[Path]:
 
 def _load(timm, paths: Sequence[Path], batch: int, size: int) -> Tensor:
     """The photographs as timm's evaluation transform makes them, repeated in turn to fill the batch."""
-    Image = _import("PIL.Image")
+    Image = import_extra("PIL.Image", "the demo")
     published = timm.get_pretrained_cfg(VARIANT).to_dict()
     config = timm.data.resolve_data_config(pretrained_cfg=published) | {"input_size": (3, size, size)}
     transform = timm.data.create_transform(**config, is_training=False)
