@@ -70,9 +70,8 @@ inline ContextPlan plan_planes(const Chain& chain, bool backward) {
   plan.slots = plan.channel_runs * plan.groups;
   plan.blocks = std::min<int64_t>(plan.tasks(), 1 << 20);
   if (!plan.planes_in_shared) {
-    constexpr int64_t LARGEST_SCRATCH = int64_t(1) << 28;  // floats
     plan.blocks = std::min<int64_t>(plan.blocks, 2 * device.processors);
-    plan.blocks = std::max<int64_t>(std::min<int64_t>(plan.blocks, LARGEST_SCRATCH / room.planes), 1);
+    plan.blocks = std::max<int64_t>(std::min<int64_t>(plan.blocks, device.scratch / 4 / room.planes), 1);
     plan.scratch = plan.blocks * plan.groups * room.planes;
   }
   return plan;

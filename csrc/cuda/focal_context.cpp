@@ -1,4 +1,5 @@
-// focal_context on a GPU: one launch, and in the backward a second for the sums.
+// focal_context on a GPU: one launch, or two where strips have to wait for each other; in the backward one or four, and
+// one for the sums.
 #include <stdexcept>
 
 #include "cuda/ops.h"
@@ -47,11 +48,13 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   int64_t taps = 0;
   for (int l = 0; l < chain.L; ++l) taps += chain.levels[l].size.taps();
   const RowsBackwardPlan rows = plan_rows_bwd(chain);
-  const ContextPlan planes = rows.rows.fits ? ContextPlan{} : plan_context_bwd(chain);
-  const int64_t slots = rows.rows.fits ? rows.slots : planes.slots;
-  const int64_t image_runs = rows.rows.fits ? rows.rows.runs : planes.image_runs;
+  const PassesPlan passes = rows.rows.fits ? PassesPlan{} : plan_passes_bwd(chain);
+  const bool over_planes = !rows.rows.fits && !passes.down.fits;
+  const ContextPlan planes = over_planes ? plan_context_bwd(chain) : ContextPlan{};
+  const int64_t slots = over_planes ? planes.slots : rows.rows.fits ? rows.slots : passes.slots;
+  const int64_t image_runs = over_planes ? planes.image_runs : rows.rows.fits ? rows.rows.runs : passes.image_runs;
   const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  Tensor scratch = floats(planes.scratch);
+  Tensor scratch = floats(over_planes ? planes.scratch : passes.scratch);
   Tensor gates_parts = floats(wanted.gates.data ? slots * g.B * gates * g.pixels() : 0);
   Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
   ContextBackward p{};
@@ -83,6 +86,8 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   }
   if (rows.rows.fits)
     run_rows_bwd(p, rows, on.stream);
+  else if (passes.down.fits)
+    run_passes_bwd(p, passes, on.stream);
   else
     run_context_bwd(p, planes, on.stream);
   run_sums(sums, on.stream);

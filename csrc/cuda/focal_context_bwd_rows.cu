@@ -40,12 +40,6 @@ __device__ void for_all(std::integer_sequence<int, I...>, const F& f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
-template <class T>
-__device__ uint32_t packed(float a, float b) {
-  const Two<T> two = two_of<T>(a, b);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-
 template <class T, class KERNELS>
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Arguments arguments) {
   constexpr int L = KERNELS::L, ALL = KERNELS::ALL;
@@ -55,9 +49,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
   const RowsPlan& plan = all_plan.rows;
   const Geometry& g = chain.g;
   const int T_ = int(g.T), reach = plan.reach[L], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  T* const memory = shared_memory<T>();
-  const Rows<T> rows(plan, g, memory + warp * plan.elements);
-  float* const sums = reinterpret_cast<float*>(rows.memory + plan.sums);
+  const Rows<T> rows(plan, g);
   const auto own = [&](int ring, int n, int t, int i) -> Two<T>& {  // what only this lane reads
     return *reinterpret_cast<Two<T>*>(rows.memory + ring + (ring_slot(t, n) * 64 + i * 32 + lane) * 2);
   };
@@ -66,7 +58,6 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
     return to_float(own(all_plan.grad_out, all_plan.grad_out_rows, t, i).values[j]) * chain.scale;
   };
 
-  for (int i = lane; i < plan.bands[0]; i += 32) rows.memory[i] = from_float<T>(0.0f);
   for (int64_t task = blockIdx.x; task < plan.tasks; task += gridDim.x) {
     const int64_t slot = task % all_plan.slots, run = task / all_plan.slots;
     for (int64_t step = 0; step < all_plan.channel_run; ++step) {
@@ -74,7 +65,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
       const bool valid = own_channel < g.C;
       const int64_t channel = valid ? own_channel : g.C - 1;
       const float bias = of_vector<T>(chain.ctx_bias, channel);
-      float products[ALL][4] = {};  // see Rows::add_products
+      float products[ALL][1][4] = {};  // see Rows::add_products
       __syncwarp();
       for (int l = 0; l < L; ++l) {
         rows.make_bands(chain.levels[l], channel, plan.bands[l], false);
@@ -102,20 +93,11 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                 for (int j = 0; j < 2; ++j)
                   to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(entering[r][i].values[j]);
           }
+          rows.sum_over_images(pairs, group, to_mean);
           for (int i = 0; i < 2; ++i) {
-            to_mean[i] += __shfl_xor_sync(0xffffffffu, to_mean[i], 1);
-            to_mean[i] += __shfl_xor_sync(0xffffffffu, to_mean[i], 2);
-            if (lane % 4 == 0) sums[lane / 4 + 8 * i] = to_mean[i];
-          }
-          __syncwarp();
-          for (int i = 0; i < 2; ++i) {
-            const bool here = pairs.columns[i] > 0;
-            const int first = here ? int(pairs.image[i] - group * plan.images) * plan.segments : 0;
-            float sum = 0;
-            for (int j = 0; j < plan.segments; ++j) sum += sums[first + j];
-            mean[i] = here ? p.mean[pairs.image[i] * g.C + channel] : 0.0f;
+            mean[i] = pairs.columns[i] > 0 ? p.mean[pairs.image[i] * g.C + channel] : 0.0f;
             global[i] = gelu<T>(mean[i]);
-            to_mean[i] = sum * chain.scale * gelu_slope<T>(mean[i]) / float(g.pixels());
+            to_mean[i] *= chain.scale * gelu_slope<T>(mean[i]) / float(g.pixels());
           }
         }
 
@@ -242,13 +224,13 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
                         value[j] = (entering + (l == L - 1 ? to_mean[i] : a)) * slope;
                       }
                   values[i] = two_of<T>(value[0], value[1]);
-                  both[r][i] = packed<T>(value[0], value[1]);
+                  both[r][i] = packed(values[i]);
                 }
                 rows.put(all_plan.grads[l], all_plan.grad_rows[l], first + r, pairs, values);
               }
               if (p.weights_parts)
-                rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l), ALL>(products, plan.rings[l],
-                                                                                       plan.ring_rows[l], first, both);
+                rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l)>(products, plan.rings[l],
+                                                                                  plan.ring_rows[l], first, both);
             }
             __syncwarp();
           });
@@ -274,7 +256,8 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
               if (nth >= plan.images || image >= g.B || !inside(row)) continue;
               float sum[2] = {};
               for (int w = 0; w < all_plan.channels; ++w) {
-                const Two<T> two = reinterpret_cast<const Two<T>*>(memory + w * plan.elements + all_plan.products)[i];
+                const Two<T> two =
+                    reinterpret_cast<const Two<T>*>(shared_memory<T>() + w * plan.elements + all_plan.products)[i];
                 sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
               }
               float* const to = p.gates_parts + (((slot * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
@@ -289,21 +272,13 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
       // the taps' gradients: diagonals of the products
       if (p.weights_parts) {
         float* to = p.weights_parts + (run * g.C + channel) * KERNELS::TAPS;
-        float* const area = reinterpret_cast<float*>(rows.memory + all_plan.products);  // 16 x 8
+        float* const area = reinterpret_cast<float*>(rows.memory + all_plan.products);
         for_all(std::make_integer_sequence<int, L>(), [&](auto level) {
           constexpr int l = level, K = KERNELS::SIZES[l];
 #pragma unroll
           for (int dt = 0; dt < K; ++dt) {
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              area[(lane / 4 + j / 2 * 8) * 8 + lane % 4 * 2 + j % 2] = products[KERNELS::before(l) + dt][j];
-            __syncwarp();
-            if (lane < K && valid) {
-              float sum = 0;
-              for (int i = 0; i < 8; ++i) sum += area[(i + lane + WINDOW / 4 - K / 2) * 8 + i];
-              to[dt * K + lane] = sum;
-            }
+            const float tap = Rows<T>::diagonal(products[KERNELS::before(l) + dt], K, area);
+            if (lane < K && valid) to[dt * K + lane] = tap;
           }
           to += K * K;
         });
@@ -373,6 +348,7 @@ RowsBackwardPlan plan_rows_bwd(const Chain& chain) {
   rows.tasks = plan.slots * rows.runs;
   rows.blocks = std::min<int64_t>(rows.tasks, 1 << 20);
   rows.threads = 32 * plan.channels;
+  rows.owners = plan.channels;
   rows.shared = int64_t(rows.elements) * 2 * plan.channels;
   rows.fits = true;
   return plan;

@@ -78,6 +78,7 @@ struct RowsPlan {
   int segments;                                  // of 8 columns, per row of one image
   int images;                                    // side by side in a warp
   int warps;                                     // along one row: 1, or as many as a wide map needs
+  int owners;                                    // of rows, in a block: its warps, or 1 where a row needs them all
   int image_row, row;                            // elements of a ring's row: of one image, of all
   int reach[MAX_LEVELS + 1];                     // rows that levels up to l together look up and down
   int rings[MAX_LEVELS], ring_rows[MAX_LEVELS];  // of what enters level l
@@ -85,6 +86,7 @@ struct RowsPlan {
   int elements;                    // in all
   int64_t strips, strip_rows;      // of rows
   int64_t groups, run, runs;       // of images, and how many of these a warp takes one after the other
+  int64_t first_run;               // of a launch
   int64_t tasks, blocks, threads;  // threads: of a block
   int64_t shared;                  // bytes
   int64_t shares;                  // floats of [strips][B][C], sums of the last level where there are several strips
@@ -105,6 +107,20 @@ struct RowsBackwardPlan {
 
 RowsBackwardPlan plan_rows_bwd(const Chain& chain);
 void run_rows_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream);
+
+// The backward again for whatever the forward takes by rows: in several passes, which hand rows on to each other in
+// global memory.
+struct PassesPlan {
+  RowsPlan down, up, weights;
+  int64_t row, plane, handed_on;  // elements of what is handed on: of a row, of a channel, of all levels of a chunk
+  int64_t chunk, chunk_images;    // runs (see RowsPlan), and images, that are there at once
+  int64_t slots, slot_channels;   // of gates_parts
+  int64_t image_runs;             // of weights_parts
+  int64_t scratch;                // floats
+};
+
+PassesPlan plan_passes_bwd(const Chain& chain);
+void run_passes_bwd(const ContextBackward& p, const PassesPlan& plan, void* stream);
 
 RowsPlan plan_rows_fwd(const Chain& chain);
 void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream);

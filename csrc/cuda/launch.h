@@ -16,6 +16,7 @@ inline void check(cudaError_t status) {
 struct Device {
   int processors;            // multiprocessors
   int64_t shared_per_block;  // bytes that a block can have
+  int64_t scratch;           // bytes that a call may take for itself, where it has a choice
 };
 
 inline Device current_device() {
@@ -29,6 +30,7 @@ inline Device current_device() {
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
     device.shared_per_block = shared;
+    device.scratch = int64_t(1) << 30;
     device.processors = processors;
   }
   return device;

@@ -73,9 +73,9 @@ struct Lines {
     const auto zero = from_float<std::remove_const_t<T>>(0.0f);
     return {inside && columns[i] > 0 ? from[0] : zero, inside && columns[i] > 1 ? from[v.w] : zero};
   }
-  __device__ void store(int i, int64_t t, float a, float b) const {
+  __device__ void store(int i, int64_t t, float a, float b, int64_t planes = 0) const {
     const Two<T> two = two_of<T>(a, b);
-    T* const to = first[i] + t * v.t;
+    T* const to = first[i] + t * v.t + planes * v.c;
     if (whole && columns[i] == 2) {
       *reinterpret_cast<Two<T>*>(to) = two;
       return;
@@ -84,6 +84,11 @@ struct Lines {
     if (columns[i] > 1) to[v.w] = two.values[1];
   }
 };
+
+template <class T>
+__device__ uint32_t packed(const Two<T>& two) {
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
 
 template <class T>
 __device__ Two<T> with_bias(Two<T> two, float bias, int n) {
@@ -114,19 +119,46 @@ __device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, flo
 // Where row t of a ring lies.
 __device__ inline int ring_slot(int t, int rows) { return (t + 64 * rows) % rows; }
 
-// A warp's rows, wherever they come from and go to.
+// What rows' owners do one after the other: a channel, rows begin .. end - 1 of it, in some groups of images.
+struct Task {
+  int64_t channel, strip, run;
+  int begin, end;
+  int64_t first_group, last_group;  // this one is not among them
+
+  __device__ bool has(int t) const { return t >= begin && t < end; }
+};
+
+// The rows of a warp, or of a block where a map is too wide for one, wherever they come from and go to.
 template <class T>
 struct Rows {
   const RowsPlan& plan;
+  int owner, mine;  // which rows of the block, and which of their threads
   T* memory;
   int T_;         // rows of the map
   int window_at;  // of the row that this lane shows to ldmatrix
 
-  __device__ Rows(const RowsPlan& plan, const Geometry& g, T* memory) : plan(plan), memory(memory), T_(int(g.T)) {
+  __device__ Rows(const RowsPlan& plan, const Geometry& g)
+      : plan(plan),
+        owner(plan.warps > 1 ? 0 : threadIdx.x / 32),
+        mine(plan.warps > 1 ? threadIdx.x : threadIdx.x % 32),
+        memory(shared_memory<T>() + owner * plan.elements),
+        T_(int(g.T)) {
     const int lane = threadIdx.x % 32, warp = plan.warps > 1 ? threadIdx.x / 32 : 0;
+    for (int i = mine; i < plan.zeros + plan.row; i += 32 * plan.warps) memory[i] = from_float<T>(0.0f);
     int slot = warp * 16 + lane % 16;
     if (slot >= plan.images * plan.segments) slot = 0;  // nobody looks at its products
     window_at = slot / plan.segments * plan.image_row + slot % plan.segments * 8 + lane / 16 * 8;
+    sync();
+  }
+
+  // f(task) for all tasks of these rows' owner.
+  template <class F>
+  __device__ void for_tasks(const Geometry& g, const F& f) const {
+    for (int64_t i = int64_t(blockIdx.x) * plan.owners + owner; i < plan.tasks; i += int64_t(gridDim.x) * plan.owners) {
+      const int64_t strip = i / g.C % plan.strips, run = plan.first_run + i / g.C / plan.strips;
+      const int begin = int(strip * plan.strip_rows), end = int(std::min<int64_t>(g.T, begin + plan.strip_rows));
+      f(Task{i % g.C, strip, run, begin, end, run * plan.run, std::min(plan.groups, (run + 1) * plan.run)});
+    }
   }
 
   // Lanes of the rows' owners wait for each other.
@@ -146,6 +178,23 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (pairs.at[i] >= 0) *reinterpret_cast<Two<T>*>(to + pairs.at[i]) = row[i];
+  }
+
+  // A sum over each image, of what this lane has of the images of its pairs. Nobody may come here again before a sync.
+  __device__ void sum_over_images(const Pairs& pairs, int64_t group, float (&sum)[2]) const {
+    const int lane = threadIdx.x % 32;
+    float* const segments = reinterpret_cast<float*>(memory + plan.sums);
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+      if (lane % 4 == 0) segments[mine / 32 * 16 + lane / 4 + 8 * i] = sum[i];
+    }
+    sync();
+    for (int i = 0; i < 2; ++i) {
+      const int first = pairs.columns[i] > 0 ? int(pairs.image[i] - group * plan.images) * plan.segments : 0;
+      sum[i] = 0;
+      for (int j = 0; j < plan.segments; ++j) sum[i] += segments[first + j];
+    }
   }
 
   // This lane's share of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
@@ -217,9 +266,9 @@ struct Rows {
   }
 
   // sums[OFFSET + dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of
-  // its outputs: element (j, i) of input j of a window and output i. Taps are its diagonals.
-  template <int K, int OFFSET, int ALL>
-  __device__ void add_products(float (&sums)[ALL][4], int ring, int rows, int first,
+  // its outputs: element (j, i) of input j of a window (16 to a half) and output i. Taps are its diagonals.
+  template <int K, int OFFSET, int ALL, int HALVES>
+  __device__ void add_products(float (&sums)[ALL][HALVES][4], int ring, int rows, int first,
                                const uint32_t (&grad)[STEP][2]) const {
     uint2 columns[STEP];
 #pragma unroll
@@ -230,15 +279,76 @@ struct Rows {
       const int t = first - K / 2 + i;
       const T* row = memory + (t >= 0 && t < T_ ? ring + slot * plan.row : plan.zeros) + window_at;
       slot = slot + 1 == rows ? 0 : slot + 1;
-      uint32_t windows[4];
-      load_transposed(windows, row);
-      const uint32_t turned[4] = {windows[0], windows[2], windows[1], windows[3]};
 #pragma unroll
-      for (int r = 0; r < STEP; ++r)
-        if (i >= r && i - r < K) multiply_add<T>(sums[OFFSET + i - r], turned, columns[r]);
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t windows[4];
+        load_transposed(windows, row + 16 * half);
+        const uint32_t turned[4] = {windows[0], windows[2], windows[1], windows[3]};
+#pragma unroll
+        for (int r = 0; r < STEP; ++r)
+          if (i >= r && i - r < K) multiply_add<T>(sums[OFFSET + i - r][half], turned, columns[r]);
+      }
     }
   }
+
+  // The gradient of tap `lane` of a kernel row of kw taps: its diagonal of one of the above. `area`: the warp's, for
+  // 16 * HALVES x 8 floats.
+  template <int HALVES>
+  __device__ static float diagonal(const float (&product)[HALVES][4], int kw, float* area) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        area[(half * 16 + lane / 4 + j / 2 * 8) * 8 + lane % 4 * 2 + j % 2] = product[half][j];
+    __syncwarp();
+    float sum = 0;
+    for (int i = 0; i < 8 && lane < kw; ++i) sum += area[(i + lane + HALVES * 4 - kw / 2) * 8 + i];
+    return sum;
+  }
 };
+
+// A task's rows of a chain's last level, and with them what all levels need: `enter(t, rows)` gives rows t .. t
+// + STEP - 1 of what enters the first, `leave(l, t, rows)` takes those of what leaves level l's convolution and turns
+// them into what enters the next.
+template <int WINDOW, class T, class ENTER, class LEAVE>
+__device__ void stream_rows(const Rows<T>& rows, const Chain& chain, const Task& task, const Pairs& pairs,
+                            const ENTER& enter, const LEAVE& leave) {
+  const RowsPlan& plan = rows.plan;
+  const int L = chain.L, all = plan.reach[L];
+  Two<T> next[STEP][2];
+  // the last level's rows begin at `t`, level l's all - reach[l] further down, what enters the first at t + all
+  int t = task.begin - (all + 1) / 2 * STEP;
+  enter(t + all, next);
+  for (; t < task.end; t += STEP) {
+#pragma unroll
+    for (int r = 0; r < STEP; ++r) rows.put(plan.rings[0], plan.ring_rows[0], t + all + r, pairs, next[r]);
+    rows.sync();
+    if (t + STEP < task.end) enter(t + STEP + all, next);
+    for (int l = 0; l < L; ++l) {
+      const int first = t + all - plan.reach[l + 1], kt = int(chain.levels[l].size.kt);
+      if (first + STEP > 0 && first < rows.T_ && (l + 1 < L || first + STEP > task.begin)) {
+        float acc[STEP][4];
+        rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
+        leave(l, first, acc);
+        if (l + 1 < L)
+#pragma unroll
+          for (int r = 0; r < STEP; ++r)
+            rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs,
+                     {two_of<T>(acc[r][0], acc[r][1]), two_of<T>(acc[r][2], acc[r][3])});
+      }
+      rows.sync();
+    }
+  }
+}
+
+// Takes the next n elements of the shared memory of the rows' owner.
+inline int take(RowsPlan& plan, int n) {
+  const int first = plan.elements;
+  plan.elements += (n + 7) / 8 * 8;
+  return first;
+}
 
 // Fills in how a map's rows lie in a warp; false where this form cannot take them.
 inline bool lay_out_rows(const Chain& chain, RowsPlan& plan) {
@@ -264,11 +374,44 @@ inline bool lay_out_rows(const Chain& chain, RowsPlan& plan) {
   return true;
 }
 
-// Takes the next n elements of a warp's shared memory.
-inline int take(RowsPlan& plan, int n) {
-  const int first = plan.elements;
-  plan.elements += (n + 7) / 8 * 8;
-  return first;
+// The memory of stream_rows. `to_the_end`: what enters a level stays until the last one has reached that row.
+inline void lay_out_rings(const Chain& chain, RowsPlan& plan, bool to_the_end) {
+  for (int l = 0; l < chain.L; ++l) {
+    const int lag = l > 0 && to_the_end ? plan.reach[chain.L] - plan.reach[l] : 0;
+    const int needed = STEP + std::max(lag, 2 * int(chain.levels[l].size.rt()));
+    plan.ring_rows[l] = int(std::min<int64_t>(needed, chain.g.T));  // a ring of the whole map needs no more
+    plan.rings[l] = take(plan, plan.ring_rows[l] * plan.row);
+  }
+  plan.zeros = take(plan, plan.row);
+  for (int l = 0; l < chain.L; ++l)
+    plan.bands[l] = take(plan, int(chain.levels[l].size.kt) * (plan.window / 16) * 32 * 4);
+  plan.sums = take(plan, 2 * 16 * plan.warps);
+}
+
+// Strips of rows and runs of images: enough tasks to keep the device busy, and no more.
+inline void cut_into_tasks(const Chain& chain, RowsPlan& plan) {
+  const Geometry& g = chain.g;
+  const int64_t enough = 16 * current_device().processors;  // warps that a device wants
+  const int64_t planes = std::max<int64_t>(1, plan.groups * g.C * plan.warps), halo = plan.reach[chain.L];
+  // a strip computes `halo` rows again on both sides: none shorter than that
+  plan.strips =
+      planes < enough / 2 ? std::max<int64_t>(1, std::min(enough / planes, g.T / std::max<int64_t>(8, 4 * halo))) : 1;
+  plan.strip_rows = ((g.T + plan.strips - 1) / plan.strips + STEP - 1) / STEP * STEP;
+  plan.strips = (g.T + plan.strip_rows - 1) / plan.strip_rows;
+  plan.run = std::max<int64_t>(1, std::min<int64_t>(plan.groups, planes / (4 * enough)));
+  plan.runs = (plan.groups + plan.run - 1) / plan.run;
+}
+
+// Owners to a block, as many as its shared memory holds; false where that is none.
+inline bool fill_blocks(RowsPlan& plan, int64_t tasks) {
+  const int64_t room = current_device().shared_per_block / (2 * plan.elements);
+  plan.owners = int(std::min<int64_t>(plan.warps > 1 ? 1 : BLOCK_WARPS, room));
+  if (plan.owners == 0) return false;
+  plan.tasks = tasks;
+  plan.blocks = std::min<int64_t>((tasks + plan.owners - 1) / plan.owners, 1 << 20);
+  plan.threads = 32 * plan.warps * plan.owners;
+  plan.shared = int64_t(plan.elements) * 2 * plan.owners;
+  return true;
 }
 
 }  // namespace focalnet::cuda

@@ -35,6 +35,17 @@ Array<uint32_t> load(Array<uint16_t> rows, bool transposed, int64_t shift) {
   return registers;
 }
 
+struct Transpose {
+  const uint32_t* from;
+  uint32_t* to;  // [32] both
+};
+void transpose_kernel(Transpose p) { p.to[threadIdx.x] = transpose(p.from[threadIdx.x]); }
+Array<uint32_t> transposed(Array<uint32_t> registers) {
+  Array<uint32_t> result(32);
+  launch(transpose_kernel, 1, 32, 0, nullptr, Transpose{registers.data(), result.mutable_data()});
+  return result;
+}
+
 struct Multiply {
   const uint32_t *a, *b;  // [32][4], [32][2]
   float* d;               // [32][4]
@@ -150,6 +161,7 @@ void ask_for_shared_memory(int64_t bytes) { launch(poison_kernel, 0, 1, bytes, n
 PYBIND11_MODULE(checks, m) {
   m.def("seed", &focalnet_shim::seed);
   m.def("load", &load);
+  m.def("transpose", &transposed);
   m.def("multiply", &multiply);
   m.def("shuffle", &shuffle);
   m.def("poison", &poison);

@@ -46,6 +46,12 @@ def test_ldmatrix_wants_aligned_rows(checks, transposed):
         checks.load(np.zeros((32, 8), np.uint16), transposed, 8)
 
 
+def test_movmatrix(checks, seed):
+    matrix = np.random.default_rng(seed).integers(0, 2**16, (8, 8), dtype=np.uint16)
+    registers = [np.ascontiguousarray(packed(pairs([m]))[:, 0]) for m in (matrix, matrix.T)]
+    np.testing.assert_array_equal(checks.transpose(registers[0]), registers[1])
+
+
 def sixteen_bits(values, bfloat16):
     """(bits, what they stand for)."""
     if bfloat16:
@@ -157,32 +163,46 @@ def test_against_numpy(cuda_on_cpu, dtype, limit, seed):
     assert np.abs(result.numpy() - expected).max() <= limit * np.abs(expected).max()
 
 
-# (shape, kernels, bytes of shared memory): what plans treat in their own ways. Several images in a warp, a block for a
-# row, strips of rows, windows of 32 columns, tasks one after the other; planes of floats (float32, volumes, tall
-# kernels), in global memory where the shared one is small
+# (shape, kernels, bytes of shared memory, of scratch): what plans treat in their own ways. Several images in a warp, a
+# block for a row, strips of rows, windows of 32 columns, tasks one after the other; the backward at once or in passes,
+# and these a few images at a time; planes of floats (float32, volumes, tall kernels), in global memory where the shared
+# one is small
 PLANS = {
-    "groups": ((5, 3, 7, 6), [3, 5], None),
-    "three-levels": ((2, 3, 9, 13), [3, 5, 7], None),
-    "window-of-32": ((2, 2, 9, 17), [3, 11], None),
-    "wide": ((1, 2, 5, 140), [3, 5], None),
-    "strips": ((1, 2, 90, 56), [3, 5], None),
-    "wide-strips": ((1, 1, 40, 140), [3], None),
-    "four-levels": ((2, 3, 12, 12), [3, 5, 7, 9], None),
-    "images-in-turn": ((13, 20, 4, 100), [3], None),
-    "channels-in-turn": ((1, 97, 5, 6), [3, 5], None),
-    "volume": ((1, 3, 4, 5, 6), [3, 5], None),
-    "tall-kernel": ((2, 3, 17, 5), [3, (15, 3)], None),
+    "groups": ((5, 3, 7, 6), [3, 5]),
+    "three-levels": ((2, 3, 9, 13), [3, 5, 7]),
+    "window-of-32": ((2, 2, 9, 17), [3, 11]),
+    "wide": ((1, 2, 5, 140), [3, 5]),
+    "strips": ((1, 2, 90, 56), [3, 5]),
+    "wide-strips": ((1, 1, 40, 140), [3]),
+    "four-levels": ((2, 3, 12, 12), [3, 5, 7, 9]),
+    "eight-levels": ((3, 2, 5, 7), [3, 3, 5, 3, 7, 9, 1, 3]),
+    "detection": ((1, 2, 23, 151), [9, 11, 13]),
+    "images-in-turn": ((13, 20, 4, 100), [3]),
+    "channels-in-turn": ((1, 97, 5, 6), [3, 5]),
+    "passes-in-turn": ((7, 20, 9, 30), [3, 11]),
+    "chunks": ((7, 3, 9, 30), [3, 11], None, 20000),
+    "one-warp-to-a-block": ((2, 5, 20, 60), [9, 13], 40000),
+    "volume": ((1, 3, 4, 5, 6), [3, 5]),
+    "tall-kernel": ((2, 3, 17, 5), [3, (15, 3)]),
     "scratch": ((2, 3, 21, 19), [3, 5], 4096),
     "scratch-volume": ((2, 2, 7, 6, 9), [3], 4096),
+    "little-scratch": ((5, 7, 21, 19), [3, 5], 4096, 30000),
 }
 
 
+@pytest.fixture(params=PLANS.values(), ids=list(PLANS))
+def plan(request, monkeypatch):
+    """A shape and kernels, on a device that has them cut as the plan's name says."""
+    shape, kernels, *limits = request.param
+    for name, limit in zip(("SHARED", "SCRATCH"), limits, strict=False):
+        if limit:
+            monkeypatch.setenv(f"FOCALNET_SHIM_{name}", str(limit))
+    return shape, kernels
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_plans(cuda_on_cpu, plan, dtype, seed, monkeypatch):
-    shape, kernels, shared = plan
-    if shared:
-        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(shared))
+def test_plans(cuda_on_cpu, plan, dtype, seed):
+    shape, kernels = plan
     inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
     assert_op_accurate(fk.focal_context, inputs, "cuda", torch.randn(shape).to(dtype))
 
@@ -201,11 +221,8 @@ def assert_order_does_not_matter(seed_threads, op, inputs, grad_output, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_order_of_threads_in_focal_context(cuda_on_cpu, plan, dtype, seed, monkeypatch):
-    shape, kernels, shared = plan
-    if shared:
-        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(shared))
+def test_order_of_threads_in_focal_context(cuda_on_cpu, plan, dtype, seed):
+    shape, kernels = plan
     inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
     assert_order_does_not_matter(cuda_on_cpu, fk.focal_context, inputs, torch.randn(shape).to(dtype), seed)
 

@@ -10,13 +10,18 @@ namespace focalnet::cuda {
 
 struct Device {
   int processors;
-  int64_t shared_per_block;
+  int64_t shared_per_block, scratch;
 };
 
-// A small one, so that tests come to every way of cutting work; FOCALNET_SHIM_SHARED overrides the shared memory.
+inline int64_t from_environment(const char* name, int64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoll(value) : otherwise;
+}
+
+// A small one, so that tests come to every way of cutting work.
 inline Device current_device() {
-  const char* shared = std::getenv("FOCALNET_SHIM_SHARED");
-  return {2, shared ? std::atoll(shared) : 99 * 1024};
+  return {2, from_environment("FOCALNET_SHIM_SHARED", 99 * 1024),
+          from_environment("FOCALNET_SHIM_SCRATCH", int64_t(1) << 30)};
 }
 
 template <class Parameters>
