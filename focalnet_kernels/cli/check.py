@@ -100,8 +100,11 @@ def _compile(console, layers, dtypes, targets) -> int:
             if isinstance(found, str):
                 failures += 1
                 table.add_row(*cells, f"[red]{found}")
+                console.print(*cells, f"[red]{found}")  # long before the table
                 continue
-            failures += bool(found.stack)
+            if found.stack:
+                failures += 1
+                console.print(*cells, f"[red]{found.registers} registers, {found.stack} bytes of stack")
             figures = (found.registers, found.stack, found.shared, found.instructions, found.tensor_core)
             table.add_row(*cells, *("" if f is None else str(f) for f in figures), style="red" if found.stack else "")
     console.print(table)
