@@ -37,6 +37,7 @@ LAYERS = [
     ((2, 1, 1, 40), (3, 5), False),
     ((3, 100, 24), (3, 5, 7), False),
     ((1, 4, 9, 10, 32), (3, 5), False),
+    ((1, 200, 334, 96), (3, 5, 7), False),
     ((0, 8, 8, 16), (3,), False),
 ]
 
@@ -183,9 +184,10 @@ def _sanitizer(backend, tool):
     program = (
         "import torch, focalnet_kernels as fk\n"
         f"fk.use_backend({backend!r})\n"
-        "for shape, level in (((2, 9, 10, 24), 2), ((17, 7, 7, 8), 3), ((1, 5, 70, 8), 2)):\n"
+        "shapes = (2, 9, 10, 24), (17, 7, 7, 8), (1, 5, 70, 8), (1, 20, 140, 8), (2, 9, 14, 8)\n"
+        "for shape, window, level in zip(shapes, (3, 3, 3, 3, 9), (2, 3, 2, 2, 3)):\n"
         "    for dtype in (torch.bfloat16, torch.float32):\n"
-        "        layer = fk.FocalModulation(shape[-1], 3, level).to('cuda', dtype)\n"
+        "        layer = fk.FocalModulation(shape[-1], window, level).to('cuda', dtype)\n"
         "        x = torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True)\n"
         "        layer(x).sum().backward()\n"
         "torch.cuda.synchronize()\n"

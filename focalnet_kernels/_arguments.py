@@ -31,6 +31,8 @@ def check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
     check_floating(name, tensor)
     if not 3 <= tensor.ndim <= 5:
         raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
+    if any(n == 0 for n in tensor.shape[1:]):  # eager PyTorch convolves no empty maps either; a batch may be empty
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {tuple(tensor.shape)}")
 
 
 def check_shape(name: str, tensor, expected: tuple, meaning: str, optional: bool = False) -> None:

@@ -1,5 +1,5 @@
-// focal_context on a GPU: one launch, or two where strips have to wait for each other; in the backward one or four, and
-// one for the sums.
+// focal_context on a GPU: one launch, or two where strips have to wait for each other; in the backward one, or four
+// for as many images as fit the scratch memory, and one for the sums.
 #include <stdexcept>
 
 #include "cuda/ops.h"

@@ -282,11 +282,10 @@ PassesPlan plan_passes_bwd(const Chain& chain) {
 
   plan.row = (g.W + 3) / 4 * 4;
   plan.plane = g.T * plan.row;
-  cut_into_tasks(chain, down);
-  const int64_t group = down.images * 3 * chain.L * g.C * plan.plane * 2;  // bytes handed on
-  down.run = std::max<int64_t>(1, std::min(down.run, device.scratch / group));
-  down.runs = (down.groups + down.run - 1) / down.run;
-  plan.chunk = std::max<int64_t>(1, std::min(down.runs, device.scratch / (down.run * group)));
+  const int64_t bytes_of_group = down.images * 3 * chain.L * g.C * plan.plane * 2;
+  const int64_t at_once = std::min(down.groups, std::max<int64_t>(1, device.scratch / bytes_of_group));
+  cut_into_tasks(chain, down, at_once);
+  plan.chunk = at_once == down.groups ? std::max<int64_t>(1, down.runs) : std::max<int64_t>(1, at_once / down.run);
   plan.chunk_images = std::min(g.B, plan.chunk * down.run * down.images);
   plan.handed_on = plan.chunk_images * chain.L * g.C * plan.plane;
   plan.scratch = 3 * plan.handed_on / 2 + down.strips * g.B * g.C;

@@ -122,7 +122,7 @@ RowsPlan plan_rows_fwd(const Chain& chain) {
   RowsPlan plan{};
   if (!lay_out_rows(chain, plan)) return plan;
   lay_out_rings(chain, plan, true);
-  cut_into_tasks(chain, plan);
+  cut_into_tasks(chain, plan, plan.groups);
   plan.shares = plan.strips > 1 ? plan.strips * chain.g.B * chain.g.C : 0;
   plan.fits = fill_blocks(plan, chain.g.C * plan.strips * plan.runs);
   return plan;

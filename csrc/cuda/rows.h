@@ -198,7 +198,8 @@ struct Rows {
   }
 
   // This lane's share of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
-  // to output n. Only this lane reads it again. `flipped`: taps in reverse order, for the transpose.
+  // to output n. Only this lane of each warp reads it again; where a block shares them, stream_rows waits before that
+  // and after. `flipped`: taps in reverse order, for the transpose.
   __device__ void make_bands(const LevelWeights& level, int64_t channel, int at, bool flipped) const {
     const int lane = threadIdx.x % 32, kt = int(level.size.kt), kw = int(level.size.kw), halves = plan.window / 16;
     const int shift = plan.window / 4 - kw / 2;
@@ -388,17 +389,17 @@ inline void lay_out_rings(const Chain& chain, RowsPlan& plan, bool to_the_end) {
   plan.sums = take(plan, 2 * 16 * plan.warps);
 }
 
-// Strips of rows and runs of images: enough tasks to keep the device busy, and no more.
-inline void cut_into_tasks(const Chain& chain, RowsPlan& plan) {
+// Strips of rows and runs of images: enough tasks to keep the device busy, and no more. `groups` are there at once.
+inline void cut_into_tasks(const Chain& chain, RowsPlan& plan, int64_t groups) {
   const Geometry& g = chain.g;
   const int64_t enough = 16 * current_device().processors;  // warps that a device wants
-  const int64_t planes = std::max<int64_t>(1, plan.groups * g.C * plan.warps), halo = plan.reach[chain.L];
+  const int64_t planes = std::max<int64_t>(1, groups * g.C * plan.warps), halo = plan.reach[chain.L];
   // a strip computes `halo` rows again on both sides: none shorter than that
   plan.strips =
       planes < enough / 2 ? std::max<int64_t>(1, std::min(enough / planes, g.T / std::max<int64_t>(8, 4 * halo))) : 1;
   plan.strip_rows = ((g.T + plan.strips - 1) / plan.strips + STEP - 1) / STEP * STEP;
   plan.strips = (g.T + plan.strip_rows - 1) / plan.strip_rows;
-  plan.run = std::max<int64_t>(1, std::min<int64_t>(plan.groups, planes / (4 * enough)));
+  plan.run = std::max<int64_t>(1, std::min<int64_t>(groups, planes / (4 * enough)));
   plan.runs = (plan.groups + plan.run - 1) / plan.run;
 }
 
