@@ -114,14 +114,13 @@ FILES = sorted(ROOT.glob(f"benchmarks/results/*/{drift.FILE}"))
 
 @pytest.mark.parametrize("path", FILES, ids=[path.parent.name for path in FILES])
 def test_committed_trainings(path):
-    """Whoever was trained to the end knows 97 of 100 scans, and nobody is further from float64 than allowed."""
+    """Every backend knows 97 of 100 scans in the end, and none is further from float64 than allowed."""
     with path.open(newline="") as file:
         runs = drift.runs(csv.DictReader(file))
-    ended = [run for run in runs if run.about["accuracy"]]
-    assert {run.backend for run in ended} >= {"reference", "cpu"} and {run.precision for run in ended} >= {*PRECISIONS}
-    assert {run.processes for run in ended} == {"1", "2"}
-    assert all(float(run.about["accuracy"]) >= 0.97 for run in ended)
+    assert {run.backend for run in runs} >= {"reference", "triton", "cuda"} | ({"cpu"} & {path.parent.name[:3]})
+    assert {run.precision for run in runs} >= {*PRECISIONS} and {run.processes for run in runs} == {"1", "2"}
     for run in runs:
+        assert float(run.about["accuracy"]) >= 0.97
         exact, eager = (drift.yardstick(runs, run, precision).losses for precision in ("fp64", run.precision))
         for first, last in drift.WINDOWS:
             window = slice(first, min(last or len(exact), len(run.losses)))
