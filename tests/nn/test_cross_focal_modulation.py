@@ -190,7 +190,7 @@ def test_explain_tells_the_backend_of_the_core(backend):
         (torch.zeros(3, 4, 4, 8), ValueError, "target: expected x's batch 2, channels 8 and 2 spatial axes"),
         (torch.zeros(2, 4, 8), ValueError, "target: expected x's batch 2, channels 8 and 2 spatial axes"),
         (torch.zeros(2, 4, 4, 9), ValueError, "target: expected x's batch 2, channels 8 and 2 spatial axes"),
-        (torch.zeros(2, 0, 4, 8), ValueError, "target: expected x's batch 2, channels 8 and 2 spatial axes"),
+        (torch.zeros(2, 0, 4, 8), ValueError, "target: expected at least one channel and one pixel"),
         (torch.zeros(2, 4, 4, 8).double(), TypeError, "target: expected x's dtype torch.float32, got torch.float64"),
         (None, TypeError, "target: expected a tensor, got NoneType"),
     ],
