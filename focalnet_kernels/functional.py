@@ -238,9 +238,9 @@ def _prepare_cross_focal_modulation(x, target, *args, **kwargs):
     x, parameters, normalize, ln_eps = _prepare_focal_modulation(x, *args, **kwargs)
     check_map("target", target, layout="(B, *spatial, C)")
     B, C = x.shape[0], x.shape[-1]
-    if target.ndim != x.ndim or (target.shape[0], target.shape[-1]) != (B, C) or 0 in target.shape[1:-1]:
+    if target.ndim != x.ndim or (target.shape[0], target.shape[-1]) != (B, C):
         raise ValueError(
-            f"target: expected x's batch {B}, channels {C} and {x.ndim - 2} spatial axes of at least one pixel, "
+            f"target: expected x's batch {B}, channels {C} and {x.ndim - 2} spatial axes, "
             f"got shape {tuple(target.shape)}"
         )
     x, target = same_kind((x, target), ("x", "target"))
