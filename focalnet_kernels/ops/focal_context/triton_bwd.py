@@ -202,7 +202,7 @@ def _level_gradient(
     lane = tl.arange(0, NB)
     column = tl.arange(0, 8)
     z_planes += lane[:, None, None] * plane_size
-    for tile in tl.range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS), disable_licm=True):
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
         g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
         center = g * (NB * plane_size) + in_plane(t, m, w, frame)
         if LAST:
@@ -249,7 +249,7 @@ def _write_gradient(
     """The gradient of ctx, rows t0..t1: from dz_1, or where there is no level from the mean."""
     T, M, W = size
     dz_planes += tl.arange(0, NB)[:, None, None] * plane_size
-    for tile in tl.range(0, count_tiles(t0, t1, n_images, M, W, SEG, ROWS), disable_licm=True):
+    for tile in range(0, count_tiles(t0, t1, n_images, M, W, SEG, ROWS)):
         g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
         if len(KERNELS) == 0:
             sums = _from_mean(grad_means, g, SEG, ROWS, NB)
@@ -292,7 +292,7 @@ def _weight_gradient(
         plane_of_products = tl.arange(0, NB)[:, None, None] * WINDOW
         for k in range(0, KT):
             products = tl.zeros([NB, WINDOW, 8], tl.float32)
-            for tile in tl.range(0, tiles, disable_licm=True):
+            for tile in range(0, tiles):
                 g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
                 center = g * (NB * plane_size) + in_plane(t, m, w, frame)
                 dz_at = dz_planes + plane + center[None, :, None] + column[None, None, :]
@@ -312,7 +312,7 @@ def _weight_gradient(
     else:
         for tap in range(0, KT * KERNEL[1] * KW):
             products = tl.zeros([NB, SEG, 8], tl.float32)
-            for tile in tl.range(0, tiles, disable_licm=True):
+            for tile in range(0, tiles):
                 g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
                 center = g * (NB * plane_size) + in_plane(t, m, w, frame)
                 at = plane + center[None, :, None] + column[None, None, :]

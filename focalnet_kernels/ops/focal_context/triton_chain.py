@@ -211,7 +211,7 @@ def compute_level(
     pitch = frame[2] * frame[3]
     source += tl.arange(0, NB)[:, None, None] * plane_size
     column = tl.arange(0, 8)
-    for tile in tl.range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS), disable_licm=True):
+    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
         g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
         center = g * (NB * plane_size) + in_plane(t, m, w, frame)
         sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
