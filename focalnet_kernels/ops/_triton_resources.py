@@ -34,8 +34,10 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict, dict]:
     """What of a launch its machine code depends on: types, constants, known divisors, compiler options."""
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        signature[name] = _describe(value, (i,), constants, attributes)
+    for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
+        signature[parameter.name] = (
+            _type(value) if parameter.do_not_specialize else _describe(value, (i,), constants, attributes)
+        )
     options = {k: v for k, v in launch.constants.items() if k in OPTIONS} | {"enable_fp_fusion": True}
     for name, value in launch.constants.items():
         if name not in OPTIONS:
@@ -74,6 +76,10 @@ def _describe(value, path, constants, attributes):
         return "constexpr"
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
+    return _type(value)
+
+
+def _type(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_chain import (
+    COUNTS,
     clear,
     compute_level,
     convolve,
@@ -23,14 +24,14 @@ from .triton_chain import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_bwd_kernel(
     grad_out, grad_out_strides, ctx, ctx_strides, gates, gates_strides, mean, weights, scratch, grad_means,
     grad_ctx, grad_ctx_strides, ctx_all, ctx_all_strides, grad_gates, grad_weights,
-    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size, blocks_per_task,
+    B, C, T, M, W, tasks, strips, strip_rows, TOP, plane_size, G, blocks_per_task,
     KERNELS: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, LEFT_PAD: tl.constexpr,
     RIGHT_PAD: tl.constexpr, WINDOW: tl.constexpr, NB: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
-    G: tl.constexpr, PIXELS: tl.constexpr, REACH: tl.constexpr, ALL_TAPS: tl.constexpr,
+    RM: tl.constexpr, PIXELS: tl.constexpr, REACH: tl.constexpr, ALL_TAPS: tl.constexpr,
     WANT_CTX: tl.constexpr, WANT_GATES: tl.constexpr, WANT_WEIGHTS: tl.constexpr, WANT_ALL: tl.constexpr,
 ):  # fmt: skip
     """Tasks and slots as in context_fwd_kernel, but a task is `blocks_per_task` blocks of channels, one by one, which
@@ -41,7 +42,8 @@ def context_bwd_kernel(
     """
     L: tl.constexpr = len(KERNELS)
     PLANES: tl.constexpr = 2 * L if L > 0 else 1
-    T, M, W = size
+    size = (T, M, W)
+    MP = M + 2 * RM
     WP = (W + 7) // 8 * 8 + LEFT_PAD + RIGHT_PAD
     blocks = (C + NB - 1) // NB
     supers = (blocks + blocks_per_task - 1) // blocks_per_task

@@ -14,6 +14,12 @@ Segments of 8 columns are the unit of work: SEG of them at once, each over ROWS 
 import triton
 import triton.language as tl
 
+# Arguments of kernels whose divisors and ones Triton shall not compile for: one machine code for many shapes, since
+# compiling takes seconds, up to a minute with kernels of 13 taps.
+COUNTS = (
+    "B", "C", "T", "W", "tasks", "strips", "strip_rows", "TOP", "G", "blocks_per_task", "gate_programs", "blocks", "groups",
+)  # fmt: skip
+
 
 @triton.jit
 def gelu(x, EXACT: tl.constexpr):

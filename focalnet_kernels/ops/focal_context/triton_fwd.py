@@ -3,21 +3,22 @@
 import triton
 import triton.language as tl
 
-from .triton_chain import clear, compute_level, copy_in, gelu, in_map, in_plane, pixel
+from .triton_chain import COUNTS, clear, compute_level, copy_in, gelu, in_map, in_plane, pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_fwd_kernel(
     ctx, ctx_strides, gates, gates_strides, out, out_strides, shares, weights, scratch,
-    B, C, size, tasks, strips, strip_rows, MP, RM, TOP, plane_size,
+    B, C, T, M, W, tasks, strips, strip_rows, TOP, plane_size, G,
     KERNELS: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, LEFT_PAD: tl.constexpr,
     RIGHT_PAD: tl.constexpr, WINDOW: tl.constexpr, NB: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
-    G: tl.constexpr, PIXELS: tl.constexpr,
+    RM: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A task is a block of NB channels of G images, or of one of `strips` strips of an image: then `out` lacks the
     global context and `shares` (strips, B, C) are the strips' parts of the mean (see context_finish_kernel)."""
     L: tl.constexpr = len(KERNELS)
-    T, M, W = size
+    size = (T, M, W)
+    MP = M + 2 * RM
     WP = (W + 7) // 8 * 8 + LEFT_PAD + RIGHT_PAD
     blocks = (C + NB - 1) // NB
     level_size = G * NB * plane_size
@@ -89,14 +90,13 @@ def context_fwd_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_finish_kernel(
-    gates, gates_strides, out, out_strides, shares, mean, B, C, size, strips,
+    gates, gates_strides, out, out_strides, shares, mean, B, C, T, M, W, strips,
     DIVISOR: tl.constexpr, LAST: tl.constexpr, NB: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """The global context where images were cut into strips: out = (out + gates[LAST] * GELU(mean)) / DIVISOR, and the
     mean (B, C) itself."""
-    T, M, W = size
     blocks = (C + NB - 1) // NB
     chunks = (T * M * W + PIXELS - 1) // PIXELS
     pid = tl.program_id(0)

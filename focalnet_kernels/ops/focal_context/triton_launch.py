@@ -69,7 +69,7 @@ def context_fwd(
     launch(
         context_fwd_kernel, plan.slots, ctx.device,
         ctx, ctx_strides, gates, gates_strides, out, out_strides, shares, tuple(w.contiguous() for w in weights),
-        scratch, B, C, size, *plan.arguments(),
+        scratch, B, C, *size, *plan.arguments(),
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), **plan.constants(),
     )  # fmt: skip
     if plan.strips == 1:
@@ -78,7 +78,7 @@ def context_fwd(
     channels, pixels = 8, 256
     launch(
         context_finish_kernel, B * cdiv(C, channels) * cdiv(size[0] * size[1] * size[2], pixels), ctx.device,
-        gates, gates_strides, out, out_strides, shares, mean, B, C, size, plan.strips,
+        gates, gates_strides, out, out_strides, shares, mean, B, C, *size, plan.strips,
         DIVISOR=len(weights) + 1.0 if normalize else 1.0, LAST=len(weights), NB=channels, PIXELS=pixels,
     )  # fmt: skip
     return mean
@@ -118,7 +118,7 @@ def context_bwd(
         context_bwd_kernel, plan.slots, device,
         *with_strides(grad_out), ctx, ctx_strides, *with_strides(gates), mean, tuple(w.contiguous() for w in weights),
         scratch, grad_means, *with_strides(grad_ctx), *with_strides(ctx_all), gates_parts, weights_parts,
-        B, C, size, *plan.arguments(), plan.blocks_per_task,
+        B, C, *size, *plan.arguments(), plan.blocks_per_task,
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), REACH=sum(k[0] // 2 for k in kernels),
         ALL_TAPS=sum(taps), WANT_CTX=grad_ctx is not None, WANT_GATES=grad_gates is not None,
         WANT_WEIGHTS=want_weights, WANT_ALL=ctx_all is not None, **plan.constants(),
@@ -129,7 +129,7 @@ def context_bwd(
     weight_programs = cdiv(C * sum(taps), BLOCK) if want_weights else 0
     launch(
         reduce_partials_kernel, gate_programs + weight_programs, device,
-        gates_parts, *with_strides(grad_gates), weights_parts, grad_weights, gate_programs, blocks, groups, B, C, size,
+        gates_parts, *with_strides(grad_gates), weights_parts, grad_weights, gate_programs, blocks, groups, B, C, *size,
         TAPS=taps if want_weights else (), BLOCK=BLOCK, ALL_TAPS=sum(taps), LEVELS=L + 1,
     )  # fmt: skip
     return list(grad_weights)

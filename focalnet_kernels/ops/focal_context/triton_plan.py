@@ -29,7 +29,6 @@ class Plan:
     left_pad: int
     right_pad: int
     plane_size: int
-    MP: int
     tasks: int
     slots: int
     slot_size: int
@@ -40,13 +39,13 @@ class Plan:
 
     def arguments(self) -> tuple[int, ...]:
         """The kernels' run-time arguments."""
-        return self.tasks, self.strips, self.strip_rows, self.MP, self.mid_pad, self.top, self.plane_size
+        return self.tasks, self.strips, self.strip_rows, self.top, self.plane_size, self.images
 
     def constants(self) -> dict:
         """The kernels' compile-time arguments."""
         return {
             "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
-            "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "G": self.images, "PIXELS": self.pixels,
+            "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "RM": self.mid_pad, "PIXELS": self.pixels,
             "num_warps": self.warps, "num_stages": 1,
             **({"maxnreg": self.registers} if self.registers else {}),
         }  # fmt: skip
@@ -129,9 +128,8 @@ def make_plan(
     strip_rows = cdiv(cdiv(max(1, T), strips), rows) * rows if strips > 1 else max(1, T)
     strips = cdiv(max(1, T), strip_rows)
     top = halo if strips > 1 else max(reach, default=0)
-    MP = M + 2 * mid_pad
     # a row of slack above the first and below the last tile, for windows that start before or end after their row
-    plane_size = (strip_rows + 2 * top + rows + 1) * MP * columns
+    plane_size = (strip_rows + 2 * top + rows + 1) * (M + 2 * mid_pad) * columns
     plane_size = cdiv(plane_size, 16) * 16
     slots = processors * _SLOTS_PER_MULTIPROCESSOR[backward]
     groups = cdiv(B, images) * strips
@@ -145,6 +143,6 @@ def make_plan(
     return Plan(
         kernels=kernels, window=window, channels=channels, segments=segments, rows=rows, images=images, strips=strips,
         strip_rows=strip_rows, top=top, mid_pad=mid_pad, left_pad=left_pad, right_pad=right_pad,
-        plane_size=plane_size, MP=MP, tasks=tasks, slots=slots, slot_size=slot_size,
+        plane_size=plane_size, tasks=tasks, slots=slots, slot_size=slot_size,
         blocks_per_task=blocks_per_task, pixels=128 if backward else 256, warps=warps, registers=registers,
     )  # fmt: skip

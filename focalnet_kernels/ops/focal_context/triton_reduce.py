@@ -4,12 +4,12 @@ Every output is summed by one program in a fixed order, so results repeat bitwis
 import triton
 import triton.language as tl
 
-from .triton_chain import in_map, pixel
+from .triton_chain import COUNTS, in_map, pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_partials_kernel(
-    gates_parts, grad_gates, strides, weights_parts, grad_weights, gate_programs, blocks, groups, B, C, size,
+    gates_parts, grad_gates, strides, weights_parts, grad_weights, gate_programs, blocks, groups, B, C, T, M, W,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, ALL_TAPS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """gates_parts (blocks, B, LEVELS, T*M*W) -> grad_gates; weights_parts (groups, C, ALL_TAPS) -> (C, taps) per level.
@@ -18,7 +18,7 @@ def reduce_partials_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     if pid < gate_programs:
-        _reduce_gates(pid, gates_parts, grad_gates, strides, blocks, B, size, BLOCK, LEVELS)
+        _reduce_gates(pid, gates_parts, grad_gates, strides, blocks, B, (T, M, W), BLOCK, LEVELS)
     else:
         _reduce_weights(pid - gate_programs, weights_parts, grad_weights, groups, C, TAPS, BLOCK, ALL_TAPS)
 
