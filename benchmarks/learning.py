@@ -149,7 +149,7 @@ def enlarge_tiles() -> None:
     """The same Triton kernels in larger tiles: its interpreter takes as long for small ones."""
     from focalnet_kernels.ops.focal_context import triton_plan
 
-    triton_plan._TAPS = dict.fromkeys(triton_plan._TAPS, (64, 256, 1, 4, None))
+    triton_plan._TAPS = dict.fromkeys(triton_plan._TAPS, (64, 256, 1, 4, 255))
 
 
 def run_every(output: Path) -> None:

@@ -71,24 +71,31 @@ def context_bwd_kernel(
             channel = (block * NB + lane).to(tl.int64)
             channels_inside = channel < C
             ahead = 2 * REACH
-            if L > 0:
+            # here and below, `if`s that always hold: see context_fwd_kernel
+            lo = tl.maximum(lowest, t0 - ahead)
+            hi = tl.minimum(highest, t1 + ahead)
+            if L > 0 and lo < hi:
                 copy_in(
-                    ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
-                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
+                    ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size, lo, hi, size, frame,
+                    NB, PIXELS,
                 )  # fmt: skip
             for k in tl.static_range(L):
                 ahead -= KERNELS[k][0] // 2
-                compute_level(
-                    slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside, n_images,
-                    tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                    tl.constexpr(KERNELS[k]), k + 1 < L, True, EXACT, WINDOW, SEG, ROWS, NB,
-                )  # fmt: skip
+                lo = tl.maximum(lowest, t0 - ahead)
+                hi = tl.minimum(highest, t1 + ahead)
+                if lo < hi:
+                    compute_level(
+                        slot + k * level_size, level_size, L * level_size, weights[k], channel, channels_inside,
+                        n_images, lo, hi, size, frame, plane_size, tl.constexpr(KERNELS[k]), k + 1 < L, True, EXACT,
+                        WINDOW, SEG, ROWS, NB,
+                    )  # fmt: skip
 
-            _mean_gradient(
-                grad_out, grad_out_strides, gates + L * gates_strides[1], gates_strides, mean, grad_means, b, n_images,
-                C, channel, channels_inside, size, scale, NB, PIXELS,
-            )  # fmt: skip
-            if WANT_GATES or WANT_ALL:
+            if n_images > 0:
+                _mean_gradient(
+                    grad_out, grad_out_strides, gates + L * gates_strides[1], gates_strides, mean, grad_means, b,
+                    n_images, C, channel, channels_inside, size, scale, NB, PIXELS,
+                )  # fmt: skip
+            if (WANT_GATES or WANT_ALL) and t0 < t1:
                 _gates_gradient(
                     grad_out, grad_out_strides, gates, gates_strides, mean, slot + L * level_size, level_size,
                     part, block - first, ctx_all, ctx_all_strides, b, n_images, C,
@@ -98,16 +105,19 @@ def context_bwd_kernel(
             if WANT_CTX or WANT_WEIGHTS:
                 ahead = REACH
                 for down in tl.static_range(L):
-                    _level_gradient(
-                        slot + (2 * L - 1 - down) * level_size, level_size, weights[L - 1 if down == 0 else L - down],
-                        grad_out, grad_out_strides, gates + (L - 1 - down) * gates_strides[1], gates_strides,
-                        grad_means, b, n_images, channel, channels_inside,
-                        tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size, scale,
-                        tl.constexpr(KERNELS[L - 1 if down == 0 else L - down]), down == 0,
-                        EXACT, WINDOW, SEG, ROWS, NB,
-                    )  # fmt: skip
+                    lo = tl.maximum(lowest, t0 - ahead)
+                    hi = tl.minimum(highest, t1 + ahead)
+                    if lo < hi:
+                        _level_gradient(
+                            slot + (2 * L - 1 - down) * level_size, level_size,
+                            weights[L - 1 if down == 0 else L - down], grad_out, grad_out_strides,
+                            gates + (L - 1 - down) * gates_strides[1], gates_strides, grad_means, b, n_images,
+                            channel, channels_inside, lo, hi, size, frame, plane_size, scale,
+                            tl.constexpr(KERNELS[L - 1 if down == 0 else L - down]), down == 0,
+                            EXACT, WINDOW, SEG, ROWS, NB,
+                        )  # fmt: skip
                     ahead -= KERNELS[L - 1 - down][0] // 2
-            if WANT_WEIGHTS:
+            if WANT_WEIGHTS and t0 < t1:
                 to = grad_weights + ((group * strips + strip).to(tl.int64) * C + channel) * ALL_TAPS
                 for k in tl.static_range(L):
                     _weight_gradient(
@@ -115,7 +125,7 @@ def context_bwd_kernel(
                         n_images, t0, t1, size, frame, plane_size, tl.constexpr(KERNELS[k]), WINDOW, SEG, ROWS, NB,
                     )  # fmt: skip
                     to += KERNELS[k][0] * KERNELS[k][1] * KERNELS[k][2]
-            if WANT_CTX:
+            if WANT_CTX and n_images > 0:
                 _write_gradient(
                     slot + L * level_size, weights, grad_means, grad_ctx, grad_ctx_strides, b, n_images, channel,
                     channels_inside, t0, t1, size, frame, plane_size, KERNELS, WINDOW, SEG, ROWS, NB,

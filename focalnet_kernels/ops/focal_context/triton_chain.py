@@ -14,10 +14,11 @@ Segments of 8 columns are the unit of work: SEG of them at once, each over ROWS 
 import triton
 import triton.language as tl
 
-# Arguments of kernels whose divisors and ones Triton shall not compile for: one machine code for many shapes, since
-# compiling takes seconds, up to a minute with kernels of 13 taps.
+# Arguments of kernels whose divisors and ones Triton shall not compile for: one machine code for many shapes, for
+# compiling takes seconds.
 COUNTS = (
-    "B", "C", "T", "W", "tasks", "strips", "strip_rows", "TOP", "G", "blocks_per_task", "gate_programs", "blocks", "groups",
+    "B", "C", "T", "W", "tasks", "strips", "strip_rows", "TOP", "G", "blocks_per_task", "gate_programs", "blocks",
+    "groups",
 )  # fmt: skip
 
 
@@ -124,16 +125,18 @@ def _convolve_by_taps(
     KERNEL: tl.constexpr, FLIP: tl.constexpr, SEG: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
     """For any kernel, one row at a time."""
-    KM: tl.constexpr = KERNEL[1]
     KW: tl.constexpr = KERNEL[2]
-    TAPS: tl.constexpr = KERNEL[0] * KM * KW
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KW
     sums = tl.zeros([NB, SEG, 8], tl.float32)
     at = source + center[None, :, None] + tl.arange(0, 8)[None, None, :]
-    for tap in range(0, TAPS):
-        from_tap = TAPS - 1 - tap if FLIP else tap
-        factor = tl.load(weight + channel * TAPS + from_tap, mask=channels_inside, other=0.0).to(tl.float32)
-        value = tl.load(at + tap_offset(tap, frame, KERNEL)).to(tl.float32)
-        sums += factor[:, None, None] * value
+    first = tl.minimum(frame[3], 0)  # is 0, but compilers who know that unroll all rows, more than registers hold
+    for row in range(first, KERNEL[0] * KERNEL[1]):
+        for column in tl.static_range(KW):
+            tap = row * KW + column
+            from_tap = TAPS - 1 - tap if FLIP else tap
+            factor = tl.load(weight + channel * TAPS + from_tap, mask=channels_inside, other=0.0).to(tl.float32)
+            value = tl.load(at + tap_offset(tap, frame, KERNEL)).to(tl.float32)
+            sums += factor[:, None, None] * value
     return (sums,)
 
 
@@ -154,8 +157,8 @@ def _convolve_by_bands(
     NB: tl.constexpr,
 ):  # fmt: skip
     """As matrix products, for tensor cores. The 8 outputs of a segment's row read a window of WINDOW inputs around
-    them; windows [SEG, WINDOW] times one kernel row as a band [WINDOW, 8] are those outputs. A row of windows is loaded
-    once and used by every output row it reaches."""
+    them; windows [SEG, WINDOW] times one kernel row as a band [WINDOW, 8] are those outputs. A row of narrow windows is
+    loaded once and used by every output row it reaches."""
     pitch = frame[2] * frame[3]
     KT: tl.constexpr = KERNEL[0]
     KW: tl.constexpr = KERNEL[2]
@@ -165,24 +168,34 @@ def _convolve_by_bands(
     in_band = (tap >= 0) & (tap < KW)
     if FLIP:
         tap = KW - 1 - tap
-    bands = ()
-    for k in tl.static_range(KT):
-        row = KT - 1 - k if FLIP else k
-        from_tap = weight + channel[:, None, None] * (KT * KW) + row * KW + tap[None, :, :]
-        bands = bands + (tl.load(from_tap, mask=in_band[None, :, :] & channels_inside[:, None, None], other=0.0),)
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros([NB, SEG, 8], tl.float32),)
     at = source + center[None, :, None] - LEFT + i[None, None, :]
-    for j in tl.static_range(ROWS + KT - 1):
-        window = tl.load(at + (j - KT // 2) * pitch)
-        new = ()
-        for r in tl.static_range(ROWS):
-            if j >= r and j - r < KT:
-                new = new + (tl.dot(window, bands[j - r], sums[r]),)
-            else:
-                new = new + (sums[r],)
-        sums = new
+    from_row = weight + channel[:, None, None] * (KT * KW) + tap[None, :, :]
+    in_band = in_band[None, :, :] & channels_inside[:, None, None]
+    if WINDOW == 16:
+        bands = ()
+        for k in tl.static_range(KT):
+            row = KT - 1 - k if FLIP else k
+            bands = bands + (tl.load(from_row + row * KW, mask=in_band, other=0.0),)
+        for j in tl.static_range(ROWS + KT - 1):
+            window = tl.load(at + (j - KT // 2) * pitch)
+            new = ()
+            for r in tl.static_range(ROWS):
+                if j >= r and j - r < KT:
+                    new = new + (tl.dot(window, bands[j - r], sums[r]),)
+                else:
+                    new = new + (sums[r],)
+            sums = new
+    else:  # more than 9 rows of wide bands are more than registers hold
+        for k in tl.range(0, KT, num_stages=1):
+            row = KT - 1 - k if FLIP else k
+            band = tl.load(from_row + row * KW, mask=in_band, other=0.0)
+            new = ()
+            for r in tl.static_range(ROWS):
+                new = new + (tl.dot(tl.load(at + (k + r - KT // 2) * pitch), band, sums[r]),)
+            sums = new
     return sums
 
 

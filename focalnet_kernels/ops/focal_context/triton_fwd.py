@@ -44,17 +44,24 @@ def context_fwd_kernel(
         ahead = 0  # rows that the levels to come need beyond the strip
         for k in tl.static_range(L):
             ahead += KERNELS[k][0] // 2
-        copy_in(
-            ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size,
-            tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, NB, PIXELS,
-        )  # fmt: skip
+        lo = tl.maximum(lowest, t0 - ahead)
+        hi = tl.minimum(highest, t1 + ahead)
+        # here and below: always so, but what stands in an `if` of its own shares no indices with other steps, which
+        # would stay in registers from the first step to the last
+        if lo < hi:
+            copy_in(
+                ctx, ctx_strides, b, n_images, channel, channels_inside, slot, plane_size, lo, hi, size, frame,
+                NB, PIXELS,
+            )  # fmt: skip
         for k in tl.static_range(L):
             ahead -= KERNELS[k][0] // 2
-            compute_level(
-                slot + k * level_size, level_size, 0, weights[k], channel, channels_inside, n_images,
-                tl.maximum(lowest, t0 - ahead), tl.minimum(highest, t1 + ahead), size, frame, plane_size,
-                tl.constexpr(KERNELS[k]), True, False, EXACT, WINDOW, SEG, ROWS, NB,
-            )  # fmt: skip
+            lo = tl.maximum(lowest, t0 - ahead)
+            hi = tl.minimum(highest, t1 + ahead)
+            if lo < hi:
+                compute_level(
+                    slot + k * level_size, level_size, 0, weights[k], channel, channels_inside, n_images, lo, hi,
+                    size, frame, plane_size, tl.constexpr(KERNELS[k]), True, False, EXACT, WINDOW, SEG, ROWS, NB,
+                )  # fmt: skip
 
         for g in range(0, n_images):
             planes = slot + (g * NB + lane)[:, None] * plane_size

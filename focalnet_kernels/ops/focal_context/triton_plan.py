@@ -35,7 +35,7 @@ class Plan:
     blocks_per_task: int
     pixels: int
     warps: int
-    registers: int | None
+    registers: int
 
     def arguments(self) -> tuple[int, ...]:
         """The kernels' run-time arguments."""
@@ -46,8 +46,7 @@ class Plan:
         return {
             "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
             "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "RM": self.mid_pad, "PIXELS": self.pixels,
-            "num_warps": self.warps, "num_stages": 1,
-            **({"maxnreg": self.registers} if self.registers else {}),
+            "num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers,
         }  # fmt: skip
 
 
@@ -76,19 +75,18 @@ def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]])
     return None
 
 
-# Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most (None: as the
-# compiler likes). The first line
-# that fits is the largest without spilled registers (`check --compile`):
-# (backward, widest kernel at most, levels at most) -> tile.
+# Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most. The first line
+# that fits counts; each is the largest tile without spilled registers under Triton 3.6 and 3.9, on sm_80, sm_90 and
+# sm_100 (`check --compile`). Left to itself, the compiler spills for the sake of one more program on a multiprocessor.
+# (backward, dtype or None for both, widest kernel at most, levels at most) -> tile.
 _TENSOR_CORES = {
-    (False, 7, 3): (4, 16, 4, 4, 168),
-    (False, 9, 99): (4, 16, 2, 4, 200),
-    (False, 13, 99): (4, 16, 4, 4, None),
-    (True, 7, 3): (4, 16, 4, 4, None),
-    (True, 9, 99): (4, 16, 1, 4, 255),
-    (True, 13, 99): (2, 16, 2, 4, None),
+    (False, torch.float16, 7, 3): (4, 16, 4, 4, 192),  # erf wants more than bfloat16's GELU
+    (False, None, 7, 3): (4, 16, 4, 4, 168),
+    (False, None, 13, 99): (4, 16, 2, 4, 168),
+    (True, None, 7, 3): (4, 16, 4, 4, 255),
+    (True, None, 13, 99): (4, 16, 1, 4, 255),
 }
-_TAPS = {False: (4, 32, 1, 4, None), True: (4, 16, 1, 4, None)}
+_TAPS = {False: (4, 32, 1, 4, 128), True: (4, 16, 1, 4, 255)}
 _SLOTS_PER_MULTIPROCESSOR = {False: 3, True: 2}  # forward, backward: as many programs as registers let run at once
 _LARGEST_SCRATCH = 2**27  # elements
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # float32 would lose digits there
@@ -104,8 +102,11 @@ def make_plan(
     band = dtype in TENSOR_CORE_DTYPES and M == 1 and widest <= 13 and all(k[1] == 1 for k in kernels)
     if band:
         window = 16 if widest <= 9 else 32
-        fitting = (k for k in _TENSOR_CORES if k[0] == backward and k[1] >= widest and k[2] >= len(kernels))
-        channels, segments, rows, warps, registers = _TENSOR_CORES[next(fitting)]
+        channels, segments, rows, warps, registers = next(
+            tile
+            for (direction, only, taps, levels), tile in _TENSOR_CORES.items()
+            if direction == backward and only in (None, dtype) and widest <= taps and len(kernels) <= levels
+        )
         rows = min(rows, next_power_of_2(T))
     else:
         window, (channels, segments, rows, warps, registers) = 0, _TAPS[backward]
