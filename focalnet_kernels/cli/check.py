@@ -41,6 +41,8 @@ def check(context, variants, batch, dtypes, device, targets) -> None:
     """
     layers = dict.fromkeys(layer for name in variants or VARIANTS for layer in published_layers(name))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a table in a file shall keep its columns
     if targets:
         failures = _compile(console, layers, [getattr(torch, d) for d in dtypes], targets.split(","))
     else:

@@ -87,6 +87,20 @@ def test_default_tiles_spill_nothing(backward):
     assert found.shared <= 48 * 1024
 
 
+def test_shapes_share_machine_code():
+    from focalnet_kernels.ops._triton_resources import specialization
+
+    layers = PublishedLayer(96, 56, 3, 2), PublishedLayer(192, 28, 3, 2)
+    chain = [
+        (launch.kernel.__name__, repr(specialization(launch)))
+        for layer, batch in itertools.product(layers, (1, 8, 128))
+        for launch in layer_launches(layer, batch, torch.bfloat16)
+        if launch.kernel.__name__ in ("context_fwd_kernel", "context_bwd_kernel")
+    ]
+    assert len(chain) == 12
+    assert len(set(chain)) == 2
+
+
 class AbsentGpu(DriverBase):
     """As much of a driver as Triton needs to bind arguments and compile."""
 

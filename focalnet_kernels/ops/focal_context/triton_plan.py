@@ -76,14 +76,15 @@ def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]])
 
 
 # Tiles of the tensor-core form: channels, segments, rows, warps, and the registers of a thread at most. The first line
-# that fits counts; each is the largest tile without spilled registers under Triton 3.6 and 3.9, on sm_80, sm_90 and
-# sm_100 (`check --compile`). Left to itself, the compiler spills for the sake of one more program on a multiprocessor.
-# (backward, dtype or None for both, widest kernel at most, levels at most) -> tile.
+# that fits counts. None spills registers under Triton 3.6 or 3.9 on sm_80, sm_90 or sm_100 (`check --compile`); without
+# a limit the compiler spills for the sake of one more program on a multiprocessor.
+# (backward, dtype or None for both, widest kernel at most, levels at most) -> tile. What depends on channels and map is
+# computed below; nothing measured yet tells compute capabilities apart.
 _TENSOR_CORES = {
     (False, torch.float16, 7, 3): (4, 16, 4, 4, 192),  # erf wants more than bfloat16's GELU
     (False, None, 7, 3): (4, 16, 4, 4, 168),
     (False, None, 13, 99): (4, 16, 2, 4, 168),
-    (True, None, 7, 3): (4, 16, 4, 4, 255),
+    (True, None, 7, 3): (4, 16, 2, 4, 255),
     (True, None, 13, 99): (4, 16, 1, 4, 255),
 }
 _TAPS = {False: (4, 32, 1, 4, 128), True: (4, 16, 1, 4, 255)}
