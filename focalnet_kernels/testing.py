@@ -254,7 +254,8 @@ def assert_op_accurate(
     call = {"inputs": inputs, "grad_output": grad_output}
     with use_backend(backend):
         results = run(op, **call, wanted=wanted)
-    calls = [map_tensors(Tensor.contiguous, call), *(map_tensors(_nearby, call) for _ in range(3))]
+    others = 3 if results["output"].numel() >= 64 else 12  # of few elements, eager often hits all by luck
+    calls = [map_tensors(Tensor.contiguous, call), *(map_tensors(_nearby, call) for _ in range(others))]
     with use_backend("reference"):
         eager = [run(op, **c, wanted=wanted) for c in calls]
         exact = [run(op, **map_tensors(Tensor.double, c), wanted=wanted) for c in calls]
