@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet_kernels as fk
@@ -99,6 +101,37 @@ def test_shapes_share_machine_code():
     ]
     assert len(chain) == 12
     assert len(set(chain)) == 2
+
+
+@given(
+    shape=st.tuples(*[st.sampled_from((1, 2, 3, 4))] * 4),
+    layouts=st.lists(st.tuples(st.permutations(range(4)), st.sampled_from((0, 1))), min_size=1, max_size=3),
+)
+def test_token_axes_reach_every_token(shape, layouts):
+    """However maps of (B, T, M, W) lie in memory: their axes in any order, with gaps or without."""
+    from focalnet_kernels.ops.modulate.triton_launch import token_axes
+
+    maps = []
+    for order, gap in layouts:
+        step, strides = 1, [0] * 4
+        for dim in order:
+            strides[dim], step = step, step * (shape[dim] + gap)
+        maps.append(torch.arange(step).as_strided(shape, strides))  # of every token its own offset
+    (T, M, W), all_strides = token_axes(*(m.unsqueeze(1) for m in maps))
+    i = torch.arange(maps[0].numel())
+    for offsets, (b, _, t, m, w) in zip(maps, all_strides, strict=True):
+        found = i // (T * M * W) * b + i % (T * M * W) // (W * M) * t + i // W % M * m + i % W * w
+        assert torch.equal(found, offsets.flatten())
+
+
+@pytest.mark.parametrize(
+    "layer", [PublishedLayer(96, 56, 2, 1), PublishedLayer(384, 14, 3, 2)], ids=["planes", "tokens"]
+)
+def test_a_layer_s_tokens_are_one_axis(layer):
+    """Where the kernels' index arithmetic and narrow loads would otherwise cost more than the work."""
+    for launch in layer_launches(layer, 128, torch.bfloat16):
+        if launch.kernel.__name__ in ("modulate_fwd_kernel", "linear_planes_kernel"):
+            assert (1, 1, 1) in launch.args, launch
 
 
 class AbsentGpu(DriverBase):

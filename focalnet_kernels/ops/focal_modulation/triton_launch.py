@@ -14,7 +14,16 @@ from .._autograd import bit_mask
 from .._triton import cdiv, implement_triton, launch, why_not_triton
 from ..focal_context.triton_launch import context_bwd, context_fwd, strided_like
 from ..focal_context.triton_plan import padded_map, why_too_large
-from ..modulate.triton_launch import LARGEST_LN, LARGEST_PROJ, Tail, modulate, rows_bwd, rows_fwd, sum_programs
+from ..modulate.triton_launch import (
+    LARGEST_LN,
+    LARGEST_PROJ,
+    Tail,
+    modulate,
+    rows_bwd,
+    rows_fwd,
+    sum_programs,
+    token_axes,
+)
 from .parameters import LayerParameters
 
 
@@ -68,12 +77,12 @@ def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Te
     from .triton_linear import linear_planes_kernel
 
     out = new_matrix(x, len(weight), tokens)
-    size, strides = padded_map(x.movedim(-1, 1))
+    size, (strides,) = token_axes(x.movedim(-1, 1))
     BF, BN, BK = (64, 128, 32)
     launch(
         linear_planes_kernel, cdiv(len(weight), BF) * cdiv(tokens, BN), x.device,
         x, strides, weight, weight.stride(), weight if bias is None else bias.contiguous(), out, tokens, len(weight),
-        x.shape[-1], size, HAS_BIAS=bias is not None, BF=BF, BN=BN, BK=BK, num_warps=8, num_stages=3,
+        x.shape[-1], size, HAS_BIAS=bias is not None, BF=BF, BN=BN, BK=BK, num_warps=8, num_stages=3, maxnreg=128,
     )  # fmt: skip
     return out
 

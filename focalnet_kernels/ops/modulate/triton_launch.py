@@ -11,6 +11,8 @@ from torch import Tensor
 from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory, why_not_triton
 from ..focal_context.triton_plan import padded_map, why_too_large
 
+Strides = tuple[int, int, int, int, int]  # (b, c, t, m, w), as kernels take them
+
 
 def why_not(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return why_not_triton(q) or why_too_large(q.shape[0], padded_map(q)[0], ())
@@ -52,24 +54,39 @@ def modulate(
     """Writes proj?(LN?(q * (weight @ ctx_all + bias))) into `out`, and the modulator where given: (B, C, *spatial)."""
     from .triton_fwd import modulate_fwd_kernel
 
-    C = q.shape[1]
-    size, q_strides = padded_map(q)
-    tokens = q.shape[0] * size[0] * size[1] * size[2]
+    C, tokens = q.shape[1], q.numel() // max(1, q.shape[1])
+    maps = (q, ctx_all, _or(modulator, out), out)
+    size, (q_strides, ctx_all_strides, modulator_strides, out_strides) = token_axes(*maps)
     whole = tail.ln_weight is not None or tail.proj_weight is not None
     rows = max(16, next_power_of_2(C)) if whole else min(128, max(16, next_power_of_2(C)))
     BN, BK, warps, stages = _tile(rows, q, tail.proj_weight is not None)
     nothing = weight  # stands for what is absent
     launch(
         modulate_fwd_kernel, cdiv(C, rows) * cdiv(tokens, BN), q.device,
-        q, q_strides, ctx_all, padded_map(ctx_all)[1], weight, weight.stride(), _or(bias, nothing),
-        _or(modulator, out), padded_map(_or(modulator, out))[1],
+        q, q_strides, ctx_all, ctx_all_strides, weight, weight.stride(), _or(bias, nothing),
+        _or(modulator, out), modulator_strides,
         _or(tail.ln_weight, nothing), _or(tail.ln_bias, nothing), tail.ln_eps,
         _or(tail.proj_weight, nothing), _or(tail.proj_weight, nothing).stride(), _or(tail.proj_bias, nothing),
-        out, padded_map(out)[1], tokens, C, size,
+        out, out_strides, tokens, C, size,
         HAS_BIAS=bias is not None, SAVE=modulator is not None, LN=tail.ln_weight is not None,
         PROJ=tail.proj_weight is not None, PROJ_BIAS=tail.proj_bias is not None, ROWS=rows, BN=BN, BK=BK,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:
+    """The axes over which (B, C, *spatial) maps of one size count their tokens, as few as all the maps' strides allow:
+    the size of all but the outermost, which stands in the batch's place, and every map's strides. Mostly one axis is
+    left: without divisions in its indices the compiler sees which tokens are adjacent, and loads them together."""
+    axes: list[tuple[int, tuple[int, ...]]] = []  # size and the maps' strides, innermost first
+    sizes, strides = maps[0].shape, list(zip(*(m.stride() for m in maps), strict=True))
+    for dim in (*range(len(sizes) - 1, 1, -1), 0):
+        if axes and strides[dim] == tuple(axes[-1][0] * inner for inner in axes[-1][1]):
+            axes[-1] = axes[-1][0] * sizes[dim], axes[-1][1]
+        elif sizes[dim] != 1:
+            axes.append((sizes[dim], strides[dim]))
+    b, t, m, w = axes[-1:] + [(1, (0,) * len(maps))] * (4 - len(axes)) + axes[-2::-1]
+    return (t[0], m[0], w[0]), list(zip(b[1], strides[1], t[1], m[1], w[1], strict=True))
 
 
 # rows of a tile -> BN, BK, warps, stages; the first that fits the device's shared memory
