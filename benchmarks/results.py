@@ -26,19 +26,18 @@ MODELS = (
     "--provider \"authors' form\" --provider timm --provider 'timm channels_last' --provider transformers"
     " --provider 'timm compiled*' --provider 'ours*'"
 )
+COMPILED = "--compile default --compile max-autotune"
 ON_A_CPU = {
-    "layers": "--compile default --provider '[!a]*' --provider \"authors' form\" --rounds 7",
+    "layers": f"{COMPILED} --provider '[!a]*' --provider \"authors' form\" --rounds 7",
     "ops": "--level op --rounds 7 --no-memory",
     "blocks": f"--level block --stage 1 --stage 3 --rounds 5 --no-memory {BOTH}",
     "detection": f"--target detection --batch 1 --dtype bfloat16 --rounds 3 --no-memory {BOTH}",
     "video": f"--target video --stage 1 --stage 2 --batch 1 --rounds 5 --no-memory {BOTH}",
-    "model": f"--level model --compile default --rounds 5 --no-memory {BOTH} {MODELS}"
-    " --provider 'timm accelerated*[!d]'",
+    "model": f"--level model {COMPILED} --rounds 5 --no-memory {BOTH} {MODELS} --provider 'timm accelerated*'",
     "peers": f"--level peers --compile default --dtype float32 --rounds 5 --no-memory --no-roofline {BOTH}",
-    "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --batch 4 --dtype float32"
-    f" --rounds 3 --no-memory --no-roofline {BOTH}",
+    "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --compile default --batch 4"
+    f" --dtype float32 --rounds 3 --no-memory --no-roofline {BOTH}",
 }
-COMPILED = "--compile default --compile max-autotune"
 ON_A_GPU = {
     "layers": f"{COMPILED} --batch 128 --dtype bfloat16 --dtype float32 --rounds 20",
     "latency": "--batch 1 --dtype bfloat16 --dtype float16 --rounds 20",
@@ -46,7 +45,7 @@ ON_A_GPU = {
     "blocks": f"--level block --compile default --batch 128 --dtype bfloat16 --rounds 20 {BOTH}",
     "detection": "--target detection --compile default --batch 2 --dtype bfloat16 --dtype float16 --rounds 20",
     "video": "--target video --compile default --batch 8 --dtype bfloat16 --rounds 20",
-    "model": f"--level model --compile default --batch 128 --dtype bfloat16 --rounds 10 {BOTH} {MODELS}"
+    "model": f"--level model {COMPILED} --batch 128 --dtype bfloat16 --rounds 10 {BOTH} {MODELS}"
     " --provider 'timm accelerated*'",
     "peers": f"--level peers --target '*_lrf' --compile default --batch 128 --dtype bfloat16 --rounds 10 {BOTH}",
 }

@@ -54,9 +54,13 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """Of the checkout that this runs from; "" for an installed package."""
+    """Of the checkout that this runs from, "-dirty" where more than results differ; "" for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=9"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+
+    differs = git("diff-index", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode
+    return git("rev-parse", "--short=9", "HEAD").stdout.strip() + "-dirty" * bool(differs)

@@ -64,6 +64,12 @@ def test_a_wrong_gradient_is_enough():
     assert "grad x: error" in rows["other", "forward"]["skipped"]
 
 
+def test_one_alone_is_held_to_the_eager_form_all_the_same():
+    timed = [p for p in providers(CASE) if p.name == "timm"]
+    row = next(run_case(CASE, timed, modes=["forward"], rounds=3))
+    assert row.get("p50_ms"), row
+
+
 def test_whoever_is_absent_says_why(monkeypatch):
     def fails(build):
         def built(case, exact):
