@@ -10,6 +10,7 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
     slower FILE ...                 where somebody is faster than the fastest of ours
     machine FILE                    what the figures were found on
     plot FILE                       an image
+    peers FILE ...                  one row per model, its images per second eager and compiled
     learning FILE                   one row per training, with its distance from float64
 """
 
@@ -27,7 +28,7 @@ import plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"<!-- (table|slower|machine|plot|learning) (.+?) -->\n.*?<!-- end -->", re.S)
+BLOCK = re.compile(r"<!-- (table|slower|machine|plot|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 COLUMNS = {
     "p50_ms": ("milliseconds, medians", 1),
@@ -74,6 +75,24 @@ def table(rows: list[dict[str, str]], mode: str, column: str, digits: int) -> st
     for row in rows:
         cells.setdefault(what(row), {})[row["provider"]] = f"{value(row, column):.{digits}f}"
     lines = [[mode, *providers], *([name, *(found.get(p, "") for p in providers)] for name, found in cells.items())]
+    return _markdown(lines)
+
+
+def peers(rows: Iterable[dict[str, str]]) -> str:
+    """The Markdown table of models beside one another, as the paper's of throughputs: medians, images per second."""
+    columns = [(mode, compiled) for mode in ("forward", "forward+backward") for compiled in (False, True)]
+    found: dict[tuple[str, str], dict[tuple[str, bool], str]] = {}
+    for row in rows:
+        if row.get("images_per_s"):
+            model = row["provider"].removesuffix(" compiled")
+            place = row["mode"], model != row["provider"]
+            found.setdefault((model, f"{row['dtype']} {row['shape']}"), {})[place] = f"{float(row['images_per_s']):.1f}"
+    lines = [["images/s", "", *(f"{mode}{', compiled' * compiled}" for mode, compiled in columns)]]
+    lines += [[*name, *(cells.get(column, "") for column in columns)] for name, cells in found.items()]
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
     text = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([text[0], f"|{'---|' * len(lines[0])}", *text[1:]])
 
@@ -119,8 +138,7 @@ def learning(rows: list[dict[str, str]]) -> str:
         shown = f"{100 * float(accuracy):.1f}%" if accuracy else ""
         line = [run.backend + on, run.precision, run.processes, run.batch, str(len(run.losses)), shown, *cells]
         lines.append(line + [""] * (len(lines[0]) - len(line)))
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([text[0], f"|{'---|' * len(lines[0])}", *text[1:]])
+    return _markdown(lines)
 
 
 def rendered(text: str) -> str:
@@ -134,15 +152,15 @@ def rendered(text: str) -> str:
 
 
 def _block(kind: str, arguments: list[str]) -> str:
-    names = arguments if kind == "slower" else arguments[:1]
+    names = arguments if kind in ("slower", "peers") else arguments[:1]
     missing = [name for name in names if not (RESULTS / name).exists()]
     if missing:
         return f"Not measured yet: {', '.join(missing)}."
     if kind == "plot":
         return f"![{Path(names[0]).stem}](benchmarks/results/{names[0]})"
     rows = [row for name in names for row in read(RESULTS / name)]
-    if kind == "slower":
-        return slower(rows)
+    if kind in ("slower", "peers"):
+        return {"slower": slower, "peers": peers}[kind](rows)
     if kind == "machine":
         return machine(rows[0])
     if kind == "learning":

@@ -61,6 +61,23 @@ layer,some stage 1,2x4x4x8,bfloat16,forward,ours cpu,1,1.5,4,100,50,1,2,,a CPU,2
 """
 
 
+def test_peers_stand_below_one_another(report):
+    def row(provider, mode, images):
+        return {"provider": provider, "mode": mode, "images_per_s": images, "dtype": "float32", "shape": "8x3x32x32"}
+
+    rows = [
+        row("some net", "forward", "30.06"),
+        row("some net", "forward+backward", "7"),
+        row("another compiled", "forward", "40"),
+        row("some net compiled", "forward", "31"),
+        row("absent", "forward", ""),
+    ]
+    assert report.peers(rows).splitlines()[2:] == [
+        "| some net | float32 8x3x32x32 | 30.1 | 31.0 | 7.0 |  |",
+        "| another | float32 8x3x32x32 |  | 40.0 |  |  |",
+    ]
+
+
 def test_losing_rows_are_shown_and_said(report, tmp_path):
     (tmp_path / "layers.csv").write_text(COLUMNS + ROWS)
     rows = report.read(tmp_path / "layers.csv")
