@@ -299,28 +299,43 @@ def _weight_gradient(
     tiles = count_tiles(t0, t1, n_images, M, W, SEG, ROWS)
     if WINDOW:
         LEFT: tl.constexpr = WINDOW // 4
+        AT_ONCE: tl.constexpr = KT if WINDOW == 16 else 1  # kernel rows whose products registers hold
         i = tl.arange(0, WINDOW)
         tap = tl.arange(0, 16)
         plane_of_products = tl.arange(0, NB)[:, None, None] * WINDOW
-        for k in range(0, KT):
-            products = tl.zeros([NB, WINDOW, 8], tl.float32)
+        for k in range(0, KT, AT_ONCE):
+            products = ()
+            for _ in tl.static_range(AT_ONCE):
+                products = products + (tl.zeros([NB, WINDOW, 8], tl.float32),)
             for tile in range(0, tiles):
                 g, t, m, w, live = segments(tile, t0, t1, n_images, M, W, SEG, ROWS)
                 center = g * (NB * plane_size) + in_plane(t, m, w, frame)
                 dz_at = dz_planes + plane + center[None, :, None] + column[None, None, :]
                 window_at = source + plane + center[None, None, :] + i[None, :, None] + ((k - KT // 2) * pitch - LEFT)
+                dz = ()
                 for r in tl.static_range(ROWS):
-                    dz = tl.load(dz_at + r * pitch, mask=(live & (t + r < t1))[None, :, None], other=0.0)
-                    products = tl.dot(tl.load(window_at + r * pitch), dz, products)
-            tl.debug_barrier()
-            tl.store(diagonals + (plane_of_products + i[None, :, None]) * 8 + column[None, None, :], products)
-            tl.debug_barrier()
-            on_diagonal = plane_of_products + tap[None, :, None] + column[None, None, :] + (LEFT - KW // 2)
-            value = tl.load(
-                diagonals + on_diagonal * 8 + column[None, None, :], mask=(tap < KW)[None, :, None], other=0.0
-            )
-            to_tap = to[:, None] + k * KW + tap[None, :]
-            tl.store(to_tap, tl.sum(value, 2), mask=channels_inside[:, None] & (tap < KW)[None, :])
+                    written = (live & (t + r < t1))[None, :, None]
+                    dz = dz + (tl.load(dz_at + r * pitch, mask=written, other=0.0),)
+                for j in tl.static_range(ROWS + AT_ONCE - 1):
+                    window = tl.load(window_at + j * pitch)
+                    new = ()
+                    for row in tl.static_range(AT_ONCE):
+                        if row <= j and j - row < ROWS:
+                            new = new + (tl.dot(window, dz[j - row], products[row]),)
+                        else:
+                            new = new + (products[row],)
+                    products = new
+            for row in tl.static_range(AT_ONCE):
+                tl.debug_barrier()
+                at = (plane_of_products + i[None, :, None]) * 8 + column[None, None, :]
+                tl.store(diagonals + at, products[row])
+                tl.debug_barrier()
+                on_diagonal = plane_of_products + tap[None, :, None] + column[None, None, :] + (LEFT - KW // 2)
+                value = tl.load(
+                    diagonals + on_diagonal * 8 + column[None, None, :], mask=(tap < KW)[None, :, None], other=0.0
+                )
+                to_tap = to[:, None] + (k + row) * KW + tap[None, :]
+                tl.store(to_tap, tl.sum(value, 2), mask=channels_inside[:, None] & (tap < KW)[None, :])
     else:
         for tap in range(0, KT * KERNEL[1] * KW):
             products = tl.zeros([NB, SEG, 8], tl.float32)

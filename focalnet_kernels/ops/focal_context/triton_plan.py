@@ -68,9 +68,11 @@ def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, i
 def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]]) -> str | None:
     """Why 32-bit offsets within one image's planes, or counts of pixels, cannot hold; None where they can."""
     (T, M, W), kernels = size, [padded_kernel(k) for k in kernels]
+    images = max(1, 64 // max(1, cdiv(T, 4) * M * cdiv(W, 8)))  # in a program, at most
     rows = T + 8 + 2 * sum(k[0] for k in kernels)
     plane = rows * (M + max((k[1] for k in kernels), default=0)) * (W + 64 + max((k[2] for k in kernels), default=0))
-    if plane * 8 * max(1, len(kernels)) >= 2**31 or B * T * M * W >= 2**31:
+    # a program's tokens may begin where the last one's end, and must not wrap around either
+    if plane * 8 * max(1, len(kernels)) * images >= 2**31 or B * T * M * W >= 2**31 - 2**20:
         return f"maps of {T * M * W} pixels in a batch of {B} are too large for its 32-bit offsets"
     return None
 
@@ -84,7 +86,8 @@ _TENSOR_CORES = {
     (False, torch.float16, 7, 3): (4, 16, 4, 4, 192),  # erf wants more than bfloat16's GELU
     (False, None, 7, 3): (4, 16, 4, 4, 168),
     (False, None, 13, 99): (4, 16, 2, 4, 168),
-    (True, None, 7, 3): (4, 16, 2, 4, 255),
+    (True, None, 7, 3): (4, 16, 4, 4, 255),
+    (True, None, 9, 99): (4, 16, 2, 4, 255),
     (True, None, 13, 99): (4, 16, 1, 4, 255),
 }
 _TAPS = {False: (4, 32, 1, 4, 128), True: (4, 16, 1, 4, 255)}
