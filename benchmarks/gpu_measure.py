@@ -21,7 +21,7 @@ from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.steps import calls, results
 from focalnet_kernels.bench.timing import interleaved
 from focalnet_kernels.models.layers import PublishedLayer
-from focalnet_kernels.testing import make_context_inputs
+from focalnet_kernels.testing import make_context_inputs, make_layer_inputs
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 KERNELS = (3, 5, 7)
@@ -108,7 +108,12 @@ def _dispatch(dtypes, device, tiny) -> Iterator[Block]:
             yield Block(list(found.values()), compiled=batch == 128 and dtype == dtypes[0])
 
 
-BLOCKS = {"layers": _layers, "dispatch": _dispatch, "models": _models}
+def _detection(dtypes, device, tiny) -> Iterator[Block]:
+    """Maps of 200 x 334 and their like: what strips cost."""
+    yield Block(_cases(["layer"], ["detection"], 1, dtypes[:1], device, tiny))
+
+
+BLOCKS = {"layers": _layers, "dispatch": _dispatch, "models": _models, "detection": _detection}
 
 
 def _batches(batches, tiny: bool) -> tuple[int, ...]:
@@ -133,19 +138,36 @@ def compile_kernels(case: Case, name: str, modes: tuple[str, ...]) -> bool:
 
 
 def convolutions(device: str, tiny: bool) -> Iterator[dict]:
-    """What PyTorch's own depthwise convolutions take: the baselines of the chain."""
+    """What PyTorch's own depthwise convolutions take, with cuDNN and without: the baselines of the chain."""
+    dtypes = {torch.bfloat16: (3, 5, 7, 9), torch.float16: (7,), torch.float32: (7,)}
     for C, H in _stages(tiny):
-        for k in (3, 7):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                x = torch.randn(2 if tiny else 128, C, H, H, device=device).to(dtype)
-                w = torch.randn(C, 1, k, k, device=device).to(dtype)
-                last = x.contiguous(memory_format=torch.channels_last)
-                calls = {
-                    "NCHW": lambda x=x, w=w: F.conv2d(x, w, padding=w.shape[-1] // 2, groups=len(w)),
-                    "NHWC": lambda x=last, w=w: F.conv2d(x, w, padding=w.shape[-1] // 2, groups=len(w)),
-                }
-                for name, times in interleaved(calls, 3 if tiny else 10, device).items():
-                    yield _row(f"conv2d depthwise k={k}", "forward", tuple(x.shape), dtype, name) | times
+        for dtype, k in ((dtype, k) for dtype, kernels in dtypes.items() for k in kernels):
+            x = torch.randn(2 if tiny else 128, C, H, H, device=device).to(dtype)
+            w = torch.randn(C, 1, k, k, device=device).to(dtype)
+            calls = {
+                (mode, f"{order}{'' if cudnn else ', no cuDNN'}"): _convolution(
+                    mode, x.contiguous(memory_format=to), w, cudnn
+                )
+                for mode in ("forward", "input's gradient", "weights' gradient")
+                for order, to in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last))
+                for cudnn in (True, False)
+            }
+            for (mode, name), times in interleaved(calls, 3 if tiny else 5, device).items():
+                yield _row(f"conv2d depthwise k={k}", mode, tuple(x.shape), dtype, name) | times
+
+
+def _convolution(mode: str, x: torch.Tensor, w: torch.Tensor, cudnn: bool):
+    padding, C = [w.shape[-1] // 2] * 2, len(w)
+    wanted = [mode == "input's gradient", mode == "weights' gradient", False]
+
+    def call():
+        with torch.backends.cudnn.flags(enabled=cudnn):
+            if mode == "forward":
+                F.conv2d(x, w, padding=padding, groups=C)
+            else:
+                torch.ops.aten.convolution_backward(x, x, w, None, [1, 1], padding, [1, 1], False, [0, 0], C, wanted)
+
+    return call
 
 
 def experiments(device: str, tiny: bool) -> Iterator[dict]:
@@ -167,6 +189,12 @@ def experiments(device: str, tiny: bool) -> Iterator[dict]:
 
         return call
 
+    def chain_backward(inputs, want_ctx, want_weights):
+        ctx, gates, weights = inputs["ctx"], inputs["gates"], inputs["weights"]
+        ctx_all, mean = launch.focal_context_fwd_eagerly(ctx, gates, weights, False)
+        grads = torch.empty_like(ctx) if want_ctx else None, torch.empty_like(gates)
+        return lambda: launch.context_bwd(ctx_all, ctx, gates, weights, mean, False, *grads, want_weights)
+
     def calls_of(B, C, H):
         inputs = make_context_inputs((B, C, H, H), KERNELS, dtype=dtype, device=device)
         x = torch.randn(B, H, H, C, device=device).to(dtype)
@@ -174,15 +202,20 @@ def experiments(device: str, tiny: bool) -> Iterator[dict]:
         n8, n256 = -(-n // 8) * 8, -(-n // 256) * 256
         wide, square = (torch.randn(rows, C, device=device).to(dtype) for rows in (n256, C))
         q, ctx_all, bias = x.movedim(-1, 1), torch.randn_like(x).movedim(-1, 1), wide[:, 0].contiguous()
+        q_planes, ctx_planes = (layer_launch._as_map(m.movedim(1, 0).reshape(C, -1), x) for m in (q, ctx_all))
         return {
             "chain: bands, logistic GELU": chain(inputs, False, tensor_core_dtypes),
             "chain: bands, erf GELU": chain(inputs, True, tensor_core_dtypes),
             "chain: tap by tap": chain(inputs, False, ()),
+            "chain, backward: all": chain_backward(inputs, True, True),
+            "chain, backward: without the weights": chain_backward(inputs, True, False),
+            "chain, backward: without ctx": chain_backward(inputs, False, True),
             "f: ours, planes": lambda: layer_launch._linear_f(x, wide[:n], bias[:n], tokens),
             "f: cuBLAS, tokens": lambda: F.linear(x, wide[:n], bias[:n]),
             "f: cuBLAS, padded to 8": lambda: F.linear(x, wide[:n8], bias[:n8]),
             "f: cuBLAS, padded to 256": lambda: F.linear(x, wide, bias),
             "h, q*: fused": _on("triton", lambda: fk.modulate(q, ctx_all, square)),
+            "h, q*: fused, planes": _on("triton", lambda: fk.modulate(q_planes, ctx_planes, square)),
             "h, q*: cuBLAS and a product": lambda: F.linear(ctx_all.movedim(1, -1), square) * x,
             "proj: cuBLAS": lambda: F.linear(x, square),
         }
@@ -192,6 +225,32 @@ def experiments(device: str, tiny: bool) -> Iterator[dict]:
         with torch.inference_mode():
             for name, times in interleaved(calls_of(B, C, H), 2 if tiny else 10, device).items():
                 yield _row("experiment", "forward", (B, C, H, H), dtype, name) | times
+
+
+def latency(device: str, tiny: bool) -> Iterator[dict]:
+    """One image through a layer: what is left of it when launches cost nothing, in a CUDA graph."""
+    dtype = torch.float16 if tiny else torch.bfloat16
+    for C, H in _stages(tiny):
+        inputs = make_layer_inputs((1, H, H, C), KERNELS, dtype=dtype, device=device)
+        calls = {}
+        for backend in ("reference", "triton", "cuda"):
+            with fk.use_backend(backend):
+                if fk.explain(fk.focal_modulation, **inputs).backend == backend:
+                    calls[backend] = _on(backend, lambda i=inputs: fk.focal_modulation(**i))
+        with torch.inference_mode():
+            if device.startswith("cuda"):
+                calls |= {f"{name}, CUDA graph": _graph(call) for name, call in calls.items()}
+            for name, times in interleaved(calls, 3 if tiny else 50, device).items():
+                yield _row("layer", "forward", (1, H, H, C), dtype, name) | times
+
+
+def _graph(call):
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def tiles(device: str, tiny: bool) -> Iterator[dict]:

@@ -6,10 +6,11 @@
 From a fresh checkout, on an H200:
 
     FOCALNET_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=16 python setup.py build_ext --inplace &&
-    PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report
+    PYTHONPATH=. python benchmarks/gpu_report.py
 
-Each part writes its own CSV as it goes, so that an interrupted run keeps what it found. Part "dispatch" has what
-benchmarks/dispatch_table.py wants, 128 images in bfloat16 first; all of it takes several runs, each to its own folder:
+Each part writes benchmarks/results/<device>/gpu_<part>.csv as it goes, so that an interrupted run keeps what it found.
+Part "dispatch" has what benchmarks/dispatch_table.py wants, 128 images in bfloat16 first; all of it takes several runs,
+each to a folder of its own:
 
     PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report-float16 --parts dispatch --dtypes float16
 
@@ -34,6 +35,7 @@ from gpu_processes import Fault, in_processes
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench.machine import machine as about_machine
+from focalnet_kernels.bench.machine import machine_class
 from focalnet_kernels.bench.records import MEASURED
 from focalnet_kernels.testing import make_layer_inputs
 
@@ -41,13 +43,16 @@ SHOWN = (
     "case", "shape", "dtype", "mode", "provider", "p50_ms", "gbyte_per_s", "gflop_per_s", "peak_bytes", "skipped",
     "result",
 )  # fmt: skip
-PARTS = ("correct", "ceilings", "layers", "dispatch", "models", "experiments", "convolutions", "tiles")
+PARTS = (
+    "correct", "ceilings", "layers", "dispatch", "models", "detection", "latency", "experiments", "convolutions",
+    "tiles",
+)  # fmt: skip
 LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="gpu-report", type=Path)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="default: %(default)s")
     parser.add_argument("--device", default="cuda")
@@ -62,11 +67,12 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Runs the parts; a CSV each in `options.output`."""
+    """Runs the parts; a CSV each."""
     if options.shim:
         gpu_correctness.act_out()
     started = time.monotonic()
-    options.output.mkdir(parents=True, exist_ok=True)
+    output = options.output or Path(__file__).parent / "results" / machine_class(options.device)
+    output.mkdir(parents=True, exist_ok=True)
     machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
     absent = {backend: _reason_against(backend, options) for backend in ("triton", "cuda")}
     backends = [backend for backend, reason in absent.items() if reason is None]
@@ -79,7 +85,7 @@ def report(options: argparse.Namespace) -> None:
             continue
         # one that runs alone may take all there is
         until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
-        with (options.output / f"{part}.csv").open("w", newline="") as file:
+        with (output / f"gpu_{part}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
             writer.writeheader()
             for row in _rows(part, backends, absent, options, until):
@@ -114,6 +120,7 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
         yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
     else:
         rows = {
+            "latency": gpu_measure.latency,
             "experiments": gpu_measure.experiments,
             "convolutions": gpu_measure.convolutions,
             "tiles": gpu_measure.tiles,

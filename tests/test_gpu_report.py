@@ -36,16 +36,23 @@ def test_the_cuda_kernels_are_walked(tmp_path):
     command = [sys.executable, "benchmarks/gpu_report.py", *options.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    found = read(folder / "correct.csv")
+    found = read(folder / "gpu_correct.csv")
     assert {row["result"] for row in found if row["provider"] == "cuda"} == {"right"}
     assert [row["case"] for row in found if row["provider"] == "triton"] == ["all"], "it says why it is absent"
+    found = read(folder / "gpu_dispatch.csv")
+    for row in found:  # whatever took how long
+        row["p50_ms"] = 2.0 if row["provider"] == "ours cuda" else 1.0
+    with (folder / "gpu_dispatch.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
     rows = importlib.import_module("dispatch_table").table(folder.parent)
     assert {row["op"] for row in rows} == {"focal_modulation", "focal_context", "modulate"}
     assert {(row["batch"], row["map"], row["kernels"]) for row in rows if row["op"] != "modulate"} == {
         (batch, "7x7", "3x3 5x5 7x7") for batch in ("1", "2")
     }  # fmt: skip
     assert {row["mode"] for row in rows} == {"forward", "forward+backward"}
-    assert {row["backends"] for row in rows} == {"reference"}, "acting takes longer than eager"
+    assert {row["backends"] for row in rows} == {"reference"}
     assert set(rows[0]) == set(measured.COLUMNS)
 
 
