@@ -22,6 +22,8 @@ settings.register_profile(
 settings.load_profile("focalnet_kernels")
 
 
+PLAN = "focalnet_kernels.ops.focal_context.triton_plan"
+TAPS = pytest.StashKey[dict]()
 _SLOW_INTERPRETED = ("detection-float32", "odd-channels", "tiny-model-stage", "detection-float16")
 
 
@@ -30,9 +32,9 @@ def pytest_collection_modifyitems(config, items):
     if not INTERPRETED:
         return
     # an interpreter takes its time for every tile, whatever its size
-    import_module("focalnet_kernels.ops.focal_context.triton_plan")._TAPS = dict.fromkeys(
-        (False, True), (16, 64, 1, 4, 255)
-    )
+    plan = import_module(PLAN)
+    config.stash[TAPS] = plan._TAPS
+    plan._TAPS = dict.fromkeys((False, True), (16, 64, 1, 4, 255))
     for item in items:
         if any(part in item.name for part in _SLOW_INTERPRETED):
             item.add_marker(pytest.mark.slow)
@@ -100,6 +102,12 @@ def interpreted():
     """For tests of single Triton kernels on a CPU."""
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1: see `make test`")
+
+
+@pytest.fixture
+def tiles_of_a_gpu(interpreted, pytestconfig, monkeypatch):
+    """The form tap by tap in its own tiles, not in the interpreter's larger ones."""
+    monkeypatch.setattr(import_module(PLAN), "_TAPS", pytestconfig.stash[TAPS])
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

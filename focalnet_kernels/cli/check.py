@@ -86,7 +86,8 @@ def _compile(console, layers, dtypes, targets) -> int:
     """Every different kernel of these layers and of the detection maps, in parallel."""
     launches: dict[str, tuple[str, Launch]] = {}
     for layer, dtype, batch in itertools.product([*layers, *DETECTION], dtypes, (1, 128)):
-        for launch in layer_launches(layer, batch, dtype):
+        parts = layer_launches(layer, batch, dtype), layer_launches(layer, batch, dtype, training=False)
+        for launch in itertools.chain(*parts, op_launches(layer, batch, dtype)):
             launches.setdefault(_identity(launch), (_name(layer, batch), launch))
     table = Table(
         "kernel", "first needed by", "dtype", "target", "registers", "stack", "shared", "instructions", "tensor core"
@@ -114,8 +115,8 @@ def _compile(console, layers, dtypes, targets) -> int:
     return failures
 
 
-def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
-    """What the forward and the backward of a layer's training step launch through Triton."""
+def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype, training: bool = True) -> list[Launch]:
+    """What the forward and the backward of a layer's training step launch through Triton, or its inference."""
     from ..ops.focal_modulation.triton_launch import focal_modulation_bwd_eagerly, focal_modulation_fwd_eagerly
 
     C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
@@ -129,8 +130,27 @@ def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> lis
     parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln, levels)
     normalize = layer.normalize_modulator
     with recorded_launches() as launches:
-        y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, normalize, 1e-5, True)
-        focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, normalize, 1e-5, -1)
+        y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, normalize, 1e-5, training)
+        if training:
+            focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, normalize, 1e-5, -1)
+    return launches
+
+
+def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
+    """The same of the ops called by themselves, on contiguous tensors of a layer's shapes."""
+    from ..ops.focal_context.triton_launch import focal_context_bwd_eagerly, focal_context_fwd_eagerly
+    from ..ops.modulate.triton_launch import modulate_fwd_eagerly
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    C, normalize = layer.dim, layer.normalize_modulator
+    ctx = empty(batch, C, *layer.spatial)
+    inputs = ctx, empty(batch, layer.focal_level + 1, *layer.spatial), [empty(C, 1, k, k) for k in layer.kernels]
+    with recorded_launches() as launches:
+        ctx_all, mean = focal_context_fwd_eagerly(*inputs, normalize)
+        focal_context_bwd_eagerly(ctx_all, *inputs, mean, normalize, -1)
+        modulate_fwd_eagerly(ctx, ctx_all, empty(C, C), empty(C))
     return launches
 
 

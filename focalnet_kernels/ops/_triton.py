@@ -27,7 +27,15 @@ def _missing() -> str | None:
         return "the package triton is not installed"
     if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
         return "this torch was built for CPUs only (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    if INTERPRETED and _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        return "the interpreter of Triton before 3.7 needs numpy before 2.4 (triton-lang/triton#9171)"
     return None
+
+
+def _version(package: str) -> tuple[int, int]:
+    """Major and minor; of a module, for a distribution may go by another name."""
+    major, minor = importlib.import_module(package).__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 MISSING = _missing()  # why Triton cannot be used on this machine, or None
