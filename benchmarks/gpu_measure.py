@@ -145,29 +145,25 @@ def convolutions(device: str, tiny: bool) -> Iterator[dict]:
             x = torch.randn(2 if tiny else 128, C, H, H, device=device).to(dtype)
             w = torch.randn(C, 1, k, k, device=device).to(dtype)
             calls = {
-                (mode, f"{order}{'' if cudnn else ', no cuDNN'}"): _convolution(
-                    mode, x.contiguous(memory_format=to), w, cudnn
-                )
+                (mode, order): _convolution(mode, x.contiguous(memory_format=to), w)
                 for mode in ("forward", "input's gradient", "weights' gradient")
                 for order, to in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last))
-                for cudnn in (True, False)
             }
-            for (mode, name), times in interleaved(calls, 3 if tiny else 5, device).items():
-                yield _row(f"conv2d depthwise k={k}", mode, tuple(x.shape), dtype, name) | times
+            for cudnn in (True, False):
+                with torch.backends.cudnn.flags(enabled=cudnn):
+                    measured = interleaved(calls, 3 if tiny else 5, device)
+                for (mode, order), times in measured.items():
+                    name = order if cudnn else f"{order}, no cuDNN"
+                    yield _row(f"conv2d depthwise k={k}", mode, tuple(x.shape), dtype, name) | times
 
 
-def _convolution(mode: str, x: torch.Tensor, w: torch.Tensor, cudnn: bool):
+def _convolution(mode: str, x: torch.Tensor, w: torch.Tensor):
     padding, C = [w.shape[-1] // 2] * 2, len(w)
     wanted = [mode == "input's gradient", mode == "weights' gradient", False]
-
-    def call():
-        with torch.backends.cudnn.flags(enabled=cudnn):
-            if mode == "forward":
-                F.conv2d(x, w, padding=padding, groups=C)
-            else:
-                torch.ops.aten.convolution_backward(x, x, w, None, [1, 1], padding, [1, 1], False, [0, 0], C, wanted)
-
-    return call
+    if mode == "forward":
+        return lambda: F.conv2d(x, w, padding=padding, groups=C)
+    backward = torch.ops.aten.convolution_backward
+    return lambda: backward(x, x, w, None, [1, 1], padding, [1, 1], False, [0, 0], C, wanted)
 
 
 def experiments(device: str, tiny: bool) -> Iterator[dict]:
@@ -224,22 +220,25 @@ def experiments(device: str, tiny: bool) -> Iterator[dict]:
         B = 2 if tiny else 128
         with torch.inference_mode():
             for name, times in interleaved(calls_of(B, C, H), 2 if tiny else 10, device).items():
-                yield _row("experiment", "forward", (B, C, H, H), dtype, name) | times
+                mode = "backward" if "backward" in name else "forward"
+                yield _row("experiment", mode, (B, C, H, H), dtype, name) | times
 
 
-def latency(device: str, tiny: bool) -> Iterator[dict]:
+def latency(backends: list[str], device: str, tiny: bool) -> Iterator[dict]:
     """One image through a layer: what is left of it when launches cost nothing, in a CUDA graph."""
     dtype = torch.float16 if tiny else torch.bfloat16
     for C, H in _stages(tiny):
         inputs = make_layer_inputs((1, H, H, C), KERNELS, dtype=dtype, device=device)
-        calls = {}
-        for backend in ("reference", "triton", "cuda"):
-            with fk.use_backend(backend):
-                if fk.explain(fk.focal_modulation, **inputs).backend == backend:
-                    calls[backend] = _on(backend, lambda i=inputs: fk.focal_modulation(**i))
+        names = {AUTHORS: "reference"} | {f"ours {backend}": backend for backend in backends}
+        calls = {name: _on(b, lambda i=inputs: fk.focal_modulation(**i)) for name, b in names.items()}
         with torch.inference_mode():
-            if device.startswith("cuda"):
-                calls |= {f"{name}, CUDA graph": _graph(call) for name, call in calls.items()}
+            for name, call in list(calls.items()) if device.startswith("cuda") else ():
+                try:
+                    calls[f"{name}, CUDA graph"] = _graph(call)
+                except Exception as failure:
+                    reason = str(failure).strip().splitlines()[-1][:100]
+                    row = _row("layer", "forward", (1, H, H, C), dtype, f"{name}, CUDA graph")
+                    yield row | {"skipped": reason}
             for name, times in interleaved(calls, 3 if tiny else 50, device).items():
                 yield _row("layer", "forward", (1, H, H, C), dtype, name) | times
 

@@ -10,7 +10,7 @@ From a fresh checkout, on an H200:
 
 Each part writes benchmarks/results/<device>/gpu_<part>.csv as it goes, so that an interrupted run keeps what it found.
 Part "dispatch" has what benchmarks/dispatch_table.py wants, 128 images in bfloat16 first; all of it takes several runs,
-each to a folder of its own:
+whose files are put beside one another there under names of their own:
 
     PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report-float16 --parts dispatch --dtypes float16
 
@@ -25,6 +25,7 @@ import argparse
 import csv
 import datetime
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -71,7 +72,10 @@ def report(options: argparse.Namespace) -> None:
     if options.shim:
         gpu_correctness.act_out()
     started = time.monotonic()
-    output = options.output or Path(__file__).parent / "results" / machine_class(options.device)
+    toy = Path(tempfile.gettempdir()) / "gpu-report"  # no figures to be kept
+    output = options.output or (
+        toy if options.tiny else Path(__file__).parent / "results" / machine_class(options.device)
+    )
     output.mkdir(parents=True, exist_ok=True)
     machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
     absent = {backend: _reason_against(backend, options) for backend in ("triton", "cuda")}
@@ -85,12 +89,13 @@ def report(options: argparse.Namespace) -> None:
             continue
         # one that runs alone may take all there is
         until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
-        with (output / f"gpu_{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
-            writer.writeheader()
-            for row in _rows(part, backends, absent, options, until):
+        path = output / f"gpu_{part}.csv"
+        for i, row in enumerate(_rows(part, backends, absent, options, until)):
+            with path.open("a" if i else "w", newline="") as file:
+                writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
+                if i == 0:
+                    writer.writeheader()
                 writer.writerow({"part": part, **machine, **row})
-                file.flush()
                 print(f"{part:12}", *(str(row[k]) for k in SHOWN if row.get(k)), sep="  ", flush=True)
         print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
 
@@ -116,11 +121,12 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
         compiling = None if tiny else options.workers
         for block in gpu_measure.BLOCKS[part](dtypes, device, tiny):
             yield from block.rows(backends, not (tiny or options.no_compile), compiling, until)
+    elif part == "latency":
+        yield from gpu_measure.latency(backends, device, tiny)
     elif part in ("experiments", "tiles") and "triton" not in backends:
         yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
     else:
         rows = {
-            "latency": gpu_measure.latency,
             "experiments": gpu_measure.experiments,
             "convolutions": gpu_measure.convolutions,
             "tiles": gpu_measure.tiles,

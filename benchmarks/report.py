@@ -84,8 +84,9 @@ def peers(rows: Iterable[dict[str, str]]) -> str:
     found: dict[tuple[str, str], dict[tuple[str, bool], str]] = {}
     for row in rows:
         if row.get("images_per_s"):
-            model = row["provider"].removesuffix(" compiled")
-            place = row["mode"], model != row["provider"]
+            model, compiled, how = row["provider"].partition(" compiled")
+            place = row["mode"], bool(compiled)
+            model += how  # a mode of compiling that is not the default has a row of its own
             found.setdefault((model, f"{row['dtype']} {row['shape']}"), {})[place] = f"{float(row['images_per_s']):.1f}"
     lines = [["images/s", "", *(f"{mode}{', compiled' * compiled}" for mode, compiled in columns)]]
     lines += [[*name, *(cells.get(column, "") for column in columns)] for name, cells in found.items()]

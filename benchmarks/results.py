@@ -21,7 +21,7 @@ from focalnet_kernels.bench.machine import machine_class
 
 RESULTS = Path(__file__).parent / "results"
 BOTH = "--mode forward --mode forward+backward"
-# compiling takes longer than measuring: of whole models timm's, and, beside its peers, the accelerated one
+# compiling takes longer than measuring: of whole models timm's alone, as it is and accelerated
 MODELS = (
     "--provider \"authors' form\" --provider timm --provider 'timm channels_last' --provider transformers"
     " --provider 'timm compiled*' --provider 'ours*'"

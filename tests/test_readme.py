@@ -70,11 +70,13 @@ def test_peers_stand_below_one_another(report):
         row("some net", "forward+backward", "7"),
         row("another compiled", "forward", "40"),
         row("some net compiled", "forward", "31"),
+        row("some net compiled max-autotune", "forward", "32"),
         row("absent", "forward", ""),
     ]
     assert report.peers(rows).splitlines()[2:] == [
         "| some net | float32 8x3x32x32 | 30.1 | 31.0 | 7.0 |  |",
         "| another | float32 8x3x32x32 |  | 40.0 |  |  |",
+        "| some net max-autotune | float32 8x3x32x32 |  | 32.0 |  |  |",
     ]
 
 

@@ -62,5 +62,6 @@ def _commit() -> str:
     def git(*arguments):
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
 
-    differs = git("diff-index", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode
-    return git("rev-parse", "--short=9", "HEAD").stdout.strip() + "-dirty" * bool(differs)
+    git("update-index", "-q", "--refresh")  # else a file that was only touched would count
+    differs = git("diff-index", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode == 1
+    return git("rev-parse", "--short=9", "HEAD").stdout.strip() + "-dirty" * differs

@@ -27,6 +27,8 @@ def _missing() -> str | None:
         return "the package triton is not installed"
     if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
         return "this torch was built for CPUs only (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    if INTERPRETED and importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs numpy"
     if INTERPRETED and _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
         return "the interpreter of Triton before 3.7 needs numpy before 2.4 (triton-lang/triton#9171)"
     return None

@@ -64,10 +64,16 @@ def test_a_wrong_gradient_is_enough():
     assert "grad x: error" in rows["other", "forward"]["skipped"]
 
 
-def test_one_alone_is_held_to_the_eager_form_all_the_same():
-    timed = [p for p in providers(CASE) if p.name == "timm"]
-    row = next(run_case(CASE, timed, modes=["forward"], rounds=3))
-    assert row.get("p50_ms"), row
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.001, False)])
+def test_one_alone_is_held_to_the_eager_form_all_the_same(factor, right):
+    def scaled(case, exact):
+        subject = eager.build(case, exact)
+        return replace(subject, call=lambda x: subject.call(x) * factor)
+
+    eager = providers(CASE)[0]
+    row = next(run_case(CASE, [replace(eager, name="other", build=scaled)], modes=["forward"], rounds=3))
+    assert ("p50_ms" in row) == right
+    assert ("output: error" in row.get("skipped", "")) != right
 
 
 def test_whoever_is_absent_says_why(monkeypatch):

@@ -132,9 +132,9 @@ def test_token_axes_reach_every_token(shape, layouts):
 )
 def test_a_layer_s_tokens_are_one_axis(layer):
     """Where the kernels' index arithmetic and narrow loads would otherwise cost more than the work."""
-    for launch in layer_launches(layer, 128, torch.bfloat16):
-        if launch.kernel.__name__ in ("modulate_fwd_kernel", "linear_planes_kernel"):
-            assert (1, 1, 1) in launch.args, launch
+    found = {launch.kernel.__name__: launch for launch in layer_launches(layer, 128, torch.bfloat16)}
+    for name in ("modulate_fwd_kernel", "linear_planes_kernel")[: 2 if layer.dim < 256 else 1]:
+        assert (1, 1, 1) in found[name].args
 
 
 class AbsentGpu(DriverBase):
@@ -231,6 +231,17 @@ def test_plans(interpreted, shape, kernels, dtype, seed):
 def test_tap_by_tap(tiles_of_a_gpu, shape, kernels, seed):
     inputs = make_context_inputs(shape, kernels, seed=seed)
     assert_op_accurate(fk.focal_context, inputs, "triton", torch.randn(shape))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_what_lies_below_a_strip_stays_there(interpreted, k, seed):
+    """The last strip's last tile has rows beyond the map, which belong to another strip's turn."""
+    inputs = make_context_inputs((1, 12, 14, 8), [k], dtype=torch.float16, seed=seed)
+    inputs["ctx"][0, 0, 8, 3] = torch.inf
+    inputs["weights"][0].requires_grad_()
+    with fk.use_backend("triton"):
+        fk.focal_context(**inputs)[:, 1:].sum().backward()
+    assert inputs["weights"][0].grad[1:].isfinite().all()
 
 
 def test_plans_differ():

@@ -288,7 +288,7 @@ def _weight_gradient(
     """The sum over rows t0..t1 of dz(p) ctx(p + tap), for every tap.
 
     By windows: windows^T [WINDOW, SEG] times dz [SEG, 8] holds every product of a kernel row; what belongs to one tap
-    lies on one diagonal, summed at the end of the row on a way through `diagonals` (NB, WINDOW, 8).
+    lies on one diagonal, summed when all tiles are done on a way through `diagonals` (NB, WINDOW, 8).
     """
     T, M, W = size
     pitch = frame[2] * frame[3]
@@ -299,7 +299,7 @@ def _weight_gradient(
     tiles = count_tiles(t0, t1, n_images, M, W, SEG, ROWS)
     if WINDOW:
         LEFT: tl.constexpr = WINDOW // 4
-        AT_ONCE: tl.constexpr = KT if WINDOW == 16 else 1  # kernel rows whose products registers hold
+        AT_ONCE: tl.constexpr = KT if WINDOW == 16 and KT <= 9 else 1  # kernel rows whose products registers hold
         i = tl.arange(0, WINDOW)
         tap = tl.arange(0, 16)
         plane_of_products = tl.arange(0, NB)[:, None, None] * WINDOW

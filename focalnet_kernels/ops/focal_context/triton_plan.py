@@ -112,6 +112,8 @@ def make_plan(
             if direction == backward and only in (None, dtype) and widest <= taps and len(kernels) <= levels
         )
         rows = min(rows, next_power_of_2(T))
+        if backward:  # rows of a tile below its strip meet gradients of zero, and must be finite: part of the halo
+            rows = min(rows, next_power_of_2(sum(k[0] // 2 for k in kernels) + 2) // 2)
     else:
         window, (channels, segments, rows, warps, registers) = 0, _TAPS[backward]
     # windows start WINDOW / 4 columns before their segment: put that on a boundary of 8
