@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import click
 import torch
@@ -120,10 +121,7 @@ def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype, traini
     from ..ops.focal_modulation.triton_launch import focal_modulation_bwd_eagerly, focal_modulation_fwd_eagerly
 
     C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=dtype, device="meta")
     ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
     levels = [empty(C, 1, k, k) for k in layer.kernels]
     x = empty(batch, *layer.spatial, C)
@@ -141,9 +139,7 @@ def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[L
     from ..ops.focal_context.triton_launch import focal_context_bwd_eagerly, focal_context_fwd_eagerly
     from ..ops.modulate.triton_launch import modulate_fwd_eagerly
 
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=dtype, device="meta")
     C, normalize = layer.dim, layer.normalize_modulator
     ctx = empty(batch, C, *layer.spatial)
     inputs = ctx, empty(batch, layer.focal_level + 1, *layer.spatial), [empty(C, 1, k, k) for k in layer.kernels]
