@@ -100,12 +100,23 @@ def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callabl
     for layout in LAYOUTS:
         for dtype in dtypes[-1:] if tiny else dtypes:
             yield f"strides {layout} {str(dtype)[6:]}", lambda lay=layout, d=dtype: _layouts(backend, device, lay, d)
+    for shape in [(2, 5, 6, 8)] if tiny else [(8, 56, 56, 96), (1, 200, 334, 16), (1, 4, 100_000, 8)]:
+        for dtype in dtypes:
+            name = f"sums of one sign, {'x'.join(map(str, shape))} {str(dtype)[6:]}"
+            yield name, lambda s=shape, d=dtype: _one_sign(backend, device, s, d)
     yield "autocast", lambda: _autocast(backend, device)
 
 
 def _layer(backend, device, shape, kernels, dtype, **options):
     inputs = make_layer_inputs(shape, kernels, dtype=dtype, device=device, **options)
     assert_op_accurate(fk.focal_modulation, inputs, backend, torch.randn(shape, device=device).to(dtype))
+
+
+def _one_sign(backend, device, shape, dtype):
+    """Sums over many pixels show their rounding where the numbers do not cancel."""
+    inputs = make_layer_inputs(shape, (3, 5), dtype=dtype, device=device)
+    inputs["x"] = inputs["x"].abs()
+    assert_op_accurate(fk.focal_modulation, inputs, backend, torch.rand(shape, device=device).to(dtype))
 
 
 def _layouts(backend, device, layout, dtype):

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import gpu_correctness
+import gpu_counters
 import gpu_measure
 import torch
 from gpu_processes import Fault, in_processes
@@ -42,11 +43,11 @@ from focalnet_kernels.testing import make_layer_inputs
 
 SHOWN = (
     "case", "shape", "dtype", "mode", "provider", "p50_ms", "gbyte_per_s", "gflop_per_s", "peak_bytes", "skipped",
-    "result",
+    "result", "kernel", "us", "per_128_outputs", "issue_active_percent",
 )  # fmt: skip
 PARTS = (
-    "correct", "ceilings", "layers", "dispatch", "models", "detection", "latency", "experiments", "convolutions",
-    "tiles",
+    "correct", "ceilings", "layers", "counters", "dispatch", "models", "detection", "latency", "experiments",
+    "convolutions", "tiles",
 )  # fmt: skip
 LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
@@ -61,6 +62,7 @@ def main() -> None:
         "--seconds", default=420.0, type=float, help="then no further case begins; default: %(default)s"
     )
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 2), type=int, help="default: %(default)s")
+    parser.add_argument("--commit", help="of this tree, where it is a copy without its .git")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--shim", action="store_true", help="the CUDA kernels acted out on a CPU")
@@ -78,6 +80,7 @@ def report(options: argparse.Namespace) -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
+    machine["commit"] = options.commit or machine["commit"]
     absent = {backend: _reason_against(backend, options) for backend in ("triton", "cuda")}
     backends = [backend for backend, reason in absent.items() if reason is None]
     print(f"{machine['device']}, torch {machine['torch']}: backends {', '.join(backends) or 'none'}", flush=True)
@@ -90,9 +93,10 @@ def report(options: argparse.Namespace) -> None:
         # one that runs alone may take all there is
         until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
         path = output / f"gpu_{part}.csv"
+        columns = gpu_counters.FIELDS if part == "counters" else (*MEASURED, "result")
         for i, row in enumerate(_rows(part, backends, absent, options, until)):
             with path.open("a" if i else "w", newline="") as file:
-                writer = csv.DictWriter(file, ["part", *MEASURED, "result", *machine])
+                writer = csv.DictWriter(file, ["part", *columns, *machine])
                 if i == 0:
                     writer.writeheader()
                 writer.writerow({"part": part, **machine, **row})
@@ -123,6 +127,8 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
             yield from block.rows(backends, not (tiny or options.no_compile), compiling, until)
     elif part == "latency":
         yield from gpu_measure.latency(backends, device, tiny)
+    elif part == "counters":
+        yield from gpu_counters.counters(backends, Path(tempfile.gettempdir()))
     elif part in ("experiments", "tiles") and "triton" not in backends:
         yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
     else:
