@@ -16,17 +16,8 @@ from pathlib import Path
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 BATCH, KERNELS = 128, (3, 5, 7)
 DIRECTIONS = ("forward", "backward")
-OURS = "regex:context|modulate|linear|reduce_partials|lgamma"
+OURS = "regex:context_|modulate_|rows_|linear_planes|lgamma"
 MARK = "lgamma"  # the kernel that begins a direction of a stage
-SECTIONS = (
-    "SpeedOfLight", "InstructionStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats",
-    "SchedulerStats", "LaunchStats", "Occupancy",
-)  # fmt: skip
-METRICS = (
-    "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_bytes.sum", "smsp__inst_executed.sum",
-    "smsp__inst_executed_pipe_alu.sum", "smsp__inst_executed_pipe_fma.sum", "smsp__inst_executed_pipe_lsu.sum",
-    "smsp__inst_executed_pipe_xu.sum", "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
-)  # fmt: skip
 COLUMNS = {  # of the CSV file: the counter's name
     "us": "gpu__time_duration.sum",
     "instructions": "smsp__inst_executed.sum",
@@ -64,7 +55,7 @@ def counters(backends: Sequence[str], raw: Path) -> Iterator[dict]:
         command = [
             ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--profile-from-start",
             "no", "--kernel-name", OURS, "--log-file", str(log),
-            *(word for section in SECTIONS for word in ("--section", section)), "--metrics", ",".join(METRICS),
+            "--section", "WarpStateStats", "--section", "LaunchStats", "--metrics", ",".join(v for v in COLUMNS.values() if not v.startswith("launch")),
             sys.executable, __file__, backend,
         ]  # fmt: skip
         try:

@@ -21,7 +21,7 @@ from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.steps import calls, results
 from focalnet_kernels.bench.timing import interleaved
 from focalnet_kernels.models.layers import PublishedLayer
-from focalnet_kernels.testing import make_context_inputs, make_layer_inputs
+from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, map_tensors
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 KERNELS = (3, 5, 7)
@@ -309,3 +309,36 @@ def _on(backend, function):
             return function(*args)
 
     return call
+
+
+def kernels(backends: list[str], device: str, tiny: bool) -> Iterator[dict]:
+    """Where a layer's time goes: every kernel that a forward and a backward launch, by PyTorch's profiler."""
+    dtype = torch.float16 if tiny else torch.bfloat16
+    for C, H in _stages(tiny):
+        shape = (2 if tiny else 128, H, H, C)
+        inputs = make_layer_inputs(shape, KERNELS, dtype=dtype, device=device)
+        inputs = map_tensors(lambda t: t.detach().requires_grad_(), inputs)
+        grad = torch.randn(shape, device=device).to(dtype)
+        for name, backend in ({AUTHORS: "reference"} | {f"ours {b}": b for b in backends}).items():
+            forward = _on(backend, lambda i=inputs: fk.focal_modulation(**i))
+            for mode in ("forward", "backward"):
+                for kernel, count, us in _profile(forward, grad, mode, device, 1 if tiny else 5):
+                    row = _row(f"kernel {kernel[:90]}", mode, shape, dtype, name)
+                    yield row | {"p50_ms": round(us / 1e3, 4), "result": f"{count} calls"}
+
+
+def _profile(forward, grad, mode: str, device: str, times: int) -> list[tuple[str, int, float]]:
+    """(kernel, its calls, microseconds in all) of one forward or backward, what takes longest first."""
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = torch.device(device).type == "cuda"
+    forward().backward(grad)
+    outputs = [forward() for _ in range(times)] if mode == "backward" else []
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
+        for i in range(times):
+            outputs[i].backward(grad) if outputs else forward()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events = [(e.key, e.count, e.self_device_time_total if on_gpu else e.self_cpu_time_total)
+              for e in profiler.key_averages()]  # fmt: skip
+    events = [(key, count // times, total / times) for key, count, total in events if count >= times and total > 0]
+    return sorted(events, key=lambda event: -event[2])

@@ -46,8 +46,8 @@ SHOWN = (
     "result", "kernel", "us", "per_128_outputs", "issue_active_percent",
 )  # fmt: skip
 PARTS = (
-    "correct", "ceilings", "layers", "counters", "dispatch", "models", "detection", "latency", "experiments",
-    "convolutions", "tiles",
+    "correct", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
+    "experiments", "convolutions", "tiles",
 )  # fmt: skip
 LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
@@ -127,6 +127,8 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
             yield from block.rows(backends, not (tiny or options.no_compile), compiling, until)
     elif part == "latency":
         yield from gpu_measure.latency(backends, device, tiny)
+    elif part == "kernels":
+        yield from gpu_measure.kernels(backends, device, tiny)
     elif part == "counters":
         yield from gpu_counters.counters(backends, Path(tempfile.gettempdir()))
     elif part in ("experiments", "tiles") and "triton" not in backends:
