@@ -9,13 +9,12 @@ import csv
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 BATCH, KERNELS = 128, (3, 5, 7)
-DIRECTIONS = ("forward", "backward")
 OURS = "regex:context_|modulate_|rows_|linear_planes|lgamma"
 MARK = "lgamma"  # the kernel that begins a direction of a stage
 COLUMNS = {  # of the CSV file: the counter's name
@@ -38,58 +37,49 @@ COLUMNS = {  # of the CSV file: the counter's name
 FIELDS = ("case", "shape", "dtype", "mode", "provider", "kernel", "per_128_outputs", *COLUMNS, "stalls", "skipped")
 
 
-def counters(backends: Sequence[str], raw: Path) -> Iterator[dict]:
+def counters(backends: Sequence[str], until: float) -> Iterator[dict]:
     """A row of `FIELDS` for each of our kernels in a layer's forward and backward, stage by stage.
 
     Args:
         backends: of ours to look at.
-        raw: where all that ncu says goes, one CSV file a backend.
+        until: by time.monotonic(), when no further stage begins.
     """
     ncu = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
-    for backend in backends:
-        row = {"case": "counters", "provider": f"ours {backend}"}
-        if ncu is None:
-            yield row | {"skipped": "ncu is not installed"}
+    for (C, H), backend in product(STAGES, backends):
+        row = {"case": "counters", "shape": f"{BATCH}x{H}x{H}x{C}", "dtype": "bfloat16", "provider": f"ours {backend}"}
+        left = until - time.monotonic()
+        if ncu is None or left <= 0:
+            yield row | {"skipped": "ncu is not installed" if ncu is None else "the time was over"}
             continue
-        log = raw / f"ncu_{backend}.csv"
         command = [
             ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--profile-from-start",
-            "no", "--kernel-name", OURS, "--log-file", str(log),
-            "--section", "WarpStateStats", "--section", "LaunchStats", "--metrics", ",".join(v for v in COLUMNS.values() if not v.startswith("launch")),
-            sys.executable, __file__, backend,
+            "no", "--kernel-name", OURS, "--section", "WarpStateStats", "--section", "LaunchStats", "--metrics",
+            ",".join(counter for counter in COLUMNS.values() if not counter.startswith("launch")),
+            sys.executable, __file__, backend, str(C), str(H),
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-            lines = [line for line in log.read_text().splitlines() if line.startswith('"')]
-            if not lines:
-                yield row | {"skipped": f"ncu says: {(done.stdout + done.stderr + log.read_text())[-300:]}"}
-            yield from _rows(lines, row)
-        except (OSError, subprocess.TimeoutExpired, KeyError, StopIteration) as error:
-            yield row | {"skipped": f"ncu: {type(error).__name__} {error}"}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            yield row | {"skipped": f"ncu was not done in {left:.0f} seconds"}
+            continue
+        lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+        if not lines:
+            yield row | {"skipped": f"ncu says: {(done.stdout + done.stderr)[-300:]}"}
+        yield from _rows(lines, row, BATCH * C * H * H)
 
 
-def _rows(lines: list[str], common: dict) -> Iterator[dict]:
-    parts = product(STAGES, DIRECTIONS)
+def _rows(lines: list[str], common: dict, outputs: int) -> Iterator[dict]:
+    modes = iter(("forward", "backward"))
     for found in list(csv.DictReader(lines))[1:]:  # the first line has the units
-        kernel = found["Kernel Name"].partition("(")[0]
         if MARK in found["Kernel Name"]:
-            (C, H), mode = next(parts)
+            common = common | {"mode": next(modes)}
             continue
         values = {name: _number(found.get(counter)) for name, counter in COLUMNS.items()}
         values["us"] = values["us"] and round(values["us"] / 1e3, 2)
         count = values["instructions"]
-        yield (
-            common
-            | values
-            | {
-                "shape": f"{BATCH}x{H}x{H}x{C}",
-                "dtype": "bfloat16",
-                "mode": mode,
-                "kernel": kernel[:60],
-                "per_128_outputs": count and round(count * 128 / (BATCH * C * H * H), 1),
-                "stalls": _stalls(found),
-            }
-        )
+        kernel = found["Kernel Name"].partition("(")[0][:60]
+        per_128 = count and round(count * 128 / outputs, 1)
+        yield common | values | {"kernel": kernel, "per_128_outputs": per_128, "stalls": _stalls(found)}
 
 
 def _stalls(found: dict) -> str:
@@ -107,8 +97,8 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def program(backend: str) -> None:
-    """What ncu runs: every stage's layer, forward and backward, behind a mark each."""
+def program(backend: str, C: int, H: int) -> None:
+    """What ncu runs: a layer's forward and backward, behind a mark each."""
     import torch
 
     import focalnet_kernels as fk
@@ -116,21 +106,20 @@ def program(backend: str) -> None:
 
     fk.use_backend(backend)
     mark = torch.rand(8, device="cuda")
-    for C, H in STAGES:
-        shape = (BATCH, H, H, C)
-        inputs = make_layer_inputs(shape, KERNELS, dtype=torch.bfloat16, device="cuda")
-        grad = torch.randn(shape, device="cuda").bfloat16()
-        run(fk.focal_modulation, inputs, grad)  # compiles
-        inputs = map_tensors(lambda t: t.detach().requires_grad_(), inputs)
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        mark.lgamma()
-        y = fk.focal_modulation(**inputs)
-        mark.lgamma()
-        y.backward(grad)
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+    shape = (BATCH, H, H, C)
+    inputs = make_layer_inputs(shape, KERNELS, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn(shape, device="cuda").bfloat16()
+    run(fk.focal_modulation, inputs, grad)  # compiles
+    inputs = map_tensors(lambda t: t.detach().requires_grad_(), inputs)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    mark.lgamma()
+    y = fk.focal_modulation(**inputs)
+    mark.lgamma()
+    y.backward(grad)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":
-    program(sys.argv[1])
+    program(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -130,7 +130,7 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
     elif part == "kernels":
         yield from gpu_measure.kernels(backends, device, tiny)
     elif part == "counters":
-        yield from gpu_counters.counters(backends, Path(tempfile.gettempdir()))
+        yield from gpu_counters.counters(backends, until)
     elif part in ("experiments", "tiles") and "triton" not in backends:
         yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
     else:
