@@ -62,6 +62,7 @@ def main() -> None:
         "--seconds", default=420.0, type=float, help="then no further case begins; default: %(default)s"
     )
     parser.add_argument("--workers", default=max(1, (os.cpu_count() or 2) - 2), type=int, help="default: %(default)s")
+    parser.add_argument("--backends", default="triton,cuda", help="of ours; default: %(default)s")
     parser.add_argument("--commit", help="of this tree, where it is a copy without its .git")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--tiny", action="store_true")
@@ -81,7 +82,7 @@ def report(options: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
     machine["commit"] = options.commit or machine["commit"]
-    absent = {backend: _reason_against(backend, options) for backend in ("triton", "cuda")}
+    absent = {backend: _reason_against(backend, options) for backend in options.backends.split(",")}
     backends = [backend for backend, reason in absent.items() if reason is None]
     print(f"{machine['device']}, torch {machine['torch']}: backends {', '.join(backends) or 'none'}", flush=True)
     for part in options.parts.split(","):
@@ -132,7 +133,7 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
     elif part == "counters":
         yield from gpu_counters.counters(backends, until)
     elif part in ("experiments", "tiles") and "triton" not in backends:
-        yield {"case": part, "provider": "triton", "skipped": absent["triton"] or "it faults"}
+        yield {"case": part, "provider": "triton", "skipped": absent.get("triton") or "it was not asked for, or faults"}
     else:
         rows = {
             "experiments": gpu_measure.experiments,

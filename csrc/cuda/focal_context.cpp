@@ -1,5 +1,5 @@
-// focal_context on a GPU: one launch, or two where strips have to wait for each other; in the backward one, or four
-// for as many images as fit the scratch memory, and one for the sums.
+// focal_context on a GPU. Over tokens: a launch per level and step. Otherwise one launch, or two where strips have to
+// wait for each other; in the backward one, or four for as many images as fit the scratch memory, and one for the sums.
 #include <stdexcept>
 
 #include "cuda/ops.h"
@@ -27,8 +27,12 @@ Tensor context_fwd(const Chain& chain, const MapView& out, const Tensor& like, c
   if (chain.g.B == 0) return mean;
   const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
   ContextForward p{chain, out, static_cast<float*>(mean.mutable_data_ptr()), nullptr};
-  const RowsPlan rows = plan_rows_fwd(chain);
-  if (rows.fits) {
+  const TokensPlan tokens = plan_tokens(p);
+  const RowsPlan rows = tokens.fits ? RowsPlan{} : plan_rows_fwd(chain);
+  if (tokens.fits) {
+    Tensor scratch = torch::stable::new_empty(like, {tokens.elements}), sums = floats(tokens.floats);
+    run_tokens_fwd(p, tokens, scratch.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr()), on.stream);
+  } else if (rows.fits) {
     Tensor shares = floats(rows.shares);
     run_rows_fwd(p, rows, static_cast<float*>(shares.mutable_data_ptr()), on.stream);
   } else {
@@ -47,27 +51,33 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   const int64_t gates = chain.L + 1;
   int64_t taps = 0;
   for (int l = 0; l < chain.L; ++l) taps += chain.levels[l].size.taps();
-  const RowsBackwardPlan rows = plan_rows_bwd(chain);
-  const PassesPlan passes = rows.rows.fits ? PassesPlan{} : plan_passes_bwd(chain);
-  const bool over_planes = !rows.rows.fits && !passes.down.fits;
-  const ContextPlan planes = over_planes ? plan_context_bwd(chain) : ContextPlan{};
-  const int64_t slots = over_planes ? planes.slots : rows.rows.fits ? rows.slots : passes.slots;
-  const int64_t image_runs = over_planes ? planes.image_runs : rows.rows.fits ? rows.rows.runs : passes.image_runs;
-  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  Tensor scratch = floats(over_planes ? planes.scratch : passes.scratch);
-  Tensor gates_parts = floats(wanted.gates.data ? slots * g.B * gates * g.pixels() : 0);
-  Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
   ContextBackward p{};
   p.chain = chain;
   p.grad_out = grad_out;
   p.mean = static_cast<const float*>(mean.data_ptr());
   p.grad_ctx = wanted.ctx;
   p.ctx_all = wanted.ctx_all;
+  const TokensPlan tokens = plan_tokens(p);
+  const RowsBackwardPlan rows = tokens.fits ? RowsBackwardPlan{} : plan_rows_bwd(chain);
+  const PassesPlan passes = tokens.fits || rows.rows.fits ? PassesPlan{} : plan_passes_bwd(chain);
+  const bool over_planes = !tokens.fits && !rows.rows.fits && !passes.down.fits;
+  const ContextPlan planes = over_planes ? plan_context_bwd(chain) : ContextPlan{};
+  const int64_t slots = over_planes ? planes.slots : rows.rows.fits ? rows.slots : passes.slots;
+  const int64_t image_runs = tokens.fits      ? tokens.all_weights_parts
+                             : over_planes    ? planes.image_runs
+                             : rows.rows.fits ? rows.rows.runs
+                                              : passes.image_runs;
+  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
+  Tensor scratch = floats(over_planes ? planes.scratch : passes.scratch);
+  const bool in_parts = wanted.gates.data && !tokens.fits;
+  Tensor gates_parts = floats(in_parts ? slots * g.B * gates * g.pixels() : 0);
+  Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
   p.scratch = static_cast<float*>(scratch.data_ptr());
+  if (tokens.fits) p.grad_gates = wanted.gates;
 
   SumJobs sums{};
   sums.dtype = chain.dtype;
-  if (wanted.gates.data) {
+  if (in_parts) {
     p.gates_parts = static_cast<float*>(gates_parts.data_ptr());
     const Geometry all{g.B, gates, g.T, g.M, g.W};
     sums.jobs[sums.n++] = {p.gates_parts, slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
@@ -84,7 +94,10 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
       parts += k.taps();
     }
   }
-  if (rows.rows.fits)
+  if (tokens.fits) {
+    Tensor levels = torch::stable::new_empty(like, {tokens.elements}), means = floats(tokens.floats);
+    run_tokens_bwd(p, tokens, levels.mutable_data_ptr(), static_cast<float*>(means.mutable_data_ptr()), on.stream);
+  } else if (rows.rows.fits)
     run_rows_bwd(p, rows, on.stream);
   else if (passes.down.fits)
     run_passes_bwd(p, passes, on.stream);

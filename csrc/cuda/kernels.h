@@ -43,6 +43,7 @@ struct ContextBackward {
   const float* mean;     // what the forward found
   MapView grad_ctx;      // written where data is not null
   MapView ctx_all;       // likewise: the forward's result again
+  MapView grad_gates;    // likewise, by tokens; other forms leave gates_parts
   float* gates_parts;    // [ContextPlan::slots][B][L + 1][pixels], or null
   float* weights_parts;  // [ContextPlan::image_runs][C][all levels' taps], or null
   float* scratch;
@@ -125,6 +126,30 @@ void run_passes_bwd(const ContextBackward& p, const PassesPlan& plan, void* stre
 RowsPlan plan_rows_fwd(const Chain& chain);
 void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream);
 
+// Level by level over tokens: maps whose channels are adjacent in memory, in whole quads. A level is one pass over the
+// map, on CUDA cores, and leaves its result in scratch in the call's dtype.
+struct TokensPlan {
+  bool fits;              // whether this form can take the call
+  int lanes;              // of a block: segments of columns side by side
+  int64_t segments;       // of an image
+  int64_t image_blocks;   // of `lanes` segments each
+  int64_t channel_tiles;  // what a block has of the channels
+  int64_t chunk;          // images at once
+  int64_t pitch, map;     // elements of scratch from pixel to pixel, and of a level of a chunk
+  int64_t elements;       // of scratch
+  int64_t floats;         // of sums and means
+  int64_t weights_parts;  // of the weights' gradients: of a chunk, and of all
+  int64_t all_weights_parts;
+};
+constexpr int SEGMENT = 8, TILE = 32, SUM_PARTS = 16;  // columns; channels; of a map's pixels, in the mean's gradient
+
+bool takes_tokens(const Chain& chain);  // wherever its maps lie so
+TokensPlan plan_tokens(const ContextForward& p);
+TokensPlan plan_tokens(const ContextBackward& p);
+// `scratch`: TokensPlan::elements, then `floats`: TokensPlan::floats.
+void run_tokens_fwd(const ContextForward& p, const TokensPlan& plan, void* scratch, float* floats, void* stream);
+void run_tokens_bwd(const ContextBackward& p, const TokensPlan& plan, void* scratch, float* floats, void* stream);
+
 // out = the sum over j < count of parts[j * stride + (image * C + channel) * channel_stride + pixel], in a fixed order.
 struct SumJob {
   const float* parts;
@@ -159,7 +184,7 @@ struct ModulateBackward {
   float* sums;  // [parts][3][C]: of grad_modulator, and of LN's weight's and bias' gradients
   int64_t parts;
 };
-int64_t modulate_bwd_parts(const ModulateForward& p);
+int64_t modulate_bwd_parts(const ModulateBackward& p);
 void run_modulate_bwd(const ModulateBackward& p, void* stream);
 
 }  // namespace focalnet::cuda

@@ -1,6 +1,7 @@
 // Backward of modulate_fwd.cu: the gradients of q and of the modulator, the sums for the biases and LayerNorm's
 // parameters, and the forward's result once more, which proj's weight gradient wants.
 #include "cuda/modulate_tile.h"
+#include "cuda/tokens.h"
 
 namespace focalnet::cuda {
 
@@ -41,6 +42,45 @@ __global__ void __launch_bounds__(THREADS) modulate_bwd_kernel(ModulateBackward 
     float* const sums = a.sums + part * 3 * C + c;
     sums[0] = sum, sums[C] = 0, sums[2 * C] = 0;
   }
+}
+
+// Four channels of a run of tokens per thread, for tokens whose channels are adjacent.
+template <class T>
+__global__ void __launch_bounds__(THREADS) modulate_tokens_bwd_kernel(ModulateBackward arguments) {
+  const ModulateBackward& a = arguments;
+  const ModulateForward& p = a.forward;
+  constexpr int LANES = THREADS / GROUPS;
+  const int64_t C = p.g.C, tiles = (C + TILE - 1) / TILE, tokens = p.g.B * p.g.pixels();
+  const int64_t first_channel = blockIdx.x % tiles * TILE, part = blockIdx.x / tiles;
+  const int64_t c = first_channel + threadIdx.x % GROUPS * 4;
+  float sum[4] = {};
+  for (int64_t i = part * LANES + threadIdx.x / GROUPS; i < tokens && c < C; i += a.parts * LANES) {
+    const Pixel at(p.g, i);
+    float q[4], modulator[4], grad[4], out[4], grad_q[4], grad_modulator[4];
+    load_channels(at.in<const T>(p.q, c), q);
+    load_channels(at.in<const T>(p.modulator, c), modulator);
+    load_channels(at.in<const T>(a.grad, c), grad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      out[j] = q[j] * modulator[j];
+      grad_q[j] = grad[j] * modulator[j];
+      grad_modulator[j] = grad[j] * q[j];
+      sum[j] += grad_modulator[j];
+    }
+    store_channels(at.in<T>(a.grad, c), out);
+    store_channels(at.in<T>(a.grad_q, c), grad_q);
+    store_channels(at.in<T>(a.grad_modulator, c), grad_modulator);
+  }
+  float *const area = shared_memory<float>(), *const to = a.sums + part * 3 * C + first_channel;
+  const int channels = int(std::min<int64_t>(TILE, C - first_channel));
+  sum_lanes(sum, area, channels, to);
+  if (int(threadIdx.x) < channels) to[C + threadIdx.x] = 0, to[2 * C + threadIdx.x] = 0;
+}
+
+bool by_tokens(const ModulateBackward& a) {
+  const ModulateForward& p = a.forward;
+  return !p.ln_weight.data && !p.q_bias.data && !p.bias.data && p.g.C % 4 == 0 &&
+         in_quads({p.q, p.modulator, a.grad, a.grad_q, a.grad_modulator}, p.dtype);
 }
 
 // With LayerNorm: `parts` blocks, each of which adds up its tiles' sums in shared memory.
@@ -87,8 +127,11 @@ __global__ void __launch_bounds__(TOKENS* WARPS) modulate_ln_bwd_kernel(Modulate
 
 }  // namespace
 
-int64_t modulate_bwd_parts(const ModulateForward& p) {
+int64_t modulate_bwd_parts(const ModulateBackward& a) {
+  const ModulateForward& p = a.forward;
   const int64_t tokens = p.g.B * p.g.pixels(), processors = current_device().processors;
+  if (by_tokens(a))
+    return std::max<int64_t>(1, std::min(tokens / THREADS, 8 * processors / ((p.g.C + TILE - 1) / TILE)));
   const int64_t most = std::max<int64_t>(1, p.ln_weight.data ? (tokens + TOKENS - 1) / TOKENS : tokens / (4 * THREADS));
   return std::min(most, p.ln_weight.data ? 4 * processors : std::max<int64_t>(1, 16 * processors / p.g.C));
 }
@@ -98,6 +141,9 @@ void run_modulate_bwd(const ModulateBackward& p, void* stream) {
     using T = decltype(zero);
     if (p.forward.ln_weight.data)
       launch(modulate_ln_bwd_kernel<T>, p.parts, TOKENS * WARPS, TOKENS * WARPS * 4, stream, p);
+    else if (by_tokens(p))
+      launch(modulate_tokens_bwd_kernel<T>, p.parts * ((p.forward.g.C + TILE - 1) / TILE), THREADS, THREADS * 16,
+             stream, p);
     else
       launch(modulate_bwd_kernel<T>, p.parts * p.forward.g.C, THREADS, THREADS / 32 * 4, stream, p);
   });

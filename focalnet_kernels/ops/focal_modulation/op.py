@@ -15,7 +15,7 @@ from .reference import focal_modulation_reference
 
 # x: (B, *spatial, C), any strides -> y: (B, *spatial, C) with x's memory order
 # For backward: projected = f(x) and modulator over the N = B * prod(spatial) tokens, mean (B, C) float32 of the last
-# level. Empty where `save` is false. The C++ kernels keep (N, 2C+L+1) and (N, C), the others their transposes.
+# level. Empty where `save` is false. The CPU kernels keep (N, 2C+L+1) and (N, C), the others their transposes.
 _FORWARD = (
     "(Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
@@ -37,6 +37,7 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
 
 
 def _gpu_results(x, f_weight, save, new_matrix):
+    """`new_matrix(x, rows, tokens)`: an empty matrix as the backend lays it out."""
     B, C = x.shape[0], x.shape[-1]
     tokens = x.numel() // C
     if not save:
@@ -58,6 +59,8 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
 @define("focal_modulation_fwd_cuda" + _FORWARD)
 def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       normalize, ln_eps, save):  # fmt: skip
+    if native.by_tokens(x, focal_weights, ln_weight):
+        return _gpu_results(x, f_weight, save, native.new_tokens)
     return _gpu_results(x, f_weight, save, torch.Tensor.new_empty)
 
 
