@@ -86,7 +86,7 @@ def _figures(rows: Iterable[dict[str, str]]) -> Iterator[tuple[tuple, str, dict[
         op = {"layer": "focal_modulation", "op": row["case"].partition(" ")[0]}.get(row["level"])
         backend = PROVIDERS.get(row["provider"])
         modes = ("forward", "forward+backward")
-        if op not in (*OPS, "focal_modulation") or backend is None or row["mode"] not in modes or not row["p50_ms"]:
+        if op not in (*OPS, "focal_modulation") or backend is None or row["mode"] not in modes or not row["p20_ms"]:
             continue
         sizes = row["shape"].split("x")
         batch, channels, map_ = sizes[0], *((sizes[1], sizes[2:]) if row["level"] == "op" else (sizes[-1], sizes[1:-1]))
