@@ -39,6 +39,7 @@ def draw(
     device: torch.device | str = "cpu",
     channel_axis: int = 1,
     scale: float = 1.0,
+    mean: float = 0.0,
 ) -> Tensor:
     """Random normal numbers of logical `shape` in that memory layout.
 
@@ -47,12 +48,13 @@ def draw(
             larger one, the last with step 2, NaN all around: reading a neighbour shows); "expanded" (one axis
             has stride 0); "permuted" (axes in a random order in memory); "offset" (starts one element into
             its storage, so aligned vector loads fail).
+        scale, mean: standard deviation and mean. Sums of zero mean hide what they lost.
     """
     n, shape = len(shape), list(shape)
 
     def normal(shape):
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return values.to(device, dtype)
+        return (values + mean).to(device, dtype)
 
     def pick(high):
         return int(torch.randint(high, (), generator=generator))
@@ -91,14 +93,18 @@ def make_context_inputs(
     layout: str = "contiguous",
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    mean: float = 0.0,
 ) -> dict:
-    """Arguments of `focal_context` for ctx of `shape` (B, C, *spatial) and one kernel size per level."""
+    """Arguments of `focal_context` for ctx of `shape` (B, C, *spatial) and one kernel size per level.
+
+    `mean`: of ctx and gates.
+    """
     generator = _generator(seed)
     B, C, *spatial = shape
     options = {"dtype": dtype, "device": device}
     return {
-        "ctx": draw(shape, layout, generator, **options),
-        "gates": draw((B, len(kernels) + 1, *spatial), layout, generator, **options),
+        "ctx": draw(shape, layout, generator, mean=mean, **options),
+        "gates": draw((B, len(kernels) + 1, *spatial), layout, generator, mean=mean, **options),
         "weights": _level_weights(C, len(spatial), kernels, layout, generator, options),
     }
 
@@ -111,13 +117,14 @@ def make_modulate_inputs(
     layout: str = "contiguous",
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    mean: float = 0.0,
 ) -> dict:
-    """Arguments of `modulate` for q of `shape` (B, C, *spatial)."""
+    """Arguments of `modulate` for q of `shape` (B, C, *spatial). `mean`: of q and ctx_all."""
     generator, C = _generator(seed), shape[1]
     options = {"dtype": dtype, "device": device}
     return {
-        "q": draw(shape, layout, generator, **options),
-        "ctx_all": draw(shape, layout, generator, **options),
+        "q": draw(shape, layout, generator, mean=mean, **options),
+        "ctx_all": draw(shape, layout, generator, mean=mean, **options),
         "weight": draw((C, C), layout, generator, scale=C**-0.5, **options),
         "bias": draw((C,), layout, generator, **options) if bias else None,
     }
@@ -133,17 +140,19 @@ def make_layer_inputs(
     layout: str = "contiguous",
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    mean: float = 0.0,
 ) -> dict:
     """Arguments of `focal_modulation` for x of `shape` (B, *spatial, C) and one kernel size per level.
 
     For x, "channels_last" means the memory order of a (B, C, *spatial) tensor: the other one of the two.
     "expanded" is x alone: with equal rows in the weights LayerNorm would see nothing but rounding errors.
+    `mean`: of x.
     """
     generator = _generator(seed)
     x_layout, layout = layout, "contiguous" if layout == "expanded" else layout
     C, ndim = shape[-1], len(shape) - 2
     f_out = 2 * C + len(kernels) + 1
-    options = {"dtype": dtype, "device": device}
+    options, of_x = {"dtype": dtype, "device": device}, {"dtype": dtype, "device": device, "mean": mean}
 
     def vector(size, present):
         return draw((size,), layout, generator, **options) if present else None
@@ -152,9 +161,9 @@ def make_layer_inputs(
         return draw((rows, C), layout, generator, scale=C**-0.5, **options)
 
     if x_layout == "channels_last":
-        x = draw((shape[0], C, *shape[1:-1]), "contiguous", generator, **options).movedim(1, -1)
+        x = draw((shape[0], C, *shape[1:-1]), "contiguous", generator, **of_x).movedim(1, -1)
     else:
-        x = draw(shape, x_layout, generator, **options)
+        x = draw(shape, x_layout, generator, **of_x)
     return {
         "x": x,
         "f_weight": matrix(f_out),

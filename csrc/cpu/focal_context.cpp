@@ -3,41 +3,41 @@
 
 namespace focalnet::cpu {
 
-void run_context_fwd(const Kernels& k, const ContextForward& p) {
+void run_context_fwd(const Kernels& k, ContextForward p) {
   const Geometry& g = p.g;
   const int64_t blocks = (g.C + k.lanes - 1) / k.lanes, tasks = g.B * blocks;
   if (tasks == 0 || g.pixels() == 0) return;
   const int64_t scratch = k.context_fwd_scratch(p), slab = g.M * g.W * k.lanes;
   const int64_t threads = torch::stable::get_num_threads();
+  p.summed = (g.T + 63) / 64;  // by the shape alone: however strips are cut, the mean keeps its bits
+  const int64_t all_sums = p.sums() * k.lanes;
 
   if (tasks >= threads || g.T == 1) {  // a task owns its map and finishes it while it is in cache
     const int64_t plane = (g.T * slab + 15) / 16 * 16;
     parallel(tasks, [&](int64_t i) {
-      const Buffer memory((plane + 16 + scratch) * 4);
-      float* sum = memory.floats() + plane;
-      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sum, sum + 16);
-      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sum);
+      const Buffer memory((plane + all_sums + 16 + scratch) * 4);
+      float* sums = memory.floats() + plane;
+      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sums, sums + (all_sums + 15) / 16 * 16);
+      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sums);
     });
     return;
   }
 
   // few and large maps: strips of rows, which recompute the rows that the levels reach beyond them
-  const int64_t strips = std::min(g.T, 2 * threads / tasks + 1);
-  const auto row = [&](int64_t strip) { return g.T * strip / strips; };
-  Buffer planes(tasks * g.T * slab * 4), sums(tasks * strips * 16 * 4);
+  const int64_t strips = std::min(p.sums(), 2 * threads / tasks + 1);
+  const auto row = [&](int64_t strip) { return std::min(g.T, p.sums() * strip / strips * p.summed); };
+  Buffer planes(tasks * g.T * slab * 4), sums(tasks * all_sums * 4);
   const auto plane = [&](int64_t task, int64_t strip) { return planes.floats() + (task * g.T + row(strip)) * slab; };
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
     const Buffer memory(scratch * 4);
     k.context_fwd_levels(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
-                         sums.floats() + i * 16, memory.floats());
+                         sums.floats() + task * all_sums, memory.floats());
   });
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
-    float sum[16] = {};
-    for (int64_t s = 0; s < strips; ++s)
-      for (int lane = 0; lane < k.lanes; ++lane) sum[lane] += sums.floats()[(task * strips + s) * 16 + lane];
-    k.context_fwd_finish(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip), sum);
+    k.context_fwd_finish(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
+                         sums.floats() + task * all_sums);
   });
 }
 

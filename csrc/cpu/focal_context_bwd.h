@@ -45,9 +45,10 @@ static void taps_row_of(const float* d, const float* in, int64_t W, float* taps)
 #pragma GCC unroll 16
   for (int k = 0; k < KW; ++k) store(taps + k * VL, load(taps + k * VL) + sums[k]);
 }
-// `in`: the padded row that the kernel row lies over. A row's sum is made apart and then added: less rounding.
+// `in`: the padded row that the kernel row lies over. A piece's sum is made apart and then added: less rounding.
 template <bool PAIRED>
 static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, float* taps) {
+  for (; W > 2 * PIECE; W -= PIECE, d += PIECE * VL, in += PIECE * VL) taps_row<PAIRED>(d, in, kw, PIECE, taps);
   switch (kw) {
     case 1:
       return taps_row_of<PAIRED, 1>(d, in, W, taps);
@@ -166,10 +167,12 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, f
     for (int64_t m = 0; m < g.M; ++m) {
       const T* gate = address<T>(f.gates, b, L, t, m);
       const T* d = address<T>(p.grad_out, b, c0, t, m);
-      vf sum = {};
-      for (int64_t w = 0; w < g.W; ++w)
-        sum += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * broadcast(gate + w * f.gates.w);
-      to_mean += sum;
+      for (int64_t first = 0; first < g.W; first += PIECE) {
+        vf piece = {};
+        for (int64_t w = first; w < g.W && w < first + PIECE; ++w)
+          piece += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * broadcast(gate + w * f.gates.w);
+        to_mean += piece;
+      }
     }
   to_mean = to_mean * mean_slope * (scale / float(pixels));
 

@@ -231,23 +231,30 @@ static int64_t context_fwd_scratch(const ContextForward& p) {
   return floats + floats_for<RowTaps>(most_rows);
 }
 
+constexpr int64_t PIECE = 256;  // of a row, summed apart: a long run of additions into one float loses digits
+
 // c = GELU(z) of a row: gated into `out`, and kept for the next level or, of the last, summed.
 template <class T, bool FIRST, bool LAST>
 FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64_t W, float* out, float* next,
                        float* before) {
   vf sum = {};
-  for (int64_t w = 0; w < W; ++w, gate += gate_stride) {
-    const vf c = gelu<T>(load(z + w * VL)), gated = c * broadcast(gate);
-    store(out + w * VL, FIRST ? gated : load(out + w * VL) + gated);
-    if (!LAST) put<PAIRS<T>>(next + w * VL, before + w * VL, c);
-    if (LAST) sum += c;
+  for (int64_t first = 0; first < W; first += PIECE) {
+    const int64_t end = W - first < PIECE ? W : first + PIECE;
+    vf piece = {};
+    for (int64_t w = first; w < end; ++w, gate += gate_stride) {
+      const vf c = gelu<T>(load(z + w * VL)), gated = c * broadcast(gate);
+      store(out + w * VL, FIRST ? gated : load(out + w * VL) + gated);
+      if (!LAST) put<PAIRS<T>>(next + w * VL, before + w * VL, c);
+      if (LAST) piece += c;
+    }
+    sum += piece;
   }
   return sum;
 }
 
 template <class T>
 static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                                  float* plane, float* sum, float* scratch) {
+                                  float* plane, float* sums, float* scratch) {
   constexpr bool PAIRED = PAIRS<T>;
   const Geometry& g = p.g;
   const int64_t c0 = block * VL, slab = g.M * g.W * VL;
@@ -265,18 +272,24 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
   RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
   float* z = scratch + floats_for<RowTaps>(most_rows);
   float* nowhere = z + g.W * VL;  // the row before the first
-  vf total = {};
+  for (int64_t t = t0; t < t1; t += p.summed) store(sums + t / p.summed * VL, vf{});
+  const auto add_to_sum = [&](int64_t t, vf row) FK_LAMBDA {
+    float* sum = sums + t / p.summed * VL;
+    store(sum, load(sum) + row);
+  };
 
   if (p.L == 0) {
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t m = 0; m < g.M; ++m) {
         load_row<T>(p.ctx, g, b, c0, t, m, z);
-        vf row = {};
-        for (int64_t w = 0; w < g.W; ++w) row += load(z + w * VL);
-        total += row;
+        for (int64_t first = 0; first < g.W; first += PIECE) {
+          vf piece = {};
+          for (int64_t w = first; w < g.W && w < first + PIECE; ++w) piece += load(z + w * VL);
+          add_to_sum(t, piece);
+        }
       }
     __builtin_memset(plane, 0, (t1 - t0) * slab * sizeof(float));
-    return store(sum, total);
+    return;
   }
 
   int64_t from = t0 - reach < 0 ? 0 : t0 - reach, to = t1 + reach;
@@ -309,20 +322,25 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
         else
           row = last ? gated_row<T, false, true>(z, gate, p.gates.w, g.W, out, next, before)
                      : gated_row<T, false, false>(z, gate, p.gates.w, g.W, out, next, before);
-        if (last) total += row;
+        if (last) add_to_sum(t, row);
       }
     }
   }
-  store(sum, total);
 }
 
 template <class T>
 static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                                  const float* plane, const float* sum) {
+                                  const float* plane, const float* sums) {
   const Geometry& g = p.g;
   const int64_t c0 = block * VL;
   const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
-  const vf mean = load(sum) / float(g.pixels()), global = gelu<T>(mean);
+  alignas(64) float means[VL];
+  for (int lane = 0; lane < VL; ++lane) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.sums(); ++i) sum += sums[i * VL + lane];
+    means[lane] = float(sum / double(g.pixels()));
+  }
+  const vf mean = load(means), global = gelu<T>(mean);
   const vf divisor = splat(p.normalize ? float(p.L + 1) : 1.0f);
   if (p.mean && t0 == 0) store_lanes(p.mean + b * g.C + c0, n, 1, mean);
   for (int64_t t = t0; t < t1; ++t)

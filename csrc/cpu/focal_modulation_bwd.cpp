@@ -9,8 +9,8 @@ namespace {
 // Inputs in the order of LayerParameters.flat(), x first: the bits of `needed` and the places of the result.
 enum Input { X, F_WEIGHT, F_BIAS, H_WEIGHT, H_BIAS, PROJ_WEIGHT, PROJ_BIAS, LN_WEIGHT, LN_BIAS, FOCAL_WEIGHTS };
 
-// total[i] += the sum over blocks of shares[block * stride + i]
-void add_shares(const float* shares, int64_t blocks, int64_t stride, int64_t n, float* total) {
+// total[i] += the sum over blocks of shares[block * stride + i], in double: there may be thousands, of one sign
+void add_shares(const float* shares, int64_t blocks, int64_t stride, int64_t n, double* total) {
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = 0; i < n; ++i) total[i] += shares[block * stride + i];
 }
@@ -49,25 +49,27 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
   Tensor grad_x = needs(X) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   const Buffer grad_f(needs(F_WEIGHT) ? F * C * 4 : 0), grad_h(needs(H_WEIGHT) ? C * C * 4 : 0);
   const Buffer grad_proj(needs(PROJ_WEIGHT) ? C * C * 4 : 0);
-  std::vector<float> grad_f_bias(F), sums(ModulateBackward::SUMS * C);
+  std::vector<double> grad_f_bias(F), sums(ModulateBackward::SUMS * C);
 
   const PackedMatrix proj_t(k, proj_weight, true), h_t(k, h_weight, true), f_t(k, f_weight, true);
   const PackedLevels levels(k, focal_weights, C), flipped(k, focal_weights, C, true);
   const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
 
-  const int64_t group = images_per_group(g, k.lanes), rows = group * pixels, bytes = bytes_of(dtype);
+  const Units units(g);
+  const int64_t group = (images_per_group(g, k.lanes) + units.images - 1) / units.images * units.images;
+  const int64_t rows = std::min(g.B, group) * pixels, bytes = bytes_of(dtype);
   const Buffer grad_projected(rows * F * bytes), grad_modulator(rows * C * bytes), z(rows * C * bytes);
   const Buffer grad_ctx_all(rows * C * bytes), ctx_all(rows * C * bytes);
-  const Buffer gate_shares(group * blocks_c * (L + 1) * pixels * 4);
+  const Buffer gate_shares(std::min(g.B, group) * blocks_c * (L + 1) * pixels * 4);
   const Buffer tap_shares(focal ? g.B * blocks_c * levels.taps * k.lanes * 4 : 0);
-  const Buffer modulate_sums(RowBlocks(rows).count * ModulateBackward::SUMS * C * 4);
-  const Buffer project_sums(RowBlocks(rows).count * F * 4);
+  const Buffer modulate_sums(RowBlocks(rows, units).count * ModulateBackward::SUMS * C * 4);
+  const Buffer project_sums(RowBlocks(rows, units).count * F * 4);
 
   for (int64_t b0 = 0; b0 < g.B && pixels > 0; b0 += group) {
     Geometry part = g;
     part.B = std::min(group, g.B - b0);
     const int64_t row0 = b0 * pixels;
-    const RowBlocks blocks(part.B * pixels);
+    const RowBlocks blocks(part.B * pixels, units);
     const auto view = [&](const Tensor& t) {
       MapView v = map_of(t, 1, channel);
       v.data = at_element(v.data, b0 * v.b, dtype);
@@ -149,7 +151,8 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     const auto add_gradient = [&](int input, int64_t N, const Rows& grad, const Rows& in, const Buffer& out) {
       if (!needs(input)) return;
       const int64_t first = tasks.empty() ? 0 : tasks.back().first + tasks.back().count;
-      tasks.push_back({{dtype, N, C, grad, in, out.floats(), b0 > 0}, first, (N + columns - 1) / columns});
+      tasks.push_back(
+          {{dtype, N, C, grad, in, out.floats(), b0 > 0, units.tokens}, first, (N + columns - 1) / columns});
     };
     add_gradient(F_WEIGHT, F, rows_of(dense(grad_projected.data, F, 0), part), rows_of(view(x), part), grad_f);
     add_gradient(H_WEIGHT, C, modulate.grad_modulator, rows_of(dense(ctx_all.data, C, 0), part), grad_h);
@@ -164,6 +167,9 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     });
   }
 
+  const auto floats = [](const std::vector<double>& values, int64_t first, int64_t n) {
+    return std::vector<float>(values.begin() + first, values.begin() + first + n);
+  };
   const auto gradient = [&](int input, const std::optional<Tensor>& parameter, const float* values) {
     if (!needs(input)) return torch::stable::new_empty(x, {0});
     if (g.B * pixels == 0) {  // no tokens: nothing was summed
@@ -175,13 +181,13 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
   std::vector<Tensor> gradients{
       grad_x,
       gradient(F_WEIGHT, f_weight, grad_f.floats()),
-      gradient(F_BIAS, f_bias, grad_f_bias.data()),
+      gradient(F_BIAS, f_bias, floats(grad_f_bias, 0, F).data()),
       gradient(H_WEIGHT, h_weight, grad_h.floats()),
-      gradient(H_BIAS, h_bias, sums.data() + C),
+      gradient(H_BIAS, h_bias, floats(sums, C, C).data()),
       gradient(PROJ_WEIGHT, proj_weight, grad_proj.floats()),
-      gradient(PROJ_BIAS, proj_bias, sums.data()),
-      gradient(LN_WEIGHT, ln_weight, sums.data() + 2 * C),
-      gradient(LN_BIAS, ln_bias, sums.data() + 3 * C),
+      gradient(PROJ_BIAS, proj_bias, floats(sums, 0, C).data()),
+      gradient(LN_WEIGHT, ln_weight, floats(sums, 2 * C, C).data()),
+      gradient(LN_BIAS, ln_bias, floats(sums, 3 * C, C).data()),
   };
   // with no tokens there are no shares to sum
   const int64_t images = pixels > 0 ? g.B : 0;

@@ -161,8 +161,9 @@ static void weight_gradient_of(const WeightGradient& p, int64_t n0, int64_t n1, 
   using CT = operand_t<T>;
   const int64_t N = n1 - n0, run_in = regular_run(p.in), run_grad = regular_run(p.grad);
   const auto token = [](const Rows& rows, int64_t row) FK_LAMBDA { return RowCursor<T>(rows, row).next(); };
+  const int64_t pieces = (p.unit + GRADIENT_ROWS - 1) / GRADIENT_ROWS, piece = (p.unit + pieces - 1) / pieces;
   for (int64_t from = row0, rows; from < row1; from += rows) {
-    rows = at_most(GRADIENT_ROWS, row1 - from);
+    rows = at_most(at_most(piece, p.unit - from % p.unit), row1 - from);
     rows = at_most(rows, at_most(run_in - from % run_in, run_grad - from % run_grad));
     Arena arena{static_cast<char*>(scratch)};
     T** columns = arena.take<T*>(N);

@@ -15,7 +15,9 @@ struct ContextForward {
   const float* const* weights;  // per level, see Kernels::pack_taps
   MapView ctx, gates, out;      // gates: axis c is the level, L+1 of them
   bool normalize;
-  float* mean;  // (B, C): mean of the last level over all pixels, or null
+  float* mean;         // (B, C): mean of the last level over all pixels, or null
+  int64_t summed = 1;  // rows (along T) of the last level in one of the sums behind the mean
+  int64_t sums() const { return (g.T + summed - 1) / summed; }
 };
 
 // focal_context, backward, of the same tasks: the levels are computed again, nothing of them was kept.
@@ -103,6 +105,7 @@ struct WeightGradient {
   Rows grad, in;
   float* grad_weight;  // (N, K)
   bool add;            // to what is there; false: overwrite
+  int64_t unit;        // rows: a product sums rows of one unit only
 };
 
 struct Kernels {
@@ -118,13 +121,13 @@ struct Kernels {
                     float* packed);
 
   int64_t (*context_fwd_scratch)(const ContextForward&);  // floats, for one task
-  // Levels of rows t0..t1 into `plane` (float, pixels x lanes) and the sum of the last level into `sum`
-  // (lanes).
+  // Levels of rows t0..t1 into `plane` (float, pixels x lanes) and the sums of the last level into their places in
+  // `sums` (ContextForward::sums x lanes); t0 and t1 do not cut the rows of a sum apart.
   void (*context_fwd_levels)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
-                             float* sum, float* scratch);
-  // Adds the global context to rows t0..t1 of `plane` and writes them out. `sum`: over the whole map.
+                             float* sums, float* scratch);
+  // Adds the global context to rows t0..t1 of `plane` and writes them out. `sums`: of the whole map.
   void (*context_fwd_finish)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                             const float* plane, const float* sum);
+                             const float* plane, const float* sums);
 
   int64_t (*context_bwd_scratch)(const ContextBackward&);  // floats
   void (*context_bwd)(const ContextBackward&, int64_t b, int64_t block, float* scratch);

@@ -175,9 +175,9 @@ std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels&
       parallel(C, [&](int64_t c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const float* share = shares + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
-          float total = 0;
+          double total = 0;
           for (int64_t b = 0; b < B; ++b) total += share[b * blocks * levels.taps * k.lanes];
-          out[c * taps + tap] = total;
+          out[c * taps + tap] = float(total);
         }
       });
       gradients.push_back(like_parameter(k, weights[l], out));

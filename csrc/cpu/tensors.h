@@ -48,18 +48,37 @@ void parallel(int64_t n, const F& f) {
     });
 }
 
-// Rows in blocks: big enough to reuse a packed panel, and a whole number of rounds for the threads.
+// How tokens are cut where sums over them are made: by the shape alone, so that neither threads nor groups of images
+// change a bit of a sum. A unit is as many whole images as make some 256 tokens; blocks of rows are parts of a unit.
+struct Units {
+  int64_t images, tokens, block;
+  explicit Units(const Geometry& g) {
+    const int64_t pixels = std::max<int64_t>(1, g.pixels()), all = g.B * pixels;
+    images = std::max<int64_t>(1, std::min(g.B, 256 / pixels));
+    tokens = images * pixels;
+    const int64_t most = all >= 1024 ? 128 : std::max<int64_t>(32, (all + 7) / 8);  // few tokens: a block per thread
+    const int64_t blocks = (tokens + most - 1) / most;
+    block = ((tokens + blocks - 1) / blocks + 7) / 8 * 8;
+  }
+};
+
+// Rows in blocks big enough to reuse a packed panel: a whole number of rounds for the threads, or the units' blocks.
 struct RowBlocks {
-  int64_t rows, size, count;
-  explicit RowBlocks(int64_t n) : rows(n) {
+  int64_t rows, size, unit, per_unit, count;
+  explicit RowBlocks(int64_t n) : rows(n), unit(std::max<int64_t>(1, n)) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
     int64_t blocks = (n + 127) / 128;
     blocks = (blocks + threads - 1) / threads * threads;
     size = std::max<int64_t>(8, ((n + blocks - 1) / std::max<int64_t>(1, blocks) + 7) / 8 * 8);
+    per_unit = (unit + size - 1) / size;
     count = (n + size - 1) / size;
   }
-  int64_t begin(int64_t i) const { return i * size; }
-  int64_t end(int64_t i) const { return std::min(rows, (i + 1) * size); }
+  RowBlocks(int64_t n, const Units& units) : rows(n), size(units.block), unit(units.tokens) {
+    per_unit = (unit + size - 1) / size;
+    count = n / unit * per_unit + (n % unit + size - 1) / size;
+  }
+  int64_t begin(int64_t i) const { return i / per_unit * unit + i % per_unit * size; }
+  int64_t end(int64_t i) const { return std::min({rows, (i / per_unit + 1) * unit, begin(i) + size}); }
 };
 
 // A vector of parameters as float.
@@ -91,7 +110,7 @@ struct PackedMatrix {
 };
 
 // Runs all of focal_context's forward, or backward: p.g.B images.
-void run_context_fwd(const Kernels& k, const ContextForward& p);
+void run_context_fwd(const Kernels& k, ContextForward p);
 void run_context_bwd(const Kernels& k, const ContextBackward& p);
 
 // Images per group of the whole layer: enough rows to feed the matrix products and the threads, few enough to stay

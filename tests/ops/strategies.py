@@ -51,6 +51,7 @@ def _common(draw):
         "dtype": draw(st.sampled_from(DTYPES)),
         "layout": draw(_layouts),
         "grad_layout": draw(_layouts),
+        "mean": draw(st.sampled_from([0.0, 1.0])),
     }
 
 

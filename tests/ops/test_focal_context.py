@@ -10,10 +10,10 @@ from ops import golden
 from ops.strategies import DTYPES, context_cases, dtype_name, seeds, skip_what_cannot_run
 
 
-def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, **options):
-    inputs = make_context_inputs(shape, kernels, seed=seed, **options) | {"normalize": normalize}
+def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, mean=0.0, **options):
+    inputs = make_context_inputs(shape, kernels, seed=seed, mean=mean, **options) | {"normalize": normalize}
     generator = torch.Generator().manual_seed(seed + 1)
-    grad_output = draw(shape, grad_layout, generator, dtype=inputs["ctx"].dtype)
+    grad_output = draw(shape, grad_layout, generator, dtype=inputs["ctx"].dtype, mean=mean)
     return assert_op_accurate(fk.focal_context, inputs, backend, grad_output)
 
 

@@ -10,10 +10,10 @@ from ops import golden
 from ops.strategies import DTYPES, dtype_name, layer_cases, seeds, skip_what_cannot_run
 
 
-def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, **options):
-    inputs = make_layer_inputs(shape, kernels, seed=seed, **options) | {"normalize": normalize}
+def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, mean=0.0, **options):
+    inputs = make_layer_inputs(shape, kernels, seed=seed, mean=mean, **options) | {"normalize": normalize}
     generator = torch.Generator().manual_seed(seed + 1)
-    grad_output = draw(shape, grad_layout, generator, dtype=inputs["x"].dtype, channel_axis=-1)
+    grad_output = draw(shape, grad_layout, generator, dtype=inputs["x"].dtype, mean=mean, channel_axis=-1)
     return assert_op_accurate(fk.focal_modulation, inputs, backend, grad_output)
 
 

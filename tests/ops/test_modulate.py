@@ -9,10 +9,10 @@ from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_mod
 from ops.strategies import DTYPES, dtype_name, modulate_cases, seeds
 
 
-def check(backend, shape, seed, grad_layout="contiguous", **options):
-    inputs = make_modulate_inputs(shape, seed=seed, **options)
+def check(backend, shape, seed, grad_layout="contiguous", mean=0.0, **options):
+    inputs = make_modulate_inputs(shape, seed=seed, mean=mean, **options)
     generator = torch.Generator().manual_seed(seed + 1)
-    grad_output = draw(shape, grad_layout, generator, dtype=inputs["q"].dtype)
+    grad_output = draw(shape, grad_layout, generator, dtype=inputs["q"].dtype, mean=mean)
     return assert_op_accurate(fk.modulate, inputs, backend, grad_output)
 
 
