@@ -6,6 +6,8 @@ import cuda_shim
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs, run
@@ -209,6 +211,52 @@ def test_plans(cuda_on_cpu, plan, dtype, seed):
     assert_op_accurate(fk.focal_context, inputs, "cuda", torch.randn(shape).to(dtype))
 
 
+# (shape, kernels, bytes of scratch), with channels adjacent: one tile of channels and a part of one, few lanes on small
+# maps, several blocks to an image, chunks of images and a rest, several parts of the weights' gradients
+TOKENS = {
+    "small-maps": ((5, 36, 7, 7), [3, 5, 7]),
+    "blocks-of-an-image": ((2, 8, 20, 37), [3, 5]),
+    "wide-kernels": ((1, 4, 9, 30), [9, 11, 13]),
+    "chunks": ((7, 12, 6, 9), [3, 5], 60_000),
+    "eight-levels": ((1, 4, 5, 8), [3, 3, 5, 3, 7, 9, 3, 3]),
+    "sequence": ((2, 8, 70), [3, 5]),
+    "volume": ((1, 8, 4, 5, 6), [3, (1, 3, 5)]),
+    "uneven-kernels": ((2, 8, 12, 7), [(3, 5), (15, 3)]),
+}
+
+
+@pytest.fixture(params=TOKENS.values(), ids=list(TOKENS))
+def by_tokens(request, monkeypatch):
+    """(shape, kernels) of maps over tokens."""
+    shape, kernels, *scratch = request.param
+    if scratch:
+        monkeypatch.setenv("FOCALNET_SHIM_SCRATCH", str(*scratch))
+    return shape, kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_tokens(cuda_on_cpu, by_tokens, dtype, seed):
+    shape, kernels = by_tokens
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, layout="channels_last", seed=seed, mean=0.5)
+    grad_output = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1).to(dtype)
+    assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output)
+    for wanted in (["ctx"], ["gates"], ["weights[0]"]):
+        assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=wanted)
+
+
+def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
+    """What torch.compile is told of the layer's kept matrices, by tokens or by planes, is how they lie."""
+    fwd = torch.ops.focalnet_kernels.focal_modulation_fwd_cuda
+    for C, kernels, postln in ((8, [3], False), (8, [3, 5], False), (6, [3], False), (8, [3], True), (8, [15], False)):
+        inputs = make_layer_inputs((2, 5, 4, C), kernels, postln=postln)
+        names = "x f_weight f_bias h_weight h_bias proj_weight proj_bias ln_weight ln_bias focal_weights".split()
+        arguments = [inputs[name] for name in names] + [False, 1e-5, True]
+        real = fwd(*arguments)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = fwd(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+        assert [(t.shape, t.stride()) for t in fake] == [(t.shape, t.stride()) for t in real]
+
+
 def assert_order_does_not_matter(seed_threads, op, inputs, grad_output, seed):
     """A missing barrier makes results depend on the order in which threads run."""
     results = []
@@ -227,6 +275,14 @@ def test_order_of_threads_in_focal_context(cuda_on_cpu, plan, dtype, seed):
     shape, kernels = plan
     inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
     assert_order_does_not_matter(cuda_on_cpu, fk.focal_context, inputs, torch.randn(shape).to(dtype), seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_order_of_threads_over_tokens(cuda_on_cpu, by_tokens, dtype, seed):
+    shape, kernels = by_tokens
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, layout="channels_last", seed=seed)
+    grad_output = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1).to(dtype)
+    assert_order_does_not_matter(cuda_on_cpu, fk.focal_context, inputs, grad_output, seed)
 
 
 @pytest.mark.parametrize("postln", [False, True], ids=["plain", "postln"])
