@@ -164,8 +164,7 @@ def cross_focal_modulation(
     C, spatial = x.shape[-1], x.shape[1:-1]
     q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C])
     ctx_all = focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize, backend=backend)
-    if ctx_all.shape[2:] != spatial:
-        ctx_all = F.interpolate(ctx_all, size=spatial, mode=_LINEAR[len(spatial)], align_corners=False)
+    ctx_all = resample(ctx_all, spatial)
     y = modulate(q.movedim(-1, 1), ctx_all, p.h_weight, p.h_bias, backend=backend).movedim(1, -1)
     if p.ln_weight is not None:
         y = F.layer_norm(y, (C,), p.ln_weight, p.ln_bias, ln_eps)
@@ -173,6 +172,13 @@ def cross_focal_modulation(
 
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def resample(ctx_all: Tensor, spatial: Sequence[int]) -> Tensor:
+    """(B, C, *target_spatial) -> (B, C, *spatial), as `cross_focal_modulation` brings the target's to the query's."""
+    if ctx_all.shape[2:] == tuple(spatial):
+        return ctx_all
+    return F.interpolate(ctx_all, size=tuple(spatial), mode=_LINEAR[len(spatial)], align_corners=False)
 
 
 def _context_of(target: Tensor, p: LayerParameters) -> tuple[Tensor, Tensor]:
