@@ -52,14 +52,14 @@ def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str 
         return "has a forward of its own, which a fused forward would not call"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return "has hooks, which a fused forward would not fire"
-    for name, tensor in part._parameters.items():
+    for tensor in part._parameters.values():
         if tensor is not None and type(tensor) not in _TENSORS:
-            return f"has a {type(tensor).__name__} for its {name}, expected a plain Parameter"
+            return f"holds a {type(tensor).__name__}, expected plain Parameters"
     return None
 
 
-def why_call_projection(part: nn.Module, kind: type[nn.Module], rows: int, columns: int) -> str | None:
-    """As `why_call`, for what is to be a Linear or 1x1 convolution of `columns` to `rows` channels."""
+def why_call_projection(part: nn.Module, kind: type[nn.Module], channels: tuple[int, int] | None = None) -> str | None:
+    """As `why_call`, for what is to be a Linear or a 1x1 convolution, of so many output and input channels."""
     reason = why_call(part)
     if reason is not None:
         return reason
@@ -69,10 +69,10 @@ def why_call_projection(part: nn.Module, kind: type[nn.Module], rows: int, colum
     if weight is None:
         return "has no weight among its parameters"
     shape = tuple(weight.shape)
-    if kind is not nn.Linear and (_geometry(part) != _same_size(shape[2:]) or part.groups != 1 or max(shape[2:]) > 1):
+    if kind is not nn.Linear and not _is_pointwise(part, shape[2:]):
         return "is not a plain 1x1 convolution"
-    if shape[:2] != (rows, columns):
-        return f"has {shape[0]} output and {shape[1]} input channels, expected {rows} and {columns}"
+    if channels is not None and shape[:2] != channels:
+        return f"has {shape[0]} output and {shape[1]} input channels, expected {channels[0]} and {channels[1]}"
     return None
 
 
@@ -109,9 +109,12 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
     if weight is None:
         return "has no weight among its parameters"
     channels, per_group, *kernel = weight.shape
-    if any([k % 2 == 0 for k in kernel]):
-        return f"has the even kernel {tuple(kernel)}, which changes the map's size"
-    if _geometry(conv) != _same_size(tuple(kernel)):
+    padding = []
+    for k in kernel:
+        if k % 2 == 0:
+            return f"has the even kernel {tuple(kernel)}, which changes the map's size"
+        padding.append(k // 2)
+    if conv.padding != tuple(padding) or not _is_dense(conv, _ONES[len(kernel)]):
         return "is not of stride 1, dilation 1 and zero padding k // 2"
     if (channels, per_group, conv.groups) != (C, 1, C) or conv._parameters.get("bias") is not None:
         return f"is not depthwise over {C} channels without bias"
@@ -136,11 +139,14 @@ def why_call_norm(part: nn.Module, C: int, forwards: Mapping[type, Callable] = _
     return f"is {part}, expected an affine LayerNorm over {C} channels"
 
 
-def _geometry(conv: nn.Module) -> tuple:
-    return conv.stride, conv.padding, conv.dilation, conv.padding_mode
+def _is_pointwise(conv: nn.Module, kernel: tuple[int, ...]) -> bool:
+    ones = _ONES[len(kernel)]
+    return kernel == ones and conv.groups == 1 and conv.padding == _ZEROS[len(kernel)] and _is_dense(conv, ones)
 
 
-def _same_size(kernel: tuple[int, ...]) -> tuple:
-    """The geometry of a convolution that keeps the size of its map."""
-    ones = (1,) * len(kernel)
-    return ones, tuple([k // 2 for k in kernel]), ones, "zeros"
+def _is_dense(conv: nn.Module, ones: tuple[int, ...]) -> bool:
+    """Whether it takes every pixel, and zeros beyond the map."""
+    return conv.stride == ones and conv.dilation == ones and conv.padding_mode == "zeros"
+
+
+_ONES, _ZEROS = ({n: (number,) * n for n in (1, 2, 3)} for number in (1, 0))

@@ -51,7 +51,7 @@ def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
     twin = _twin(module, generator)
     setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
     stores: tuple[str, ...] = ()
-    for shapes in adapter.examples(module, adapter.parts(module).h.in_channels):
+    for shapes in adapter.examples(module, adapter.parts(module).C):
         xs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
         for mode in ("evaluation", "training"):
             twin.train(mode == "training")
@@ -103,7 +103,7 @@ def _relative_difference(theirs, ours: Tensor) -> float:
     return ((theirs - ours).norm() / ours.norm()).item()
 
 
-_INTERNAL = {*vars(nn.Module()), "forward", "__prepare_scriptable__"}
+_INTERNAL = {*vars(nn.Module()), "forward", "__prepare_scriptable__", "__reduce_ex__"}
 
 
 def _attributes(module: nn.Module):

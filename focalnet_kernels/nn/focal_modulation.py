@@ -102,7 +102,7 @@ class FocalModulationNd(nn.Module):
         if reason is not None:
             return reason
         for name, kind, rows in (("f", nn.Linear, 2 * C + L + 1), ("h", _CONV[self.ndim], C), ("proj", nn.Linear, C)):
-            reason = why_call_projection(self._modules[name], kind, rows, C)
+            reason = why_call_projection(self._modules[name], kind, (rows, C))
             if reason is not None:
                 return f"{name} {reason}"
         ln = self._modules.get("ln")
