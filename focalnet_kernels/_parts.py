@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _modules
@@ -33,7 +34,9 @@ def why_call_all() -> str | None:
         or _modules._global_backward_pre_hooks
     ):
         return "hooks on all modules are registered, which a fused forward would not fire"
-    return None if nn.Module.__call__ is _CALL else "nn.Module.__call__ was replaced"
+    # torch.export replaces it too, to note which module it is in
+    replaced = nn.Module.__call__ is not _CALL and not torch.compiler._is_exporting_flag
+    return "nn.Module.__call__ was replaced" if replaced else None
 
 
 def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str | None:
