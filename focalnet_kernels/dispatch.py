@@ -238,6 +238,10 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+# torch.compile calls it while it traces, where it can say something, instead of giving up the graph
+warn_once._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets, without importing dynamo
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the backend that runs, and for each other one the reason why not."""

@@ -193,7 +193,8 @@ def explain(op, *args, **kwargs) -> Explanation:
 
     Args:
         op: `focal_context`, `modulate`, `focal_modulation` or `cross_focal_modulation` (the function or its name), or
-            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`.
+            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`. A
+            module that must call an inner module, one with hooks, say, names it and runs part by part.
         *args, **kwargs: what it would be called with.
 
     Returns:
@@ -203,6 +204,10 @@ def explain(op, *args, **kwargs) -> Explanation:
         TypeError: `op` is none of these.
     """
     if isinstance(op, torch.nn.Module) and hasattr(op, "functional_arguments"):
+        reason = op.why_by_parts()
+        if reason is not None:
+            kernels = dict.fromkeys(("cpu", "triton", "cuda"), f"the layer runs part by part: {reason}")
+            return Explanation(op.functional.__name__, "reference", kernels)
         args, kwargs = op.functional_arguments(*args)
         op = op.functional
     name = getattr(op, "__name__", op)

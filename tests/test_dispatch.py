@@ -274,6 +274,15 @@ def test_explain_modules(module):
     assert found.op == "focal_modulation" and found.backend == "reference"
 
 
+@pytest.mark.parametrize("module", [fk.FocalModulation, fk.CrossFocalModulation])
+def test_explain_modules_that_run_part_by_part(module):
+    layer, x = module(8, 3, 2), torch.randn(1, 4, 4, 8)
+    layer.proj = torch.nn.Identity()
+    found = fk.explain(layer, *[x] * (1 + (module is fk.CrossFocalModulation)))
+    assert found.backend == "reference"
+    assert all(r.startswith("the layer runs part by part: proj is a Identity") for r in found.reasons.values())
+
+
 @pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])
 def test_explain_refuses_what_it_does_not_know(op):
     with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation, cross_"):

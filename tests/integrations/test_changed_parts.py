@@ -116,6 +116,22 @@ def test_hooks_on_all_modules_fire():
     assert {layer.f, layer.h, layer.proj, *layer.focal_layers} <= set(seen)
 
 
+@pytest.mark.parametrize("form", ["timm", "query_context"])
+def test_compiled_layers_see_changes(form):
+    """The warning must not break the graph; forwards and padding are guarded by every torch, hooks by some."""
+    torch.compiler.reset()
+    layer, x = build(form), example(form)
+    accelerate(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), type(layer).forward(layer, x))
+    layer.h.forward = lambda t: 2 * nn.Conv2d.forward(layer.h, t)
+    torch.testing.assert_close(compiled(x), type(layer).forward(layer, x))
+    del layer.h.forward
+    conv = layer.focal_layers[0][0]
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1] * 4
+    torch.testing.assert_close(compiled(x), type(layer).forward(layer, x))
+
+
 def test_a_shallow_copy_reads_its_own_modules():
     layer, x = build("timm"), example("timm")
     accelerate(layer, "reference")
