@@ -51,6 +51,8 @@ def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str 
         return f"is a {cls.__name__}, which a fused forward would not call"
     if cls.forward is not forward or (cls in _CONV_FORWARD and cls._conv_forward is not _CONV_FORWARD[cls]):
         return f"is a {cls.__name__}, whose class was given another forward"
+    if torch.compiler.is_compiling():  # it guards what is looked up by attribute, and nothing in __dict__
+        part.forward, getattr(part, "_conv_forward", None)
     if "forward" in part.__dict__ or "_conv_forward" in part.__dict__:
         return "has a forward of its own, which a fused forward would not call"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:

@@ -151,6 +151,9 @@ def test_compiled_layers_see_changes(seed):
     assert relative_error(compiled(x), Eager(layer)(x)[0]) <= 1e-12
     handle.remove()
     assert torch.equal(compiled(x), before)
+    bound_forward("proj")(layer)
+    assert relative_error(compiled(x), Eager(layer)(x)[0]) <= 1e-12
+    del layer.proj.forward
     padded_in_place(layer)
     assert relative_error(compiled(x), Eager(layer)(x)[0]) <= 1e-12
 
