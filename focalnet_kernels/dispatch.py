@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +47,6 @@ class Implementation:
 
 _implementations: dict[str, tuple[Implementation, ...]] = {}
 _workloads: dict[str, Callable[..., measured.Workload]] = {}
-_requested = os.environ.get(ENVIRONMENT, "auto")
 _warned: set[str] = set()
 
 
@@ -70,6 +71,11 @@ def check_backend(name: str, source: str) -> str:
 class use_backend:
     """Choose the backend: `use_backend("cpu")` from here on, or `with use_backend("cpu"):` for a block.
 
+    A block holds in the thread that entered it. A thread without a block of its own, such as those in which autograd
+    recomputes checkpoints on a GPU, follows the block that was entered last in the process and is still open, else
+    what was chosen outside blocks. Blocks may be left in any order; each takes back its own choice alone. "From here
+    on" ends with the block that it is said in.
+
     Args:
         name: "auto" (the fastest that can run), "reference", "cpu", "triton" or "cuda". A named backend that
             cannot run a call raises `BackendError` with the reason. The environment variable
@@ -81,30 +87,102 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        global _requested
-        check_backend(name, "use_backend(name)")
-        self._previous, _requested = _requested, name
+        self.name = check_backend(name, "use_backend(name)")
+        self._entered: list[tuple[_Thread, _Scope]] = []
+        thread = _here.thread
+        with _changes():
+            if thread.last is not None:
+                thread.last.before = None  # no block follows it any more: it stays, and what was before it may go
+            self._chosen_in = scope = thread.scope or _process
+            self._choice = thread.last = scope.choice = _Choice(self.name, scope.choice)
 
     def __enter__(self) -> use_backend:
+        global _latest
+        thread = _here.thread
+        with _changes():
+            self._choice.is_block = True
+            self._chosen_in.drop_blocks()
+            thread.last = None
+            thread.scope = scope = _Scope(self.name)
+            thread.scopes.append(scope)
+            self._entered.append((thread, scope))
+            if not torch.compiler.is_compiling():  # a compiled function starts no threads within its block
+                _open.append(scope)
+                _latest = scope
         return self
 
     def __exit__(self, *exc_info) -> None:
-        global _requested
-        _requested = self._previous
+        global _latest
+        with _changes():
+            here = [entry for entry in self._entered if entry[0] is _here.thread]
+            entry = (here or self._entered)[-1]  # a generator's block may be left in another thread
+            self._entered.remove(entry)
+            thread, scope = entry
+            thread.scopes.remove(scope)
+            thread.scope = thread.scopes[-1] if thread.scopes else None
+            if not torch.compiler.is_compiling():
+                _open.remove(scope)
+                _latest = _open[-1] if _open else None
+
+
+class _Choice:
+    """A name, and the choice before it: `use_backend(name)` does not know yet whether a `with` makes a block of it."""
+
+    def __init__(self, name: str, before: _Choice | None = None):
+        self.name, self.before, self.is_block = name, before, False
+
+
+class _Scope:
+    """Where a choice holds: an open block, or the process."""
+
+    def __init__(self, name: str):
+        self.choice = _Choice(name)
+
+    def drop_blocks(self) -> None:
+        while self.choice.is_block and self.choice.before is not None:
+            self.choice = self.choice.before
+
+
+class _Thread:
+    """A thread's open blocks, the innermost last and once more in `scope`; `last`: its choice that may become one."""
+
+    def __init__(self):
+        self.scopes: list[_Scope] = []
+        self.scope: _Scope | None = None
+        self.last: _Choice | None = None
+
+
+class _Here(threading.local):
+    def __init__(self):
+        self.thread = _Thread()
+
+
+_here = _Here()
+_process = _Scope(os.environ.get(ENVIRONMENT, "auto"))
+_open: list[_Scope] = []  # the blocks of all threads in the order in which they were entered
+_latest: _Scope | None = None  # the last of them
+_lock = threading.Lock()
+
+
+def _changes():
+    """Guards the choices while they change. What torch.compile traces is one thread's, and it knows no locks."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 def requested_backend() -> str:
-    """The backend in force: "auto" or a name."""
-    return check_backend(_requested, f"environment variable {ENVIRONMENT}")
+    """The backend in force in this thread: "auto" or a name."""
+    scope = _here.thread.scope or _latest or _process
+    return check_backend(scope.choice.name, f"environment variable {ENVIRONMENT}")
 
 
-def select(op: str, *args) -> Implementation:
-    """The implementation that runs `op` for these arguments.
+def select(op: str, *args, backend: str | None = None) -> Implementation:
+    """The implementation that runs `op` for these arguments: `backend` names one for this call alone.
 
     Raises:
         BackendError: the user named a backend that cannot.
+        ValueError: `backend` is no backend's name.
     """
-    name = requested_backend()
+    name = requested_backend() if backend is None else check_backend(backend, "backend")
     for candidate in _measured(op, name, *args) or _implementations[op]:
         if name in ("auto", candidate.backend):
             reason = _why_not(candidate, name, *args)
@@ -160,6 +238,10 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+# torch.compile calls it while it traces, where it can say something, instead of giving up the graph
+warn_once._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets, without importing dynamo
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the backend that runs, and for each other one the reason why not."""
@@ -173,9 +255,10 @@ class Explanation:
         return "\n".join(lines + [f"  not {name!r}: {reason}" for name, reason in self.reasons.items()])
 
 
-def explain_call(op: str, *args) -> Explanation:
-    """As `select`, with every reason, and without raising."""
-    name, chosen, reasons = requested_backend(), None, {}
+def explain_call(op: str, *args, backend: str | None = None) -> Explanation:
+    """As `select`, with every reason, and without a BackendError."""
+    name = requested_backend() if backend is None else check_backend(backend, "backend")
+    chosen, reasons = None, {}
     order = _measured(op, name, *args)
     others = [i for i in _implementations[op] if order is None or i not in order]
     for candidate in (order or []) + others:

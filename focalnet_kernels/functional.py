@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,14 @@ from .ops.focal_modulation.reference import focal_modulation_reference
 __all__ = ["cross_focal_modulation", "explain", "focal_context", "focal_modulation", "modulate"]
 
 
-def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, normalize: bool = False) -> Tensor:
+def focal_context(
+    ctx: Tensor,
+    gates: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Gather context at every focal level and mix the levels by their gates (paper, section 3.2).
 
     With ctx_0 = ctx and ctx_l = GELU(depthwise_conv_l(ctx_{l-1})):
@@ -29,6 +37,7 @@ def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, norm
         gates: (B, L+1, *spatial), same dtype and device.
         weights: L tensors (C, 1, *k) with odd k; L = 0 is legal.
         normalize: divide by L + 1 (the authors' `normalize_modulator`).
+        backend: a name as in `use_backend`, for this call alone. None: the one in force.
 
     Returns:
         ctx_all: (B, C, *spatial), dtype of `ctx` (the autocast dtype under autocast). Kernels keep the memory order of
@@ -37,10 +46,12 @@ def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], *, norm
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    return ops.focal_context(*_prepare_focal_context(ctx, gates, weights, normalize=normalize))
+    return ops.focal_context(*_prepare_focal_context(ctx, gates, weights, normalize=normalize), backend)
 
 
-def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def modulate(
+    q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """Modulate the query: q * (weight @ ctx_all + bias), the product taken over channels.
 
     Args:
@@ -48,6 +59,7 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None = N
         ctx_all: (B, C, *spatial), any strides; the result of `focal_context`.
         weight: (C, C), or a 1x1 convolution's (C, C, 1, ...): the paper's h.
         bias: (C,) or None.
+        backend: see `focal_context`.
 
     Returns:
         (B, C, *spatial), dtype and, from kernels, memory order of `q`.
@@ -55,7 +67,7 @@ def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None = N
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    return ops.modulate(*_prepare_modulate(q, ctx_all, weight, bias))
+    return ops.modulate(*_prepare_modulate(q, ctx_all, weight, bias), backend)
 
 
 def focal_modulation(
@@ -73,6 +85,7 @@ def focal_modulation(
     ln_eps: float = 1e-5,
     normalize: bool = False,
     return_gates: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The whole focal modulation layer: y = proj(LN?(q * h(focal_context(ctx, gates)))), q, ctx, gates = f(x).
 
@@ -86,6 +99,7 @@ def focal_modulation(
         ln_eps: its epsilon.
         normalize: divide ctx_all by L + 1.
         return_gates: also return what the authors' visualisation reads; the layer then runs part by part.
+        backend: see `focal_context`.
 
     Returns:
         y: (B, *spatial, C), from kernels with the memory order of `x`. With `return_gates` (y, gates, modulator):
@@ -99,8 +113,8 @@ def focal_modulation(
         ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, normalize=normalize,
     )  # fmt: skip
     if return_gates:
-        return focal_modulation_reference(*arguments, focal_context=ops.focal_context)
-    return ops.focal_modulation(*arguments)
+        return focal_modulation_reference(*arguments, focal_context=partial(ops.focal_context, backend=backend))
+    return ops.focal_modulation(*arguments, backend)
 
 
 def cross_focal_modulation(
@@ -118,6 +132,7 @@ def cross_focal_modulation(
     ln_bias: Tensor | None = None,
     ln_eps: float = 1e-5,
     normalize: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Focal modulation of one map by the context of another: q = f_q(x), and ctx, gates = f_ctx(target).
 
@@ -133,8 +148,8 @@ def cross_focal_modulation(
         x: (B, *spatial, C), the query; any strides.
         target: (B, *target_spatial, C), as many spatial axes, at least one pixel; any strides.
         f_weight, f_bias: (2C+L+1, C) and (2C+L+1,) or None. Rows: q (of x), ctx, gates (of the target).
-        focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, ln_eps, normalize: see
-            `focal_modulation`.
+        focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, ln_eps, normalize,
+            backend: see `focal_modulation`.
 
     Returns:
         (B, *spatial, C), dtype of `x` (the autocast dtype under autocast).
@@ -148,16 +163,22 @@ def cross_focal_modulation(
     )  # fmt: skip
     C, spatial = x.shape[-1], x.shape[1:-1]
     q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C])
-    ctx_all = focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize)
-    if ctx_all.shape[2:] != spatial:
-        ctx_all = F.interpolate(ctx_all, size=spatial, mode=_LINEAR[len(spatial)], align_corners=False)
-    y = modulate(q.movedim(-1, 1), ctx_all, p.h_weight, p.h_bias).movedim(1, -1)
+    ctx_all = focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize, backend=backend)
+    ctx_all = resample(ctx_all, spatial)
+    y = modulate(q.movedim(-1, 1), ctx_all, p.h_weight, p.h_bias, backend=backend).movedim(1, -1)
     if p.ln_weight is not None:
         y = F.layer_norm(y, (C,), p.ln_weight, p.ln_bias, ln_eps)
     return F.linear(y, p.proj_weight, p.proj_bias)
 
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def resample(ctx_all: Tensor, spatial: Sequence[int]) -> Tensor:
+    """(B, C, *target_spatial) -> (B, C, *spatial), as `cross_focal_modulation` brings the target's to the query's."""
+    if ctx_all.shape[2:] == tuple(spatial):
+        return ctx_all
+    return F.interpolate(ctx_all, size=tuple(spatial), mode=_LINEAR[len(spatial)], align_corners=False)
 
 
 def _context_of(target: Tensor, p: LayerParameters) -> tuple[Tensor, Tensor]:
@@ -172,7 +193,8 @@ def explain(op, *args, **kwargs) -> Explanation:
 
     Args:
         op: `focal_context`, `modulate`, `focal_modulation` or `cross_focal_modulation` (the function or its name), or
-            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`.
+            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`. A
+            module that must call an inner module, one with hooks, say, names it and runs part by part.
         *args, **kwargs: what it would be called with.
 
     Returns:
@@ -182,12 +204,17 @@ def explain(op, *args, **kwargs) -> Explanation:
         TypeError: `op` is none of these.
     """
     if isinstance(op, torch.nn.Module) and hasattr(op, "functional_arguments"):
+        reason = op.why_by_parts()
+        if reason is not None:
+            kernels = dict.fromkeys(("cpu", "triton", "cuda"), f"the layer runs part by part: {reason}")
+            return Explanation(op.functional.__name__, "reference", kernels)
         args, kwargs = op.functional_arguments(*args)
         op = op.functional
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
-    return explain_call(_CORE.get(name, name), *_PREPARE[name](*args, **kwargs))
+    backend = kwargs.pop("backend", None)
+    return explain_call(_CORE.get(name, name), *_PREPARE[name](*args, **kwargs), backend=backend)
 
 
 def _prepare_focal_context(ctx, gates, weights, *, normalize=False):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -47,6 +48,118 @@ def test_use_backend_restores():
             raise KeyError
         assert requested_backend() == "reference"
     assert requested_backend() == "auto"
+
+
+def in_a_thread(function, *args):
+    """What it returns there."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(*args)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_chosen_within_a_block_until_its_end():
+    with fk.use_backend("cpu"):
+        fk.use_backend("reference")
+        with fk.use_backend("cuda"):
+            assert requested_backend() == "cuda"
+        assert requested_backend() == "reference"
+    assert requested_backend() == "auto"
+
+
+def test_each_thread_has_blocks_of_its_own():
+    """Entered and left in turns, many times: nobody sees another's choice, and nothing is left behind."""
+    names, wrong, together = ("reference", "cpu", "triton", "cuda"), [], threading.Barrier(4, timeout=60)
+
+    def work(name):
+        together.wait()
+        for _ in range(2000):
+            with fk.use_backend(name):
+                if requested_backend() != name:
+                    wrong.append(name)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert requested_backend() == in_a_thread(requested_backend) == "auto"
+
+
+def test_two_threads_between_choosing_and_entering():
+    """As `with` does it, step by step: a thread may come in between the two."""
+    choices = [in_a_thread(fk.use_backend, name) for name in ("cpu", "reference")]
+    for choice in choices:
+        choice.__enter__()
+    for choice in choices:
+        choice.__exit__(None, None, None)
+    assert requested_backend() == "auto"
+
+
+def test_a_thread_without_a_block_follows_the_last_one_entered():
+    with fk.use_backend("cpu"):
+        assert in_a_thread(requested_backend) == "cpu"
+        outer, inner = fk.use_backend("reference").__enter__(), fk.use_backend("cuda").__enter__()
+        assert in_a_thread(requested_backend) == "cuda"
+        outer.__exit__(None, None, None)  # out of order: only its own choice goes
+        assert requested_backend() == in_a_thread(requested_backend) == "cuda"
+        inner.__exit__(None, None, None)
+        assert requested_backend() == in_a_thread(requested_backend) == "cpu"
+
+
+def test_a_block_left_in_another_thread():
+    block = in_a_thread(lambda: fk.use_backend("cpu").__enter__())
+    assert requested_backend() == "auto"  # this thread stands in a block of its own
+    assert in_a_thread(requested_backend) == "cpu"
+    block.__exit__(None, None, None)
+    assert in_a_thread(requested_backend) == "auto"
+
+
+def test_one_block_entered_again():
+    block = fk.use_backend("cpu")
+    with block, fk.use_backend("reference"):
+        with block:
+            assert requested_backend() == "cpu"
+        assert requested_backend() == "reference"
+    with block:
+        assert requested_backend() == "cpu"
+    assert requested_backend() == "auto"
+
+
+@for_every_op
+def test_the_backend_of_one_call(op, make_inputs):
+    """It goes before the one in force, and changes nothing."""
+    inputs = make_inputs(dtype=torch.float64)
+    with fk.use_backend("cpu"):
+        assert op(**inputs, backend="reference").dtype == torch.float64
+        assert fk.explain(op, **inputs, backend="reference").backend == "reference"
+        assert requested_backend() == "cpu"
+    with pytest.raises(fk.BackendError, match="backend 'cuda' cannot run this call"):
+        op(**inputs, backend="cuda")
+    assert fk.explain(op, **inputs, backend="cuda").backend is None
+    with pytest.raises(ValueError, match="^backend: unknown backend 'refrence', expected .* did you mean 'reference'"):
+        op(**inputs, backend="refrence")
+
+
+def test_the_backend_of_one_call_reaches_every_op():
+    inputs = make_layer_inputs((1, 5, 4, 8), [3], dtype=torch.float64)
+    cross = inputs | {"target": inputs["x"]}
+    for call in (
+        lambda **kw: fk.focal_modulation(**inputs, return_gates=True, **kw),
+        lambda **kw: fk.cross_focal_modulation(**cross, **kw),
+    ):
+        with pytest.raises(fk.BackendError, match="focal_context: backend 'cpu' cannot run this call: .*float64"):
+            call(backend="cpu")
+        with fk.use_backend("cpu"):
+            call(backend="reference")
+    assert fk.explain(fk.cross_focal_modulation, **cross, backend="cpu").backend is None
 
 
 @pytest.mark.parametrize(
@@ -159,6 +272,15 @@ def test_explain_modules(module):
     x = torch.randn(1, *(4,) * layer.ndim, 8, dtype=torch.float64)
     found = fk.explain(layer, x)
     assert found.op == "focal_modulation" and found.backend == "reference"
+
+
+@pytest.mark.parametrize("module", [fk.FocalModulation, fk.CrossFocalModulation])
+def test_explain_modules_that_run_part_by_part(module):
+    layer, x = module(8, 3, 2), torch.randn(1, 4, 4, 8)
+    layer.proj = torch.nn.Identity()
+    found = fk.explain(layer, *[x] * (1 + (module is fk.CrossFocalModulation)))
+    assert found.backend == "reference"
+    assert all(r.startswith("the layer runs part by part: proj is a Identity") for r in found.reasons.values())
 
 
 @pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])

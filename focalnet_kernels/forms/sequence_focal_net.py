@@ -75,7 +75,7 @@ class SequenceFocalNet(nn.Module):
     ):
         super().__init__()
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
-        self.input_shape = (in_chans, *_pair(image_size))
+        self.image_size = _pair(image_size)
         tokens = 1
         for n, patch in zip(_pair(image_size), _pair(patch_size), strict=True):
             if n < patch or n % patch:
@@ -109,8 +109,10 @@ class SequenceFocalNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last layer's tokens after the final norm: (B, N, width)."""
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
+        in_chans = getattr(self.patch_embed, "in_chans", None)  # of the stem that is there; None where it does not say
+        expected = (*(x.shape[1:2] if in_chans is None else (in_chans,)), *self.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x: expected shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
         x = self.dropout(self.patch_embed(x).flatten(1, 2) + self.positions)
         for number, layer in enumerate(self.layers, start=1):
             if str(number) in self.resizing:

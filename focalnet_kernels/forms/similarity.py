@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import check_shape, check_tokens, same_kind
+from .._parts import why_call, why_call_all
 
 WeightAndBias = tuple[Tensor, Tensor]
 
@@ -26,7 +28,7 @@ def similarity_focal_modulation(
 
     context = concat_i conv_i(target), modulator = softmax(scale_factor * query @ context^T) @ context, and
     y = (1 + sum_i scales_i(modulator)) * query + sum_i biases_i(modulator), i = 0..L-1.
-    conv_i is depthwise, of kernel 2^(i+1) and stride 2^i; see `gather_contexts` for its padding.
+    conv_i is depthwise, of kernel 2^(i+1) and stride 2^i; see `_windows` for its padding.
 
     Args:
         query: (B, N, C), any strides; float64/32/16 or bfloat16.
@@ -43,31 +45,42 @@ def similarity_focal_modulation(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
     query, target, contexts, scales, biases = _prepare(query, target, contexts, scales, biases)
-    context = gather_contexts(target, contexts)
-    # with an axis for the one head, without which no flash kernel is taken
-    modulator = F.scaled_dot_product_attention(
-        query.unsqueeze(1), context.unsqueeze(1), context.unsqueeze(1), scale=scale_factor
-    ).squeeze(1)
-    return scale_and_shift(query, modulator, scales, biases)
+    return scale_and_shift(query, _attend(query, gather_contexts(target, contexts), scale_factor), scales, biases)
 
 
 def gather_contexts(target: Tensor, contexts: Sequence[WeightAndBias]) -> Tensor:
-    """All levels of a target (B, M, C), one after the other: (B, sum_i ceil(M / 2^i), C).
+    """All levels of a target (B, M, C), one after the other: (B, sum_i ceil(M / 2^i), C). See `_windows`."""
+    convolutions = [
+        partial(F.conv1d, weight=weight, bias=bias, stride=2**i, groups=weight.shape[0])
+        for i, (weight, bias) in enumerate(contexts)
+    ]
+    return _gather(target, convolutions)
+
+
+def _gather(target: Tensor, convolutions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    windows = [convolve(_windows(target, i)).transpose(1, 2) for i, convolve in enumerate(convolutions)]
+    return torch.cat(windows, 1)
+
+
+def _windows(target: Tensor, i: int) -> Tensor:
+    """The target (B, C, M + padding) for level i.
 
     Level i sees windows of 2s tokens every s = 2^i tokens. s // 2 zeros before the target, and behind it as many as
     ceil(M / s) windows need: so window j lies around tokens j*s to j*s + s - 1 (level 0: token j and the next),
     wherever the target ends; every token is seen; and any M >= 1 will do. Without padding the last tokens are lost
     and a target shorter than 2s is an error.
     """
-    channels_first, M = target.transpose(1, 2), target.shape[1]
-    levels = []
-    for i, (weight, bias) in enumerate(contexts):
-        stride = 2**i
-        windows = -(-M // stride)
-        before = stride // 2
-        padded = F.pad(channels_first, (before, (windows + 1) * stride - M - before))
-        levels.append(F.conv1d(padded, weight, bias, stride, groups=weight.shape[0]).transpose(1, 2))
-    return torch.cat(levels, 1)
+    M, stride = target.shape[1], 2**i
+    windows = -(-M // stride)
+    before = stride // 2
+    return F.pad(target.transpose(1, 2), (before, (windows + 1) * stride - M - before))
+
+
+def _attend(query: Tensor, context: Tensor, scale_factor: float) -> Tensor:
+    """The modulator (B, N, C): the context, weighed by its similarity to the query."""
+    # with an axis for the one head, without which no flash kernel is taken
+    query, context = query.unsqueeze(1), context.unsqueeze(1)
+    return F.scaled_dot_product_attention(query, context, context, scale=scale_factor).squeeze(1)
 
 
 def scale_and_shift(
@@ -109,19 +122,59 @@ class SimilarityFocalModulation(nn.Module):
         self.num_contexts = num_contexts
         self.scale_factor = scale_factor
         levels = range(num_contexts)
-        # parameters alone: padding and stride stand in `gather_contexts`
+        # without padding, which stands in `_windows`
         self.contexts = nn.ModuleList(nn.Conv1d(dim, dim, 2 ** (i + 1), 2**i, groups=dim) for i in levels)
         self.scales = nn.ModuleList(nn.Linear(dim, dim) for _ in levels)
         self.biases = nn.ModuleList(nn.Linear(dim, dim) for _ in levels)
 
     def forward(self, query: Tensor, target: Tensor) -> Tensor:
+        if self._why_by_parts() is not None:
+            return self._by_parts(query, target)
         contexts, scales, biases = (
             [(layer.weight, layer.bias) for layer in layers] for layers in (self.contexts, self.scales, self.biases)
         )
         return similarity_focal_modulation(query, target, contexts, scales, biases, scale_factor=self.scale_factor)
 
+    def _why_by_parts(self) -> str | None:
+        """Which inner module must be called, and why; None where the weights of all may be read: see `_parts.py`."""
+        reason = why_call_all()
+        if reason is not None:
+            return reason
+        C = self.dim
+        for i, conv in enumerate(self.contexts):
+            reason = why_call(conv) or _why_call_other(conv, nn.Conv1d, (C, 1, 2 ** (i + 1)))
+            if reason is None and (conv.stride, conv.padding, conv.dilation) != ((2**i,), (0,), (1,)):
+                reason = f"is not of stride {2**i}, dilation 1 and no padding"
+            if reason is not None:
+                return f"contexts[{i}] {reason}"
+        for name, layers in (("scales", self.scales), ("biases", self.biases)):
+            for i, linear in enumerate(layers):
+                reason = why_call(linear) or _why_call_other(linear, nn.Linear, (C, C))
+                if reason is not None:
+                    return f"{name}[{i}] {reason}"
+        return None
+
+    def _by_parts(self, query: Tensor, target: Tensor) -> Tensor:
+        """The same by calling the inner modules."""
+        _check_inputs(query, target)
+        modulator = _attend(query, _gather(target, self.contexts), self.scale_factor)
+        scale, shift = 1, 0
+        for scale_layer, bias_layer in zip(self.scales, self.biases, strict=True):
+            scale, shift = scale + scale_layer(modulator), shift + bias_layer(modulator)
+        return scale * query + shift
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_contexts={self.num_contexts}, scale_factor={self.scale_factor:.3g}"
+
+
+def _why_call_other(part: nn.Module, kind: type[nn.Module], shape: tuple[int, ...]) -> str | None:
+    """Why a plain module is not the one of that class and shape, with a bias."""
+    if type(part) is not kind:
+        return f"is a {type(part).__name__}, expected a {kind.__name__}"
+    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
+    found = [None if tensor is None else tuple(tensor.shape) for tensor in (weight, bias)]
+    expected = [shape, shape[:1]]
+    return None if found == expected else f"has weight and bias of shapes {found}, expected {expected}"
 
 
 def _sum(layers: Sequence[WeightAndBias]) -> WeightAndBias:
@@ -130,7 +183,7 @@ def _sum(layers: Sequence[WeightAndBias]) -> WeightAndBias:
     return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
 
 
-def _prepare(query, target, contexts, scales, biases):
+def _check_inputs(query, target) -> None:
     check_tokens("query", query)
     check_tokens("target", target)
     B, _, C = query.shape
@@ -139,6 +192,11 @@ def _prepare(query, target, contexts, scales, biases):
             f"target: expected shape ({B}, M, {C}) = (B, M, C) with M >= 1 for the given query, "
             f"got {tuple(target.shape)}"
         )
+
+
+def _prepare(query, target, contexts, scales, biases):
+    _check_inputs(query, target)
+    C = query.shape[2]
     L = len(contexts)
     if L < 1:
         raise ValueError("contexts: expected at least one level, got none")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .._parts import why_call, why_call_all, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
 from ..functional import focal_modulation
 
 
@@ -23,33 +25,10 @@ class Parts(NamedTuple):
     norm: nn.Module | None
     extra: tuple[tuple[str, nn.Module], ...] = ()
 
-    def flat(self) -> list[nn.Module]:
-        """Every inner module, those within `focal_layers` too."""
-        modules = [self.f, self.h, self.proj, self.act, self.focal_layers]
-        if self.norm is not None:
-            modules.append(self.norm)
-        for level in self.focal_layers:
-            modules += (level, *level._modules.values())
-        for _, part in self.extra:
-            modules += part.modules()
-        return modules
-
-    def name(self, module: nn.Module) -> str:
-        """By which role `flat` knows it."""
-        for role, part in zip(self._fields, self, strict=True):
-            if part is module:
-                return role
-        for i, level in enumerate(self.focal_layers):
-            if level is module:
-                return f"focal_layers[{i}]"
-            for j, inner in level._modules.items():
-                if inner is module:
-                    return f"focal_layers[{i}][{j}]"
-        for name, part in self.extra:
-            for path, inner in part.named_modules(prefix=name):
-                if inner is module:
-                    return path
-        raise KeyError(module)
+    @property
+    def C(self) -> int:
+        """Channels."""
+        return self.h.in_channels
 
 
 class Adapter:
@@ -70,8 +49,10 @@ class Adapter:
 
     def missing(self, module: nn.Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""
-        names = [self.f, self.h, self.proj, self.act, self.drop, "focal_layers", self.norm_flag, *self.extra]
-        return [name for name in names if not hasattr(module, name)]
+        names = [self.f, self.h, self.proj, self.act, self.drop, "focal_layers", *self.extra]
+        return [name for name in names if name not in module._modules] + (
+            [] if hasattr(module, self.norm_flag) else [self.norm_flag]
+        )
 
     def distance(self, module: nn.Module) -> tuple:
         """How far `module` is from the form: the nearest form is the one that explains most of its members."""
@@ -80,14 +61,15 @@ class Adapter:
 
     def parts(self, module: nn.Module) -> Parts:
         """The inner modules as they are now."""
+        inner = module._modules  # not by getattr, which is slow for modules
         return Parts(
-            getattr(module, self.f),
-            getattr(module, self.h),
-            getattr(module, self.proj),
-            getattr(module, self.act),
-            module.focal_layers,
+            inner[self.f],
+            inner[self.h],
+            inner[self.proj],
+            inner[self.act],
+            inner["focal_layers"],
             self.post_norm(module),
-            tuple((name, getattr(module, name)) for name in self.extra),
+            tuple([(name, inner[name]) for name in self.extra]),
         )
 
     def post_norm(self, module: nn.Module) -> nn.Module | None:
@@ -98,9 +80,9 @@ class Adapter:
         """Calls to try the layer with, each the shapes of its arguments; small, and no two axes alike."""
         return [((2, 5, 4, C),)]
 
-    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
-        """The tensors of a call, for `forward`; None for a call that is left to the class."""
-        return args if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
+        """The tensors of a call with these arguments, for `forward`; None for a call that is left to the class."""
+        return args if len(args) == 1 and isinstance(args[0], Tensor) else None
 
     def channels_last(self, x: Tensor) -> Tensor:
         """The layer's input as (B, *spatial, C)."""
@@ -128,15 +110,19 @@ class Adapter:
             kwargs |= {"ln_weight": norm.weight, "ln_bias": norm.bias, "ln_eps": norm.eps}
         return args, kwargs
 
-    def forward(self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = ()) -> Tensor:
+    def forward(
+        self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+    ) -> Tensor:
         """The layer's forward through our ops.
 
         Args:
             module: the layer.
             x: its input, in its own layout.
             stores: which of `storable` to leave on the module, as the original does.
+            backend: see `functional.focal_context`.
         """
         args, kwargs = self.functional_arguments(module, x)
+        kwargs["backend"] = backend
         if stores:
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
             for name, value in (("gates", gates), ("modulator", modulator)):
@@ -146,115 +132,70 @@ class Adapter:
             y = focal_modulation(*args, **kwargs)
         return self.as_original(module, y, x)
 
-    def bypassed(self, module: nn.Module) -> str | None:
-        """What an accelerated forward would pass by: a replaced or hooked inner module.
+    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
+        """What an accelerated forward would pass by: an inner module that is not, or no longer, as its role has it.
 
-        Cheap, for it runs in every call: a layer may be wrapped or hooked after it was accelerated.
+        Cheap, for it runs in every call: a layer may change after it was accelerated.
+
+        Args:
+            norms: subclasses of LayerNorm that a layer of this form was found to be right with, and their forwards.
         """
-        if type(module.focal_layers) is not nn.ModuleList:
-            return f"focal_layers is a {type(module.focal_layers).__name__}, expected a ModuleList"
+        reason = why_call_all()
+        if reason is not None:
+            return reason
         parts = self.parts(module)
-        for part in parts.flat():
-            if type(part) not in _PLAIN and not isinstance(part, nn.LayerNorm):
-                name = parts.name(part)
-                return f"{name} is a {type(part).__name__}, which an accelerated forward would not call"
-            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-                return f"{parts.name(part)} has hooks, which an accelerated forward would not fire"
+        reason = why_call_projection(parts.h, self.conv)
+        if reason is not None:
+            return f"h {reason}"
+        C = parts.C
+        reason = why_call_levels(parts.focal_layers, self.conv, C)
+        if reason is not None:
+            return reason
+        if parts.h.out_channels != C:
+            return f"h has {parts.h.out_channels} output and {C} input channels"
+        reason = why_call_projection(parts.f, self.projection, (self.f_outputs(C, len(parts.focal_layers)), C))
+        if reason is not None:
+            return f"f {reason}"
+        reason = why_call_projection(parts.proj, self.projection, (C, C))
+        if reason is not None:
+            return f"proj {reason}"
+        reason = why_call_gelu(parts.act)
+        if reason is not None:
+            return f"act {reason}"
+        reason = None if parts.norm is None else why_call_norm(parts.norm, C, norms)
+        if reason is not None:
+            return f"norm {reason}"
+        for name, part in parts.extra:
+            for path, inner in part.named_modules(prefix=name):
+                reason = None if type(inner) is nn.ModuleList else why_call(inner)
+                if reason is not None:
+                    return f"{path} {reason}"
         return None
+
+    def norms(self, module: nn.Module) -> dict[type, Callable]:
+        """The class of the layer's norm with its forward, where it is a subclass of LayerNorm: see `bypassed`."""
+        norm = self.post_norm(module)
+        return {type(norm): type(norm).forward} if isinstance(norm, nn.LayerNorm) else {}
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why these members are not focal modulation in this form; None where they are."""
-        return (
-            self.bypassed(module)
-            or self._why_not_projections(self.parts(module))
-            or self._why_not_levels(self.parts(module))
-            or _why_not_norm(self.parts(module))
-            or self._why_not_only(module)
-        )
+        return self.bypassed(module, self.norms(module)) or self._why_not_only(module)
 
     def f_outputs(self, C: int, L: int) -> int:
         """Output channels of f: q, ctx and the gates."""
         return 2 * C + L + 1
 
-    def _why_not_projections(self, parts: Parts) -> str | None:
-        for role, kind in {"f": self.projection, "h": self.conv, "proj": self.projection}.items():
-            part = getattr(parts, role)
-            if type(part) is not kind:
-                return f"{role} is a {type(part).__name__}, expected a {kind.__name__}"
-            if kind is not nn.Linear and not _is_pointwise(part):
-                return f"{role} is not a plain 1x1 convolution"
-        C, L = parts.h.in_channels, len(parts.focal_layers)
-        for role, expected in {"f": (self.f_outputs(C, L), C), "h": (C, C), "proj": (C, C)}.items():
-            channels = _channels(getattr(parts, role))
-            if channels != expected:
-                return (
-                    f"{role} has {channels[0]} output and {channels[1]} input channels, "
-                    f"expected {expected[0]} and {expected[1]} for C = {C} and L = {L}"
-                )
-        return None if _is_exact_gelu(parts.act) else f"act is {parts.act}, expected the exact GELU"
-
-    def _why_not_levels(self, parts: Parts) -> str | None:
-        C = parts.h.in_channels
-        for i, level in enumerate(parts.focal_layers):
-            if type(level) is not nn.Sequential or [type(inner) for inner in level] != [self.conv, nn.GELU]:
-                return f"focal_layers[{i}] is not Sequential({self.conv.__name__}, GELU)"
-            conv, act = level
-            k = conv.kernel_size
-            if not _is_exact_gelu(act):
-                return f"focal_layers[{i}][1] is {act}, expected the exact GELU"
-            if any(size % 2 == 0 for size in k):
-                return f"focal_layers[{i}][0] has the even kernel {k}, which changes the map's size"
-            if _geometry(conv) != _same_size(k):
-                return f"focal_layers[{i}][0] is not of stride 1, dilation 1 and zero padding k // 2"
-            if (*_channels(conv), conv.groups) != (C, C, C) or conv.bias is not None:
-                return f"focal_layers[{i}][0] is not depthwise over {C} channels without bias"
-        return None
-
     def _why_not_only(self, module: nn.Module) -> str | None:
         """A further member with a state of its own may take part in the forward."""
-        parts = self.parts(module).flat()
-        known = {id(p) for part in parts for p in part.parameters(recurse=False)}
+        parts = self.parts(module)
+        inner = [parts.f, parts.h, parts.proj, parts.act, parts.focal_layers, getattr(module, self.drop)]
+        inner += [part for _, part in parts.extra] + ([] if parts.norm is None else [parts.norm])
+        known = {id(module), *(id(m) for part in inner for m in part.modules())}
+        own = {id(p) for part in inner for p in part.parameters()}
         for name, parameter in module.named_parameters():
-            if id(parameter) not in known:
+            if id(parameter) not in own:
                 return f"parameter {name} is no part of the form"
-            if type(parameter) is not nn.Parameter:
-                return f"parameter {name} is a {type(parameter).__name__}, expected a plain Parameter"
-        known = {id(part) for part in (module, getattr(module, self.drop), *parts)}
-        for name, inner in module.named_modules():
-            if id(inner) not in known and type(inner) is not nn.Identity:
-                return f"{name} ({type(inner).__name__}) is no part of the form"
+        for name, member in module.named_modules():
+            if id(member) not in known and type(member) is not nn.Identity:
+                return f"{name} ({type(member).__name__}) is no part of the form"
         return next((f"buffer {name} is no part of the form" for name, _ in module.named_buffers()), None)
-
-
-_PLAIN = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GELU, nn.Sequential, nn.ModuleList}
-
-
-def _channels(part: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Output and input channels."""
-    linear = isinstance(part, nn.Linear)
-    return (part.out_features, part.in_features) if linear else (part.out_channels, part.in_channels)
-
-
-def _geometry(conv: nn.Conv2d) -> tuple:
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
-
-
-def _same_size(kernel: tuple[int, ...]) -> tuple:
-    """The geometry of a convolution that keeps the size of its map."""
-    ones = (1,) * len(kernel)
-    return kernel, ones, tuple(size // 2 for size in kernel), ones, "zeros"
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return _geometry(conv) == _same_size((1,) * len(conv.kernel_size)) and conv.groups == 1
-
-
-def _is_exact_gelu(module: nn.Module) -> bool:
-    return type(module) is nn.GELU and module.approximate == "none"
-
-
-def _why_not_norm(parts: Parts) -> str | None:
-    norm, C = parts.norm, parts.h.in_channels
-    if norm is None or (norm.normalized_shape == (C,) and norm.weight is not None and norm.bias is not None):
-        return None
-    return f"norm is {norm}, expected an affine LayerNorm over {C} channels"

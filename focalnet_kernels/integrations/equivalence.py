@@ -7,12 +7,14 @@ on the class and its configuration alone, not on the layer's device, dtype or we
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import use_backend
 from .adapter import Adapter
 
 TOLERANCE = 1e-9  # relative; the same formula in another order of sums stays below 1e-13
@@ -39,7 +41,7 @@ def compare(adapter: Adapter, module: nn.Module) -> Verdict:
             torch.no_grad(),
             torch.random.fork_rng(devices=()),
             torch.autocast("cpu", enabled=False),
-            use_backend("reference"),
+            _one_thread(),
         ):
             return _compare(adapter, module)
     except Exception as error:  # the forward is foreign code: whatever it raises, the layer is left alone
@@ -48,17 +50,18 @@ def compare(adapter: Adapter, module: nn.Module) -> Verdict:
 
 def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
-    twin = _twin(module, generator)
+    twin = _twin(module, lambda shape: _random(shape, generator))
     setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
+    ours = partial(adapter.forward, backend="reference")
     stores: tuple[str, ...] = ()
-    for shapes in adapter.examples(module, adapter.parts(module).h.in_channels):
+    for shapes in adapter.examples(module, adapter.parts(module).C):
         xs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
         for mode in ("evaluation", "training"):
             twin.train(mode == "training")
             y, stored = _run(type(module).forward, twin, xs)
             if strange := sorted(stored.keys() - set(adapter.storable)):
                 return Verdict(f"its forward also stores {', '.join(strange)} on the module")
-            our_y, our_stored = _run(adapter.forward, twin, xs, stores=adapter.storable)
+            our_y, our_stored = _run(ours, twin, xs, stores=adapter.storable)
             for name, theirs in {"output": y, **stored}.items():
                 difference = _relative_difference(theirs, our_stored.get(name, our_y))
                 if not difference <= TOLERANCE:
@@ -66,7 +69,28 @@ def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
                         f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
                     )
             stores = tuple(name for name in adapter.storable if name in stored)
+        if reason := _compare_dtypes(type(module).forward, ours, twin, xs):
+            return Verdict(reason)
     return Verdict(None, stores)
+
+
+def _compare_dtypes(theirs: Callable, ours: Callable, twin: nn.Module, xs: list[Tensor]) -> str | None:
+    """Whether the outputs differ in dtype where mixed precision rounds some of their steps."""
+    twin, xs = _twin(twin, lambda shape: torch.zeros(shape, device="cpu")), [x.float() for x in xs]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (_run(forward, twin, xs)[0].dtype for forward in (theirs, ours))
+    return None if expected == found else f"its forward answers with {expected} in autocast, ours with {found}"
+
+
+@contextmanager
+def _one_thread():
+    """These maps are small: with more threads they wait for one another, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(forward, twin: nn.Module, xs: list[Tensor], **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,26 +99,23 @@ def _run(forward, twin: nn.Module, xs: list[Tensor], **kwargs) -> tuple[Tensor, 
     return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
 
 
-def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy with fresh float64 parameters. Not by deepcopy, which activations stored on the layer refuse."""
+def _twin(module: nn.Module, draw: Callable[[torch.Size], Tensor]) -> nn.Module:
+    """A copy with fresh parameters. Not by deepcopy, which activations stored on the layer refuse."""
     twin = module.__new__(type(module))
     twin.__dict__ = {
-        name: value for name, value in vars(module).items() if name != "forward" and not isinstance(value, Tensor)
+        name: value for name, value in vars(module).items() if name not in _INSTANCE and not isinstance(value, Tensor)
     }
     twin._parameters = {
-        name: parameter if parameter is None else _random_parameter(parameter, generator)
+        name: parameter if parameter is None else nn.Parameter(draw(parameter.shape), requires_grad=False)
         for name, parameter in module._parameters.items()
     }
-    twin._modules = {
-        name: child if child is None else _twin(child, generator) for name, child in module._modules.items()
-    }
+    twin._modules = {name: child if child is None else _twin(child, draw) for name, child in module._modules.items()}
     return twin
 
 
-def _random_parameter(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
-    fan_in = parameter.shape[1:].numel() if parameter.ndim > 1 else 1
-    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
-    return nn.Parameter(values / fan_in**0.5, requires_grad=False)
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    fan_in = shape[1:].numel() if len(shape) > 1 else 1
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") / fan_in**0.5
 
 
 def _relative_difference(theirs, ours: Tensor) -> float:
@@ -103,7 +124,8 @@ def _relative_difference(theirs, ours: Tensor) -> float:
     return ((theirs - ours).norm() / ours.norm()).item()
 
 
-_INTERNAL = {*vars(nn.Module()), "forward", "__prepare_scriptable__"}
+_INSTANCE = {"forward", "__prepare_scriptable__", "__reduce_ex__"}  # what an accelerated layer has of its own
+_INTERNAL = {*vars(nn.Module()), *_INSTANCE}
 
 
 def _attributes(module: nn.Module):

@@ -6,7 +6,8 @@ import inspect
 import re
 import types
 import warnings
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -65,28 +66,52 @@ class Report:
 class AcceleratedForward:
     """The bound `forward` of one accelerated layer.
 
-    A callable object and no bound function: it is copied and pickled together with its module, and the copy
-    then reads the copy's parameters.
+    A callable object and no bound function: it is copied and pickled together with its module, and the copy then
+    reads the copy's parameters. It holds the module weakly, so that a model is freed with its last name.
     """
 
     def __init__(self, module: nn.Module, adapter: Adapter, backend: str | None, stores: tuple[str, ...]):
-        self.module = module
         self.adapter = adapter
         self.backend = backend
         self.stores = stores
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        # what was compared with ours, class by class: another forward may take its place
+        self.original = {type(module): type(module).forward}
+        self.norms = adapter.norms(module)
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        module = None if self._module is None else self._module()
+        if module is None:
+            raise RuntimeError("accelerate: this forward has outlived its layer, or was copied or pickled without it")
+        return module
 
     def __call__(self, *args, **kwargs) -> Tensor:
+        module = self.module
         # not ours: an FX proxy, say, or a call for the class to refuse in its own words
-        inputs = self.adapter.inputs(self.module, args, kwargs)
-        if inputs is None or self._must_be_original():
-            return type(self.module).forward(self.module, *args, **kwargs)
-        with nullcontext() if self.backend is None else dispatch.use_backend(self.backend):
-            return self.adapter.forward(self.module, *inputs, stores=self.stores)
+        positional = self._positional(args, kwargs)
+        inputs = None if positional is None else self.adapter.inputs(module, positional)
+        if inputs is None or self._must_be_original(module):
+            return type(module).forward(module, *args, **kwargs)
+        return self.adapter.forward(module, *inputs, stores=self.stores, backend=self.backend)
 
-    def _must_be_original(self) -> bool:
+    def _positional(self, args: tuple, kwargs: dict) -> tuple | None:
+        """The arguments in the order of the class's forward; None where that leaves some over."""
+        if kwargs:
+            named = [name for name in self.names[len(args) :] if name in kwargs]
+            if named != list(self.names[len(args) :][: len(named)]) or len(named) != len(kwargs):
+                return None
+            args = (*args, *[kwargs[name] for name in named])
+        return args
+
+    def _must_be_original(self, module: nn.Module) -> bool:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return True  # what leaves this process must not need our ops
-        reason = self.adapter.bypassed(self.module)
+        reason = self.adapter.bypassed(module, self.norms)
+        if reason is None and type(module).forward is not self.original.get(type(module)):
+            reason = f"{type(module).__name__}.forward was replaced"
         if reason is not None:
             dispatch.warn_once(
                 f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}"
@@ -109,14 +134,59 @@ class AcceleratedForward:
 
     def bind(self) -> None:
         """Make it the module's forward. Plain attributes, so neither parameters nor state_dict see them."""
-        self.module.forward = self
         # torch.jit.script compiles source code and cannot take a callable object: it gets the class's forward
-        self.module.__prepare_scriptable__ = self.unbind
+        vars(self.module).update(zip(_BOUND, (self, self.unbind, self.reduce_module), strict=True))
 
     def unbind(self) -> nn.Module:
-        """Give the module its class's forward back."""
-        del self.module.forward, self.module.__prepare_scriptable__
-        return self.module
+        """Give the module its class's forward back, unless somebody wrapped this one."""
+        module = self.module
+        if vars(module).get("forward", self) is self:
+            for name in _BOUND:
+                vars(module).pop(name, None)
+        return module
+
+    def reduce_module(self, protocol: int) -> tuple:
+        """The module's `__reduce_ex__`: its copies, shallow ones too, get a forward of their own."""
+        module = self.module
+        reduced = type(module).__reduce_ex__(module, protocol)
+        if vars(module).get("forward") is not self or len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced
+        make, args, state, *rest = reduced
+        twin = AcceleratedForward.__new__(AcceleratedForward)
+        twin.__setstate__(self.__getstate__() | {"_module": None})
+        state = {name: value for name, value in state.items() if name not in _BOUND}
+        return _make_accelerated, (twin, make, args), state, *rest
+
+    def __getstate__(self) -> dict:
+        """With the module itself, which is copied or pickled along; and no functions, which may not pickle."""
+        return vars(self) | {
+            "_module": None if self._module is None else self._module(),
+            "original": {cls: cls.forward is forward for cls, forward in self.original.items()},
+            "norms": {cls: cls.forward is forward for cls, forward in self.norms.items()},
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        for name in ("original", "norms"):  # a class that had been patched stays unknown
+            setattr(self, name, {cls: cls.forward for cls, same in state[name].items() if same})
+        self._module = None if state["_module"] is None else weakref.ref(state["_module"])
+
+
+_BOUND = ("forward", "__prepare_scriptable__", "__reduce_ex__")
+
+
+def _make_accelerated(forward: AcceleratedForward, make: Callable, args: tuple) -> nn.Module:
+    """A copy of an accelerated layer, still without its state, with `forward` bound to it."""
+    module = make(*args)
+    forward._module = weakref.ref(module)
+    forward.bind()
+    return module
+
+
+def _bound_to(module: nn.Module) -> AcceleratedForward | None:
+    """The module's accelerated forward, be it wrapped by somebody."""
+    owner = getattr(vars(module).get("__reduce_ex__"), "__self__", None)
+    return owner if isinstance(owner, AcceleratedForward) else None
 
 
 def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> Report:
@@ -189,13 +259,21 @@ def restore(model: nn.Module) -> None:
     Args:
         model: any module, accelerated or not.
 
+    A layer whose bound forward somebody wrapped stays as it is, with a RuntimeWarning that names it.
+
     Raises:
         TypeError: `model` is not an nn.Module.
     """
     _check_model(model, "restore")
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), AcceleratedForward):
-            module.forward.unbind()
+    for name, module in model.named_modules():
+        bound = _bound_to(module)
+        if bound is not None and "forward" in vars(bound.unbind()):
+            warnings.warn(
+                f"restore: {name or 'the model itself'} stays accelerated: its forward was wrapped afterwards, "
+                f"by {vars(module)['forward']!r}; take that off first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _check_model(model, function: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
+from .._parts import why_call_projection
 from ..functional import focal_context, modulate
 from .official import OfficialDetection
 
@@ -18,22 +21,20 @@ class QueryContext(OfficialDetection):
     def f_outputs(self, C: int, L: int) -> int:
         return C + L + 1
 
-    def why_not(self, module: nn.Module) -> str | None:
-        return super().why_not(module) or _why_not_query(module.q, module.f)
+    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
+        return super().bypassed(module, norms) or _why_call_query(module.q, module.f)
 
     def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, C, 5, 4),), ((2, C, 5, 4), (2, C, 5, 4))]
 
-    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
-        if len(args) == 1 and kwargs.keys() == {"v"}:
-            args, kwargs = (*args, kwargs["v"]), {}
+    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
         if len(args) != 2:
-            return super().inputs(module, args, kwargs)
+            return super().inputs(module, args)
         x, v = args
         if v is None:
-            return super().inputs(module, (x,), kwargs)
+            return super().inputs(module, (x,))
         same = isinstance(x, Tensor) and isinstance(v, Tensor) and x.shape == v.shape  # else v is broadcast
-        return (x, v) if same and not kwargs else None
+        return (x, v) if same else None
 
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
@@ -47,23 +48,31 @@ class QueryContext(OfficialDetection):
         f_bias = None if f_bias is None else torch.cat((module.q.bias, f_bias))
         return (x, f_weight, f_bias, *rest), kwargs
 
-    def forward(self, module: nn.Module, x: Tensor, v: Tensor | None = None, *, stores: tuple[str, ...] = ()) -> Tensor:
+    def forward(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        v: Tensor | None = None,
+        *,
+        stores: tuple[str, ...] = (),
+        backend: str | None = None,
+    ) -> Tensor:
         if v is None:
-            return super().forward(module, x, stores=stores)
+            return super().forward(module, x, stores=stores, backend=backend)
         _, h, proj, _, focal_layers, norm, _ = self.parts(module)
         q = module.q(self.channels_last(x)).movedim(-1, 1)
         projected = module.f(self.channels_last(v)).movedim(-1, 1)
         ctx, gates = projected.split((h.in_channels, len(focal_layers) + 1), 1)
-        ctx_all = focal_context(ctx, gates, [level[0].weight for level in focal_layers])
-        y = modulate(q, ctx_all, h.weight, h.bias).movedim(1, -1)
+        ctx_all = focal_context(ctx, gates, [level[0].weight for level in focal_layers], backend=backend)
+        y = modulate(q, ctx_all, h.weight, h.bias, backend=backend).movedim(1, -1)
         if "gates" in stores:
             module.gates = gates
         return self.as_original(module, proj(y if norm is None else norm(y)), x)
 
 
-def _why_not_query(q: nn.Module, f: nn.Linear) -> str | None:
-    if type(q) is not nn.Linear:
-        return f"q is a {type(q).__name__}, expected a Linear"
-    if (q.out_features, q.in_features, q.bias is None) != (f.in_features, f.in_features, f.bias is None):
-        return f"q is {q}, expected {f.in_features} input and output channels and, as f, bias={f.bias is not None}"
-    return None
+def _why_call_query(q: nn.Module, f: nn.Linear) -> str | None:
+    C = f.weight.shape[1]
+    reason = why_call_projection(q, nn.Linear, (C, C))
+    if reason is None and (q.bias is None) != (f.bias is None):
+        reason = f"is {q}, expected, as f, bias={f.bias is not None}"
+    return None if reason is None else f"q {reason}"

@@ -22,17 +22,19 @@ class SpatioTemporal(OfficialClassification):
     def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2 * module.num_frames, 5, 4, C),)]
 
-    def inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
-        inputs = super().inputs(module, args, kwargs)
+    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
+        inputs = super().inputs(module, args)
         whole = inputs is not None and inputs[0].ndim == 4 and inputs[0].shape[0] % module.num_frames == 0
         return inputs if whole else None
 
-    def forward(self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = ()) -> Tensor:
+    def forward(
+        self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+    ) -> Tensor:
         f, h, proj, _, focal_layers, norm, _ = self.parts(module)
         C, L = x.shape[-1], len(focal_layers)
         q, ctx, gates = f(x).movedim(-1, 1).split((C, C, L + 1), 1)
         weights = [level[0].weight for level in focal_layers]
-        ctx_all = focal_context(ctx, gates, weights, normalize=module.normalize_modulator)
+        ctx_all = focal_context(ctx, gates, weights, normalize=module.normalize_modulator, backend=backend)
         gates_temporal, modulator_temporal = _temporal(module, x)
         if stores:
             modulator = h(ctx_all)
@@ -42,7 +44,7 @@ class SpatioTemporal(OfficialClassification):
                     setattr(module, name, value)
             y = q * modulator
         else:
-            y = modulate(q, ctx_all, h.weight, h.bias)
+            y = modulate(q, ctx_all, h.weight, h.bias, backend=backend)
         y = y.movedim(1, -1) * modulator_temporal
         return self.as_original(module, proj(y if norm is None else norm(y)), x)
 

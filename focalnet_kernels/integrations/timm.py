@@ -28,8 +28,16 @@ class Timm(Adapter):
         # fro, so that proj sees channels_last whatever the layer was given
         parts = self.parts(module)
         last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f.weight)
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return module.proj_drop(y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format))
+        return module.proj_drop(channels_first(y, last))
+
+
+def channels_first(y: Tensor, channels_last: bool) -> Tensor:
+    """(B, H, W, C) as (B, C, H, W), in that memory order or contiguous."""
+    y = y.permute(0, 3, 1, 2)
+    if not channels_last:
+        return y.contiguous()
+    # vmap can neither ask for this order nor make it; nobody sees the order of its batches
+    return y if torch._C._are_functorch_transforms_active() else y.contiguous(memory_format=torch.channels_last)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from .timm import Timm, is_channels_last
+from .timm import Timm, channels_first, is_channels_last
 
 
 class Yolo(Timm):
@@ -19,6 +18,4 @@ class Yolo(Timm):
 
     def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
         # it makes every map contiguous, and only proj's convolution can pass on another order: its weight's
-        last = is_channels_last(module.proj.weight)
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return module.proj_drop(y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format))
+        return module.proj_drop(channels_first(y, is_channels_last(module.proj.weight)))

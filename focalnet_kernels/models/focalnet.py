@@ -197,12 +197,17 @@ class FocalNet(nn.Module):
             raise ValueError(f"out_indices: expected stages from 0 to {self.num_layers - 1}, got {wanted}")
 
     def _check_image(self, x: Tensor, last: int) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected shape (B, in_chans={self.in_chans}, H, W), got {tuple(x.shape)}")
+        # of the modules that are there: a stem may have been replaced, for images of more channels, say
+        in_chans = getattr(self.patch_embed, "in_chans", None)
+        if x.ndim != 4 or in_chans not in (None, x.shape[1]):
+            expected = "in_chans" if in_chans is None else f"in_chans={in_chans}"
+            raise ValueError(f"x: expected shape (B, {expected}, H, W), got {tuple(x.shape)}")
         size = (x.shape[2], x.shape[3])
         for i in range(last + 1):
             embed = self.patch_embed if i == 0 else self.layers[i - 1].downsample
-            grid = embed.output_size(size)
+            grid = embed.output_size(size) if isinstance(embed, PatchEmbed) else None
+            if grid is None:  # nobody says what it makes of an image
+                return
             if min(grid) < 1:
                 raise ValueError(
                     f"x: an image of {x.shape[2]}x{x.shape[3]} is too small: it gives stage {i} (from 0) "

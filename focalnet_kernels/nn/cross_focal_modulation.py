@@ -20,8 +20,16 @@ class CrossFocalModulationNd(FocalModulationNd):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self.check_input("x", x)
         self.check_input("target", target)
+        if self.why_by_parts() is not None:
+            return self.proj_drop(self.by_parts(x, target)[0])
         args, kwargs = self.functional_arguments(x, target)
         return self.proj_drop(cross_focal_modulation(*args, **kwargs))
+
+    def project(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x, ctx and gates of the target; f is called for either, and the rows of the other's dropped."""
+        q, _, _ = super().project(x)
+        _, ctx, gates = super().project(target)
+        return q, ctx, gates
 
 
 class CrossFocalModulation(CrossFocalModulationNd):

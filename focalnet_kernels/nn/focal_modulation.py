@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional import focal_modulation
+from .._parts import why_call_all, why_call_levels, why_call_norm, why_call_projection
+from ..functional import focal_context, focal_modulation, resample
+from ..ops.focal_context.reference import mix_levels
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class FocalModulationNd(nn.Module):
-    """The parameters of focal modulation over `ndim` spatial axes, and its forward."""
+    """The parameters of focal modulation over `ndim` spatial axes, and its forward.
+
+    The fused form reads the weights of the inner modules. Where one of these is no plain module (see `_parts.py`) the
+    layer calls them instead, one after the other.
+    """
 
     ndim: int
     functional = staticmethod(focal_modulation)
@@ -79,11 +85,46 @@ class FocalModulationNd(nn.Module):
 
     def forward(self, x: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         self.check_input("x", x)
-        args, kwargs = self.functional_arguments(x)
-        if return_gates:
+        if self.why_by_parts() is not None:
+            y, gates, modulator = self.by_parts(x)
+        else:
+            args, kwargs = self.functional_arguments(x)
+            if not return_gates:
+                return self.proj_drop(focal_modulation(*args, **kwargs))
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
-            return self.proj_drop(y), gates, modulator
-        return self.proj_drop(focal_modulation(*args, **kwargs))
+        y = self.proj_drop(y)
+        return (y, gates, modulator) if return_gates else y
+
+    def why_by_parts(self) -> str | None:
+        """Which inner module must be called, and why; None where the fused form may read all of their weights."""
+        C, L = self.dim, len(self.focal_layers)
+        reason = why_call_all()
+        if reason is not None:
+            return reason
+        for name, kind, rows in (("f", nn.Linear, 2 * C + L + 1), ("h", _CONV[self.ndim], C), ("proj", nn.Linear, C)):
+            reason = why_call_projection(self._modules[name], kind, (rows, C))
+            if reason is not None:
+                return f"{name} {reason}"
+        ln = self._modules.get("ln")
+        reason = None if ln is None else why_call_norm(ln, C)
+        return why_call_levels(self.focal_layers, _CONV[self.ndim], C) if reason is None else f"ln {reason}"
+
+    def by_parts(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output before dropout, gates and modulator, by calling the inner modules; plain levels are still one op."""
+        q, ctx, gates = self.project(*inputs)
+        if why_call_all() is None and why_call_levels(self.focal_layers, _CONV[self.ndim], ctx.shape[1]) is None:
+            weights = [level[0].weight for level in self.focal_layers]
+            ctx_all = focal_context(ctx, gates, weights, normalize=self.normalize_modulator)
+        else:
+            ctx_all = mix_levels(ctx, gates, self.focal_layers, self.normalize_modulator)
+        modulator = self.h(resample(ctx_all, q.shape[2:]))
+        y = (q * modulator).movedim(1, -1)
+        ln = getattr(self, "ln", None)
+        return self.proj(y if ln is None else ln(y)), gates, modulator
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, ctx and gates, channels first, by calling f."""
+        return self.f(x).movedim(-1, 1).split((self.dim, self.dim, len(self.focal_layers) + 1), 1)
 
     def check_input(self, name: str, x: Tensor) -> None:
         if x.ndim != self.ndim + 2 or x.shape[-1] != self.dim:

@@ -43,20 +43,32 @@ class PatchEmbed(nn.Module):
         else:
             kernel_size, stride, padding = patch_size, patch_size, 0
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
+        self.stride = self.proj.stride
         self.norm = norm_layer(embed_dim) if norm_layer is not None else None
         self.pad = pad
 
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H', W') for an input of (H, W); below 1 where the input holds no patch."""
+    @property
+    def in_chans(self) -> int | None:
+        """Channels of the input, as `proj` says; None where something else took its place that does not say."""
+        return getattr(self.proj, "in_channels", None)
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """(H', W') for an input of (H, W), below 1 where the input holds no patch; None where `proj` does not say."""
         conv = self.proj
+        if type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
+            return None
         size = tuple(n + more for n, more in zip(size, self._missing(size), strict=True))
-        geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
-        height, width = ((n + 2 * padding - kernel) // stride + 1 for n, kernel, stride, padding in geometry)
+        geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        height, width = (
+            (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for n, kernel, stride, padding, dilation in geometry
+        )
         return height, width
 
     def _missing(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of zeros to add."""
-        height, width = (-n % stride if self.pad else 0 for n, stride in zip(size, self.proj.stride, strict=True))
+        strides = getattr(self.proj, "stride", self.stride)  # a wrapped convolution may not say
+        height, width = (-n % stride if self.pad else 0 for n, stride in zip(size, strides, strict=True))
         return height, width
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """torch.compile of whole accelerated models: one graph, and none anew for another batch size."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -106,3 +107,57 @@ def test_a_compiled_copy_is_independent(backend, seed):
         for parameter in twin.parameters():
             parameter.zero_()
         torch.testing.assert_close(compiled(x), expected)
+
+
+def kernels_of(graph):
+    return [str(n.target) for n in graph.graph.nodes if str(n.target).startswith("focalnet_kernels.")]
+
+
+@torch.no_grad()
+def test_another_backend_recompiles(cpu_kernels):
+    """Whoever changes it, and back without a third graph; a thread has its own."""
+    layer, x, counter = fk.FocalModulation(8, 3, 2), torch.randn(2, 6, 5, 8), CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+
+    def kernels_after(call):
+        call(x)
+        return [bool(kernels_of(graph)) for graph in counter.graphs]
+
+    with fk.use_backend("auto"):
+        assert kernels_after(compiled) == [True]
+        with fk.use_backend("reference"):
+            assert kernels_after(compiled) == [True, False]
+            with fk.use_backend("cpu"):
+                assert kernels_after(compiled) == [True, False, True]
+            assert kernels_after(compiled) == [True, False, True]
+        assert kernels_after(compiled) == [True, False, True]
+        fk.use_backend("reference")
+        assert kernels_after(compiled) == [True, False, True]
+
+        def in_its_own_block():
+            with fk.use_backend("triton"):
+                try:
+                    compiled(x)
+                except Exception as error:
+                    said.append(str(error))
+
+        said = []
+        thread = threading.Thread(target=in_its_own_block)
+        thread.start()
+        thread.join()
+        assert "backend 'triton' cannot run this call" in said[0]
+
+
+@torch.no_grad()
+def test_backends_chosen_within_a_graph(cpu_kernels):
+    layer, x, counter = fk.FocalModulation(8, 3, 2), torch.randn(2, 6, 5, 8), CompileCounterWithBackend("eager")
+
+    def twice(x):
+        with fk.use_backend("reference"):
+            y = layer(x)
+        return y, layer(x)
+
+    with fk.use_backend("cpu"):
+        torch.compile(twice, fullgraph=True, backend=counter)(x)
+        assert fk.dispatch.requested_backend() == "cpu"
+    assert [len(kernels_of(graph)) for graph in counter.graphs] == [1]

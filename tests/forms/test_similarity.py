@@ -187,3 +187,34 @@ def test_wrong_arguments_are_named(change, error, message, seed):
 def test_no_context_is_refused():
     with pytest.raises(ValueError, match="num_contexts: expected at least 1, got 0"):
         fk.SimilarityFocalModulation(8, 0)
+
+
+CHANGES = {
+    "hook": lambda layer: layer.scales[1].register_forward_hook(lambda module, args, y: 2 * y),
+    "hook on a context": lambda layer: layer.contexts[1].register_forward_hook(lambda module, args, y: 2 * y),
+    "wrapped": lambda layer: layer.biases.__setitem__(0, torch.nn.Sequential(layer.biases[0], torch.nn.Tanh())),
+    "forward": lambda layer: setattr(layer.scales[0], "forward", lambda x: 3 * x),
+    "without bias": lambda layer: layer.scales.__setitem__(0, torch.nn.Linear(6, 6, bias=False).double()),
+    "circular": lambda layer: setattr(layer.contexts[0], "padding_mode", "circular"),
+    "parametrised": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer.contexts[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_parts_act(change, seed):
+    """Called one after the other, as the pseudo-code has it."""
+    torch.manual_seed(seed)
+    layer = fk.SimilarityFocalModulation(6, 2).double()
+    query, target = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
+    change(layer)
+    channels_first = target.mT
+    contexts = [layer.contexts[0](torch.nn.functional.pad(channels_first, (0, 1)))]
+    contexts.append(layer.contexts[1](torch.nn.functional.pad(channels_first, (1, 2))))
+    context = torch.cat(contexts, 2).mT
+    modulator = (query @ context.mT).softmax(-1) @ context
+    expected = (1 + sum(f(modulator) for f in layer.scales)) * query + sum(f(modulator) for f in layer.biases)
+    assert relative_error(layer(query, target), expected) <= 1e-12
+    for _ in range(2):  # a parametrised weight has a graph of its own for each step
+        layer(query, target).sum().backward()
+    with pytest.raises(ValueError, match="^target: expected shape"):
+        layer(query, target[..., :5])

@@ -36,11 +36,11 @@ class FocalModulation(AuthorsDetection):
     """The authors' very name and members, but GELU's other approximation."""
 
     def forward(self, x):
-        gelu, self.act.forward = self.act.forward, lambda t: nn.functional.gelu(t, approximate="tanh")
+        self.act.forward = lambda t: nn.functional.gelu(t, approximate="tanh")
         try:
             return super().forward(x)
         finally:
-            self.act.forward = gelu
+            del self.act.forward
 
 
 class ParallelVolume(VolumeLayer):

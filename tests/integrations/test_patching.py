@@ -97,7 +97,7 @@ def test_report(model):
     assert report.replaced[0] == ("layers.0.blocks.0.modulation", "timm")
     assert dict(report.kept) == {
         "ours": "already ours",
-        "other": "focal_layers[1] has hooks, which an accelerated forward would not fire",
+        "other": "focal_layers[1] has hooks, which a fused forward would not fire",
     }
     assert all(name in str(report) for name, _ in report.replaced + report.kept)
 
@@ -224,13 +224,26 @@ def test_fx_takes_the_original():
     torch.testing.assert_close(traced(x), layer(x))
 
 
-def test_any_other_call_goes_to_the_class():
-    layer, x = build("transformers"), example("transformers")
+@pytest.mark.parametrize("form, name", [("transformers", "hidden_state"), ("timm", "x"), ("query_context", "x")])
+def test_calls_by_name(form, name):
+    layer, x = build(form).double(), example(form).double()
     expected = layer(x)
     accelerate(layer)
-    assert torch.equal(layer(hidden_state=x), expected)
-    with pytest.raises(TypeError, match="hidden_state"):
-        layer()
+    assert relative_error(layer(**{name: x}), expected) < 1e-12
+    accelerate(layer, backend="cpu")  # which takes no float64, so a call that it gets raises
+    with pytest.raises(fk.BackendError, match="'cpu'"):
+        layer(**{name: x})
+    if form == "query_context":
+        with pytest.raises(fk.BackendError, match="'cpu'"):
+            layer(v=x, x=x)
+
+
+def test_any_other_call_goes_to_the_class():
+    layer, x = build("transformers"), example("transformers")
+    accelerate(layer)
+    for args, kwargs in (((), {}), ((x,), {"hidden_state": x}), ((x,), {"more": 1})):
+        with pytest.raises(TypeError, match=r"forward\(\)"):
+            layer(*args, **kwargs)
 
 
 def test_meta_model_is_recognised_without_numbers():

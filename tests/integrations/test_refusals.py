@@ -1,5 +1,7 @@
 """What is left alone, and the reason that is given."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -217,3 +219,36 @@ def test_changed_after_acceleration(form):
         layer(x)
     layer(x)
     assert seen == [conv, conv]
+
+
+def test_another_dtype_in_autocast():
+    """In float64, where layers are compared, nobody sees it."""
+
+    class InFloat(foreign_layers.AuthorsDetection):
+        def forward(self, x):
+            return super().forward(x).to(x.dtype)
+
+    assert "answers with torch.float32 in autocast, ours with torch.bfloat16" in refusal(InFloat(12))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_compared_on_one_thread(fails):
+    """Threads that share a core wait at every barrier for one another."""
+    seen = []
+
+    class Counting(foreign_layers.AuthorsDetection):
+        def forward(self, x):
+            seen.append(torch.get_num_threads())
+            if fails:
+                raise KeyError
+            return super().forward(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            accelerate(Counting(8))
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -227,3 +227,39 @@ def test_refuses_unknown_arguments_and_unequal_lists():
 def test_uses_the_package_layer():
     layers = [m for m in FocalNet(**small_config()).modules() if isinstance(m, fk.FocalModulation)]
     assert len(layers) == 4
+
+
+STEMS = {
+    "four channels": lambda: nn.Conv2d(4, 8, 4, 4),
+    "other patches": lambda: nn.Conv2d(4, 8, 3, 2, padding=1),
+    "dilated": lambda: nn.Conv2d(4, 8, 4, 4, dilation=2),
+    "wrapped": lambda: nn.Sequential(nn.Conv2d(4, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["cropped", "padded"])
+@pytest.mark.parametrize("build", STEMS.values(), ids=STEMS)
+def test_replaced_stem(build, pad):
+    """Sizes are those of the module that is there."""
+    model = fk.FocalNet(embed_dim=8, depths=(1, 1), focal_levels=(1, 1), focal_windows=(3, 3), pad_patches=pad).eval()
+    stem = model.patch_embed.proj = build()
+    x = torch.randn(1, 4, 32, 36)
+    (first, _), expected = model.forward_pyramid(x), stem(x)
+    assert first.shape == expected.shape
+    assert model(x).shape == (1, 1000)
+    if build is not STEMS["wrapped"]:  # which does not say
+        assert model.patch_embed.output_size((32, 36)) == expected.shape[2:]
+        with pytest.raises(ValueError, match=r"^x: expected shape \(B, in_chans=4, H, W\), got \(1, 3, 32, 36\)"):
+            model(x[:, :3])
+
+
+def test_replaced_embedding():
+    """A module of one's own, which says nothing about sizes."""
+    model = fk.FocalNet(embed_dim=8, depths=(1,), focal_levels=(1,), focal_windows=(3,), num_classes=0)
+    model.patch_embed = nn.Sequential(nn.Conv2d(5, 8, 2, 2), nn.Flatten(2), nn.Unflatten(2, (4, 3)), Permuted())
+    assert model(torch.randn(2, 5, 8, 6)).shape == (2, 8)
+
+
+class Permuted(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)

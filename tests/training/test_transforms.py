@@ -1,9 +1,14 @@
 """torch.func, forward mode and vmap: no kernel knows them, so "auto" takes the reference and a named one says no."""
 
+import copy
+
 import pytest
 import torch
+from integrations import foreign_layers
+from models.foreign import small_config, timm_model
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs
@@ -131,3 +136,42 @@ def test_explain_tells(layer, x, cpu_kernels):
         explanation = fk.explain(layer, x)
     assert explanation.backend == "reference" and "forward-mode" in explanation.reasons["cpu"]
     assert fk.explain(layer, x).backend == "cpu"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("form", ["timm", "yolo"])
+def test_vmap_over_accelerated_layers(form, channels_last):
+    """vmap cannot ask for the order of a map's memory."""
+    torch.manual_seed(0)
+    layer, x = foreign_layers.build(form).double(), torch.randn(3, 2, 12, 5, 4, dtype=torch.float64)
+    layer = layer.to(memory_format=torch.channels_last) if channels_last else layer
+    expected = torch.stack([layer(image) for image in x])
+    assert fk.accelerate(layer).replaced
+    torch.testing.assert_close(vmap(layer)(x), expected)
+    torch.testing.assert_close(vmap(layer, 3)(x.movedim(0, 3)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_an_accelerated_model(seed):
+    torch.manual_seed(seed)
+    model, x = timm_model(small_config()).double().eval(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    parameters = detached(model)
+    gradients = vmap(grad(loss_of(model)), (None, 0))
+    expected, per_sample = model(x), gradients(parameters, x[:, None])
+    assert fk.accelerate(model).replaced
+    torch.testing.assert_close(vmap(lambda image: model(image[None])[0])(x), expected)
+    torch.testing.assert_close(gradients(parameters, x[:, None]), per_sample)
+
+
+@pytest.mark.filterwarnings("ignore:a timm layer changed after accelerate:RuntimeWarning")
+def test_pytorch_s_own_gradients_per_sample(seed):
+    """Its weights are of a kind of their own: the layer's class computes with them."""
+    torch.manual_seed(seed)
+    x, found = torch.randn(3, 12, 5, 4), []
+    layer = foreign_layers.build("timm")
+    for accelerated in (False, True):
+        twin = copy.deepcopy(layer)
+        assert not accelerated or fk.accelerate(twin).replaced
+        call_for_per_sample_grads(twin, loss_reduction="sum")(x).square().sum().backward()
+        found.append({name: p.grad_sample for name, p in twin.named_parameters()})
+    torch.testing.assert_close(*found)

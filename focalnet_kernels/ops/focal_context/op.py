@@ -64,9 +64,11 @@ class FocalContextFunction(torch.autograd.Function):
         return None, None, *gradients
 
 
-def focal_context(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> Tensor:
+def focal_context(
+    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, backend: str | None = None
+) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_context`."""
-    implementation = dispatch.select("focal_context", ctx, gates, weights, normalize)
+    implementation = dispatch.select("focal_context", ctx, gates, weights, normalize, backend=backend)
     if implementation.backend == "reference":
         return focal_context_reference(ctx, gates, weights, normalize)
     if needs_grad([ctx, gates, *weights]):

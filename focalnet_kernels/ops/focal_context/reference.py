@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,20 @@ def _depthwise(ctx: Tensor, weight: Tensor) -> Tensor:
 
 def focal_context_reference(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False) -> Tensor:
     """See `focalnet_kernels.focal_context`: same arguments, same result, differentiable to any order."""
+    return mix_levels(ctx, gates, [partial(_level, weight=weight) for weight in weights], normalize)
+
+
+def _level(ctx: Tensor, weight: Tensor) -> Tensor:
+    return F.gelu(_depthwise(ctx, weight))
+
+
+def mix_levels(ctx: Tensor, gates: Tensor, levels: Sequence[Callable[[Tensor], Tensor]], normalize: bool) -> Tensor:
+    """`focal_context` with levels of any kind, modules perhaps: each takes the one before it, the first takes ctx."""
     spatial = list(range(2, ctx.ndim))
     ctx_all = 0
-    for level, weight in enumerate(weights):
-        ctx = F.gelu(_depthwise(ctx, weight))
-        ctx_all = ctx_all + gates[:, level : level + 1] * ctx
+    for i, level in enumerate(levels):
+        ctx = level(ctx)
+        ctx_all = ctx_all + gates[:, i : i + 1] * ctx
     ctx_global = F.gelu(ctx.mean(dim=spatial, keepdim=True))
-    ctx_all = ctx_all + gates[:, len(weights) :] * ctx_global
-    return ctx_all / (len(weights) + 1) if normalize else ctx_all
+    ctx_all = ctx_all + gates[:, len(levels) :] * ctx_global
+    return ctx_all / (len(levels) + 1) if normalize else ctx_all

@@ -107,9 +107,11 @@ class FocalModulationFunction(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def focal_modulation(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> Tensor:
+def focal_modulation(
+    x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float, backend: str | None = None
+) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_modulation`."""
-    implementation = dispatch.select("focal_modulation", x, parameters, normalize, ln_eps)
+    implementation = dispatch.select("focal_modulation", x, parameters, normalize, ln_eps, backend=backend)
     if implementation.backend == "reference":
         return _reference_output(x, parameters, normalize, ln_eps)
     if needs_grad([x, *parameters.flat()]):

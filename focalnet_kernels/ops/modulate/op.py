@@ -49,9 +49,9 @@ class ModulateFunction(torch.autograd.Function):
         return None, grad_q, grad_ctx_all, grad_weight, grad_bias
 
 
-def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None) -> Tensor:
     """The checked op: see `focalnet_kernels.modulate`."""
-    implementation = dispatch.select("modulate", q, ctx_all, weight, bias)
+    implementation = dispatch.select("modulate", q, ctx_all, weight, bias, backend=backend)
     if implementation.backend != "reference" and needs_grad([q, ctx_all, weight, bias]):
         return ModulateFunction.apply(implementation.backend, q, ctx_all, weight, bias)
     return implementation.forward(q, ctx_all, weight, bias)
