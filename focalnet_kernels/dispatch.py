@@ -37,12 +37,14 @@ class Implementation:
         why_not: takes the op's arguments, returns None or the reason why it cannot take them.
         forward: takes the op's arguments (see the op's `op.py`).
         backward: likewise; None where the op recomputes through its reference.
+        trains_fast: takes the op's arguments; whether "auto" trains with it on a GPU where nothing was measured.
     """
 
     backend: str
     why_not: Callable[..., str | None]
     forward: Callable
     backward: Callable | None = None
+    trains_fast: Callable[..., bool] = lambda *args: True
 
 
 _implementations: dict[str, tuple[Implementation, ...]] = {}
@@ -183,9 +185,10 @@ def select(op: str, *args, backend: str | None = None) -> Implementation:
         ValueError: `backend` is no backend's name.
     """
     name = requested_backend() if backend is None else check_backend(backend, "backend")
-    for candidate in _measured(op, name, *args) or _implementations[op]:
+    order = _measured(op, name, *args)
+    for candidate in order or _implementations[op]:
         if name in ("auto", candidate.backend):
-            reason = _why_not(candidate, name, *args)
+            reason = _why_not(candidate, name, *args) or (None if order else _why_slow(op, candidate, name, *args))
             if reason is None:
                 return candidate
             if name != "auto":
@@ -217,6 +220,13 @@ def _why_not(candidate: Implementation, name: str, *args) -> str | None:
     """Why `candidate` is not to run this call, with `name` the requested backend."""
     reason = None if candidate.backend == "reference" else _why_plain(exports=name == "auto")
     return candidate.why_not(*args) if reason is None else reason
+
+
+def _why_slow(op: str, candidate: Implementation, name: str, *args) -> str | None:
+    """Why "auto" leaves this call to eager PyTorch, though `candidate` could run it and nobody measured it."""
+    if name != "auto" or not args[0].is_cuda or candidate.trains_fast(*args) or not _workloads[op](*args).training:
+        return None
+    return "its backward was slower than eager PyTorch on an H100: name it to train with it"
 
 
 def _why_plain(exports: bool) -> str | None:
@@ -262,7 +272,7 @@ def explain_call(op: str, *args, backend: str | None = None) -> Explanation:
     order = _measured(op, name, *args)
     others = [i for i in _implementations[op] if order is None or i not in order]
     for candidate in (order or []) + others:
-        reason = _why_not(candidate, name, *args)
+        reason = _why_not(candidate, name, *args) or (None if order else _why_slow(op, candidate, name, *args))
         if reason is None and name not in ("auto", candidate.backend):
             reason = f"backend {name!r} was asked for"
         if reason is None and chosen is not None:

@@ -9,11 +9,13 @@ import threading
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import focalnet_kernels as fk
 from focalnet_kernels import dispatch
 from focalnet_kernels.dispatch import requested_backend
-from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs
+from focalnet_kernels.ops.focal_modulation.parameters import LayerParameters
+from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs, map_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -293,3 +295,24 @@ def test_warnings_come_once(recwarn):
     dispatch.warn_once("something of this test alone")
     dispatch.warn_once("something of this test alone")
     assert [str(w.message) for w in recwarn] == ["something of this test alone"]
+
+
+@pytest.mark.parametrize(
+    "backend, C, postln, fast",
+    [("cuda", 96, False, True), ("cuda", 96, True, False), ("cuda", 33, False, False), ("triton", 96, False, False)],
+)
+def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
+    """On a GPU, where nothing was measured and nobody named a backend; inference is not."""
+    with FakeTensorMode():
+        inputs = make_layer_inputs((2, 8, 8, C), [3, 5], postln=postln, seed=0)
+        inputs = map_tensors(lambda t: t.to("cuda"), inputs)
+        x, parameters = inputs["x"], LayerParameters(*[inputs[name] for name in LayerParameters._fields])
+        implementation = dispatch.implementation("focal_modulation", backend)
+
+        def why(name):
+            return dispatch._why_slow("focal_modulation", implementation, name, x, parameters, False, 1e-5)
+
+        assert why("auto") is None
+        x.requires_grad_()
+        assert (why("auto") is None) == fast
+        assert why(backend) is None

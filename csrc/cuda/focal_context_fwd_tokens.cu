@@ -120,7 +120,7 @@ bool takes_tokens(const Chain& chain) {
     const Level& k = chain.levels[l].size;
     if (k.kw < 3 || k.kw > 13 || k.taps() > 343) return false;  // 343 taps: 43 KiB of shared memory
   }
-  return chain.L > 0 && chain.g.C % 4 == 0 && chain.g.pixels() < (1 << 27);
+  return chain.L > 0 && chain.g.C % 4 == 0;
 }
 
 TokensPlan plan_tokens(const ContextForward& p) { return plan_of(p.chain, {p.chain.ctx, p.out}, p.chain.L); }

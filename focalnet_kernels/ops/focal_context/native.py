@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...dispatch import Implementation
@@ -24,6 +25,16 @@ def focal_context_bwd(backend, grad_out, ctx, gates, weights, mean, normalize, n
     return raw_op("focal_context_bwd", backend)(grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed))
 
 
+def by_tokens(C: int, kernels: Sequence[torch.Size]) -> bool:
+    """Whether backend "cuda" takes maps of C adjacent channels level by level: `takes_tokens` in csrc/cuda."""
+    return C % 4 == 0 and len(kernels) > 0 and all([3 <= k[-1] <= 13 and k.numel() <= 343 for k in kernels])
+
+
+def trains_fast(backend: str, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> bool:
+    return backend == "cpu" or (ctx.stride(1) == 1 and by_tokens(ctx.shape[1], [w.shape[2:] for w in weights]))
+
+
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    return Implementation(backend, *(partial(f, backend) for f in (why_not, focal_context_fwd, focal_context_bwd)))
+    functions = (why_not, focal_context_fwd, focal_context_bwd, trains_fast)
+    return Implementation(backend, *(partial(f, backend) for f in functions))

@@ -84,10 +84,14 @@ def _workload(ctx, gates, weights, normalize) -> Workload:
 dispatch.register(
     "focal_context",
     _workload,
-    dispatch.Implementation(
-        "triton", triton_launch.why_not, triton_launch.focal_context_fwd, triton_launch.focal_context_bwd
-    ),
     native.implementation("cpu"),
     native.implementation("cuda"),
+    dispatch.Implementation(
+        "triton",
+        triton_launch.why_not,
+        triton_launch.focal_context_fwd,
+        triton_launch.focal_context_bwd,
+        lambda *args: False,
+    ),
     dispatch.Implementation("reference", lambda *args: None, focal_context_reference),
 )

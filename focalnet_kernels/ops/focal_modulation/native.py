@@ -10,6 +10,7 @@ from torch import Tensor
 from ...dispatch import Implementation
 from .._autograd import bit_mask
 from .._native import raw_op, why_not_native
+from ..focal_context import native as context
 from .parameters import LayerParameters
 
 
@@ -18,10 +19,8 @@ def why_not(backend: str, x: Tensor, parameters: LayerParameters, normalize: boo
 
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
-    """Whether the matrices of backend "cuda" lie as tokens: `takes_tokens` and `Layer` in csrc/cuda."""
-    kernels = [w.shape[2:] for w in focal_weights]
-    plain = ln_weight is None and len(kernels) > 0 and x.shape[-1] % 4 == 0 and x.shape[1:-1].numel() < 2**27
-    return plain and all(3 <= k[-1] <= 13 and k.numel() <= 343 for k in kernels)
+    """Whether the matrices of backend "cuda" lie as tokens: `Layer` in csrc/cuda/focal_modulation.cpp."""
+    return ln_weight is None and context.by_tokens(x.shape[-1], [w.shape[2:] for w in focal_weights])
 
 
 def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
@@ -43,8 +42,11 @@ def focal_modulation_bwd(
     )
 
 
+def trains_fast(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> bool:
+    return backend == "cpu" or by_tokens(x, parameters.focal_weights, parameters.ln_weight)
+
+
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    return Implementation(
-        backend, *(partial(f, backend) for f in (why_not, focal_modulation_fwd, focal_modulation_bwd))
-    )
+    functions = (why_not, focal_modulation_fwd, focal_modulation_bwd, trains_fast)
+    return Implementation(backend, *(partial(f, backend) for f in functions))

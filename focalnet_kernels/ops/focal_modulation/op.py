@@ -131,10 +131,14 @@ def _workload(x, parameters, normalize, ln_eps) -> Workload:
 dispatch.register(
     "focal_modulation",
     _workload,
-    dispatch.Implementation(
-        "triton", triton_launch.why_not, triton_launch.focal_modulation_fwd, triton_launch.focal_modulation_bwd
-    ),
     native.implementation("cpu"),
     native.implementation("cuda"),
+    dispatch.Implementation(
+        "triton",
+        triton_launch.why_not,
+        triton_launch.focal_modulation_fwd,
+        triton_launch.focal_modulation_bwd,
+        lambda *args: False,
+    ),
     dispatch.Implementation("reference", lambda *args: None, _reference_output),
 )
