@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # as PyTorch has them: some tools replace a class's methods
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _FORWARD: dict[type, Callable] = {
-    cls: cls.forward for cls in (nn.Linear, *_CONVOLUTIONS, nn.GELU, nn.LayerNorm, nn.Sequential)
+    cls: cls.forward for cls in (nn.Linear, *_CONVOLUTIONS, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
 }
 _CONV_FORWARD: dict[type, Callable] = {cls: cls._conv_forward for cls in _CONVOLUTIONS}
 _TENSORS = {nn.Parameter, Tensor, FakeTensor}  # functional_call puts tensors in the parameters' place
