@@ -143,6 +143,7 @@ def test_plain_levels_stay_one_op(seed):
         layer(x)
 
 
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # else hooks put on later may act on no compiled module
 def test_compiled_layers_see_changes(seed):
     torch.compiler.reset()
     layer, x = build(fk.FocalModulation, seed), torch.randn(2, 5, 4, C, dtype=torch.float64)
