@@ -16,9 +16,9 @@ from torch.nn.modules import module as _modules
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # as PyTorch has them: some tools replace a class's methods
-_CALL = nn.Module.__call__
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _FORWARD: dict[type, Callable] = {
-    cls: cls.forward for cls in (nn.Linear, *_CONVOLUTIONS, nn.GELU, nn.LayerNorm, nn.Sequential)
+    cls: cls.forward for cls in (nn.Linear, *_CONVOLUTIONS, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
 }
 _CONV_FORWARD: dict[type, Callable] = {cls: cls._conv_forward for cls in _CONVOLUTIONS}
 _TENSORS = {nn.Parameter, Tensor, FakeTensor}  # functional_call puts tensors in the parameters' place
@@ -51,9 +51,12 @@ def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str 
         return f"is a {cls.__name__}, which a fused forward would not call"
     if cls.forward is not forward or (cls in _CONV_FORWARD and cls._conv_forward is not _CONV_FORWARD[cls]):
         return f"is a {cls.__name__}, whose class was given another forward"
+    if cls._call_impl is not _CALL_IMPL or cls.__call__ is not nn.Module.__call__:
+        return f"is a {cls.__name__}, which is called in another way than PyTorch's modules"
     if torch.compiler.is_compiling():  # it guards what is looked up by attribute, and nothing in __dict__
         part.forward, getattr(part, "_conv_forward", None)
-    if "forward" in part.__dict__ or "_conv_forward" in part.__dict__:
+    own = part.__dict__
+    if "forward" in own or "_conv_forward" in own or "_call_impl" in own or "_compiled_call_impl" in own:
         return "has a forward of its own, which a fused forward would not call"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return "has hooks, which a fused forward would not fire"
@@ -121,7 +124,8 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
         padding.append(k // 2)
     if conv.padding != tuple(padding) or not _is_dense(conv, _ONES[len(kernel)]):
         return "is not of stride 1, dilation 1 and zero padding k // 2"
-    if (channels, per_group, conv.groups) != (C, 1, C) or conv._parameters.get("bias") is not None:
+    # a bias that is no parameter is a plain attribute or a buffer
+    if (channels, per_group, conv.groups) != (C, 1, C) or conv._parameters.get("bias", conv) is not None:
         return f"is not depthwise over {C} channels without bias"
     return None
 

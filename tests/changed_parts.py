@@ -67,6 +67,21 @@ def hooked(part):
     return lambda layer: layer.get_submodule(part).register_forward_hook(lambda module, args, y: 2 * y)
 
 
+def plain_bias(layer):
+    conv = layer.focal_layers[0][0]
+    del conv.bias
+    conv.bias = torch.ones(C, dtype=torch.float64)
+
+
+def bound_call(part, name):
+    def change(layer):
+        module = layer.get_submodule(part)
+        old = module._call_impl
+        setattr(module, name, lambda *args, **kwargs: 2 * old(*args, **kwargs))
+
+    return change
+
+
 def another_level(layer):
     layer.focal_layers.append(nn.Tanh())
     layer.f, layer.focal_level = nn.Linear(C, 2 * C + 4).double(), layer.focal_level + 1
@@ -93,6 +108,7 @@ CHANGES = {
     "dense level": level_with(groups=1),
     "dilated": level_with(dilation=2, padding=2),
     "biased": level_with(bias=True),
+    "bias that is no parameter": plain_bias,
     "circular": level_with(padding_mode="circular"),
     "circular in place": padded_in_place,
     "no activation": lambda layer: layer.focal_layers[1].__setitem__(1, nn.Identity()),
@@ -102,6 +118,8 @@ CHANGES = {
     "forward of a convolution": bound_forward("focal_layers.0.0"),
     "forward of an activation": bound_forward("focal_layers.0.1"),
     "forward of a convolution within": bound_convolution,
+    "call of f": bound_call("f", "_call_impl"),
+    "compiled call of a convolution": bound_call("focal_layers.0.0", "_compiled_call_impl"),
     "weight_norm": lambda layer: parametrizations.weight_norm(layer.h),
     "spectral_norm": lambda layer: parametrizations.spectral_norm(layer.focal_layers[0][0]).eval(),
     "old weight_norm": lambda layer: nn.utils.weight_norm(layer.f),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._parts import why_call
 from .adapter import Adapter
 
 
@@ -18,7 +19,7 @@ class Timm(Adapter):
 
     def post_norm(self, module: nn.Module) -> nn.Module | None:
         norm = getattr(module, self.norm, None)  # called whatever the flag says
-        return None if type(norm) is nn.Identity else norm
+        return None if type(norm) is nn.Identity and why_call(norm) is None else norm
 
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)

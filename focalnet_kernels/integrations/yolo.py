@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from torch import Tensor, nn
 
 from .timm import Timm, channels_first, is_channels_last
@@ -11,10 +13,13 @@ class Yolo(Timm):
     form = "YOLO forks"
     f, norm, norm_flag = "f_linear", "ln", "use_postln_in_modulation"
 
-    def why_not(self, module: nn.Module) -> str | None:
+    def post_norm(self, module: nn.Module) -> None:
+        return None
+
+    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
         if getattr(module, self.norm_flag):
             return f"{self.norm_flag} is on: its LayerNorm takes the last axis of (B, C, H, W), the width, for channels"
-        return super().why_not(module)
+        return super().bypassed(module, norms)
 
     def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
         # it makes every map contiguous, and only proj's convolution can pass on another order: its weight's

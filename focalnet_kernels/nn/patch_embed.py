@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
 
     def _missing(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of zeros to add."""
-        strides = getattr(self.proj, "stride", self.stride)  # a wrapped convolution may not say
+        strides = self.proj.stride if isinstance(self.proj, nn.Conv2d) else self.stride  # others may not say
         height, width = (-n % stride if self.pad else 0 for n, stride in zip(size, strides, strict=True))
         return height, width
 

@@ -62,6 +62,31 @@ def test_projections_act(form, role):
     assert relative_error(y, expected) < 1e-12
 
 
+@pytest.mark.parametrize("change", ["hook", "forward", "another"])
+def test_the_identity_in_a_norm_s_place_acts(change):
+    """timm calls its norm whatever it is."""
+    layer, x = build("timm").double(), example("timm", dtype=torch.float64)
+    accelerate(layer)
+    if change == "hook":
+        layer.norm.register_forward_hook(lambda module, args, y: y.tanh())
+    elif change == "forward":
+        layer.norm.forward = torch.tanh
+    else:
+        layer.norm = nn.Tanh()
+    y, expected = run(layer, x)
+    assert relative_error(y, expected) < 1e-12
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_norm_given_to_a_yolo_layer(on):
+    """Its class calls it where the flag is on, and over the width, which here is C."""
+    layer, x = build("yolo", C=6).double(), example("yolo", C=6, dtype=torch.float64)
+    accelerate(layer)
+    layer.ln, layer.use_postln_in_modulation = nn.LayerNorm(6).double(), on
+    y, expected = run(layer, x)
+    assert relative_error(y, expected) < 1e-12
+
+
 def test_offloaded_weights():
     """As accelerate's offload has it: weights on meta, and a forward bound to the instance that fetches them."""
     layer, x = build("timm"), example("timm")

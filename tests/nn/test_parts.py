@@ -102,6 +102,7 @@ def test_weights_of_another_kind_act(backend, seed):
 
 PATCHED = [(nn.Linear, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.LayerNorm, "forward")]
 PATCHED += [(nn.GELU, "forward"), (nn.Sequential, "forward"), (nn.Module, "__call__")]
+PATCHED += [(nn.Module, "_call_impl"), (nn.Linear, "__call__"), (nn.Conv2d, "_call_impl")]
 
 
 @pytest.mark.parametrize("cls, name", PATCHED, ids=lambda value: getattr(value, "__name__", value))
@@ -142,6 +143,7 @@ def test_plain_levels_stay_one_op(seed):
         layer(x)
 
 
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # else hooks put on later may act on no compiled module
 def test_compiled_layers_see_changes(seed):
     torch.compiler.reset()
     layer, x = build(fk.FocalModulation, seed), torch.randn(2, 5, 4, C, dtype=torch.float64)
