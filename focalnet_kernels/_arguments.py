@@ -82,7 +82,7 @@ def same_kind(tensors: Sequence[Tensor | None], names: Sequence[str], levels: st
     `names` of the first tensors; the others are the list called `levels`.
     """
     device = tensors[0].device
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # not of meta tensors
         dtype = torch.get_autocast_dtype(device.type)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     dtype = tensors[0].dtype

@@ -230,3 +230,16 @@ def test_autocast_on_another_device_changes_nothing(backend, op):
             y = op(**inputs)
         assert y.dtype == torch.float32
         assert torch.equal(y, op(**inputs))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@for_every_op
+def test_meta_tensors(op, autocast):
+    """Shapes alone, as plain PyTorch gives them, in autocast too: it leaves the meta device alone."""
+    inputs = map_tensors(lambda t: t.to("meta").requires_grad_(), MAKE[op]())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = op(**inputs)
+        y.sum().backward()
+    first = next(iter(inputs.values()))
+    assert y.is_meta and y.dtype == torch.float32 and y.shape == first.shape
+    assert all(t.grad.is_meta and t.grad.shape == t.shape for t in named_tensors(inputs).values())
