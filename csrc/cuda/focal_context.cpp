@@ -60,21 +60,21 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   ContextBackward p{};
   p.chain = chain;
   p.grad_out = grad_out;
-  p.mean = static_cast<const float*>(mean.data_ptr());
+  p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.grad_ctx = wanted.ctx;
   p.ctx_all = wanted.ctx_all;
-  p.scratch = static_cast<float*>(scratch.data_ptr());
+  p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
 
   SumJobs sums{};
   sums.dtype = chain.dtype;
   if (wanted.gates.data) {
-    p.gates_parts = static_cast<float*>(gates_parts.data_ptr());
+    p.gates_parts = static_cast<float*>(gates_parts.mutable_data_ptr());
     const Geometry all{g.B, gates, g.T, g.M, g.W};
     sums.jobs[sums.n++] = {p.gates_parts, slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
   }
   std::vector<Tensor> gradients;
   if (wanted.weights) {
-    p.weights_parts = static_cast<float*>(weights_parts.data_ptr());
+    p.weights_parts = static_cast<float*>(weights_parts.mutable_data_ptr());
     const float* parts = p.weights_parts;
     for (int l = 0; l < chain.L; ++l) {
       const Level& k = chain.levels[l].size;
