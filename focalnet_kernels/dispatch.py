@@ -79,8 +79,9 @@ class use_backend:
     Args:
         name: "auto" (the fastest that can run), "reference", "cpu", "triton" or "cuda". A named backend that
             cannot run a call raises `BackendError` with the reason. The environment variable
-            FOCALNET_KERNELS_BACKEND sets the initial choice (empty: "auto"; upper or lower case). A backward runs on its forward's backend; what activation
-            checkpointing recomputes is a forward anew, so its backward belongs inside the block.
+            FOCALNET_KERNELS_BACKEND sets the initial choice (empty: "auto"; in any case of letters). A backward runs on
+            its forward's backend; what activation checkpointing recomputes is a forward anew, so its backward belongs
+            inside the block.
 
     Raises:
         ValueError: the name is none of these.

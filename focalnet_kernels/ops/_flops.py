@@ -10,7 +10,6 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from math import prod
 
 import torch
 

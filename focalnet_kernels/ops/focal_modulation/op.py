@@ -74,7 +74,7 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
 
 
 def _backward_flops(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias,
-                    focal_weights, projected, modulator, mean, normalize, ln_eps, needed, **results) -> int:  # fmt: skip
+                    focal_weights, projected, modulator, mean, normalize, eps, needed, **results) -> int:  # fmt: skip
     of = [bool(needed >> i & 1) for i in range(9)]  # x, f, f_bias, h, h_bias, proj, proj_bias, ln, ln_bias
     of_levels = needed >> 9
     to_projected = any(of[:3])
