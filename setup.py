@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-BUILD = os.environ.get("FOCALNET_KERNELS_BUILD", "auto")
+BUILD = os.environ.get("FOCALNET_KERNELS_BUILD", "").lower() or "auto"
 if BUILD not in ("auto", "none", "cpu", "cuda"):
     sys.exit(f"FOCALNET_KERNELS_BUILD: expected auto, none, cpu or cuda, got {BUILD!r}")
 

@@ -76,13 +76,16 @@ def check_matrix(name: str, weight, rows: int, columns: int) -> Tensor:
     return (weight if weight.stride(-1) == 1 else weight.movedim(1, -1)).flatten(1)
 
 
-def same_kind(tensors: Sequence[Tensor | None], names: Sequence[str], levels: str = "") -> Sequence[Tensor | None]:
+def same_kind(
+    tensors: Sequence[Tensor | None], names: Sequence[str], levels: str = "", norm: Sequence[str] = ()
+) -> Sequence[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
 
-    `names` of the first tensors; the others are the list called `levels`.
+    `names` of the first tensors; the others are the list called `levels`. Those named in `norm` may all be float32
+    beside 16 bits, which `layer_norm` takes, and it alone.
     """
     device = tensors[0].device
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # not of meta tensors
         dtype = torch.get_autocast_dtype(device.type)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     dtype = tensors[0].dtype
@@ -92,5 +95,9 @@ def same_kind(tensors: Sequence[Tensor | None], names: Sequence[str], levels: st
         name = names[i] if i < len(names) else f"{levels}[{i - len(names)}]"
         if tensor.device != device:
             raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {tensor.device}")
+        if name in norm and dtype.itemsize == 2:
+            mixed = [t for t, n in zip(tensors, names, strict=False) if n in norm]
+            if all(t.dtype == torch.float32 for t in mixed):
+                continue
         raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {tensor.dtype}")
     return tensors

@@ -38,8 +38,31 @@ def _load_cuda() -> str | None:
     return reason
 
 
+def _ask_cpu_isa() -> tuple[str, str | None]:
+    """The instruction set in force, or "none"; and what is wrong with the one that the environment names."""
+    if cpu_missing:
+        return "none", None
+    try:
+        return torch.ops.focalnet_kernels.cpu_isa(), None
+    except RuntimeError as error:
+        return "none", str(error).splitlines()[0]
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels; "none" without them. Found when they were loaded: a trace that is going
+    on would record the raw op.
+
+    Raises:
+        ValueError: FOCALNET_KERNELS_CPU_ISA names none of this machine's.
+    """
+    if _cpu_isa_fault is not None:
+        raise ValueError(_cpu_isa_fault)
+    return _cpu_isa
+
+
 torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
 torch.library.define("focalnet_kernels::cuda_build", "() -> str")
 cpu_missing = _load("_cpu", "C++", "a C++ compiler")
+_cpu_isa, _cpu_isa_fault = _ask_cpu_isa()
 cuda_device = "cuda"  # where the CUDA kernels take their tensors: tests run them on a CPU
 cuda_missing = _load_cuda()

@@ -81,8 +81,9 @@ class use_backend:
     Args:
         name: "auto" (the fastest that can run), "reference", "cpu", "triton" or "cuda". A named backend that
             cannot run a call raises `BackendError` with the reason. The environment variable
-            FOCALNET_KERNELS_BACKEND sets the initial choice. A backward runs on its forward's backend; what activation
-            checkpointing recomputes is a forward anew, so its backward belongs inside the block.
+            FOCALNET_KERNELS_BACKEND sets the initial choice (empty: "auto"; in any case of letters). A backward runs on
+            its forward's backend; what activation checkpointing recomputes is a forward anew, so its backward belongs
+            inside the block.
 
     Raises:
         ValueError: the name is none of these.
@@ -160,7 +161,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_process = _Scope(os.environ.get(ENVIRONMENT, "auto"))
+_process = _Scope(os.environ.get(ENVIRONMENT, "").lower() or "auto")
 _open: list[_Scope] = []  # the blocks of all threads in the order in which they were entered
 _latest: _Scope | None = None  # the last of them
 _lock = threading.Lock()

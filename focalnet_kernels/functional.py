@@ -95,7 +95,8 @@ def focal_modulation(
         focal_weights: L tensors (C, 1, *k), odd k.
         h_weight, h_bias: (C, C) and (C,) or None.
         proj_weight, proj_bias: (C, C) and (C,) or None.
-        ln_weight, ln_bias: (C,) each, for the LayerNorm of `use_postln_in_modulation`; None without it.
+        ln_weight, ln_bias: (C,) each, for the LayerNorm of `use_postln_in_modulation`; None without it. Both may be
+            float32 beside 16 bits, which is left to the reference.
         ln_eps: its epsilon.
         normalize: divide ctx_all by L + 1.
         return_gates: also return what the authors' visualisation reads; the layer then runs part by part.
@@ -257,7 +258,7 @@ def _prepare_focal_modulation(
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight, ln_bias: give both or neither")
     tensors = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
-    x, *flat = same_kind(tensors, _LAYER, "focal_weights")
+    x, *flat = same_kind(tensors, _LAYER, "focal_weights", norm=("ln_weight", "ln_bias"))
     return x, LayerParameters.from_flat(flat), bool(normalize), float(ln_eps)
 
 

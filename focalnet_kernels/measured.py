@@ -48,19 +48,15 @@ def backends(op: str, device: torch.device, dtype: torch.dtype, *workload) -> tu
     Rows of the same device, op, dtype, direction, channels and kernels are compared. Their distance is how many
     octaves batch and pixels are away, in sum: the nearest row within `FARTHEST` counts, so within a factor of 2.
     """
-    key = (op, device, dtype, *workload)
-    if key not in _answers:
-        _answers[key] = _nearest(*key)
-    return _answers[key]
+    return _nearest(op, device, dtype, *workload)
 
 
 # Under torch.compile both are called while tracing, and what they say is a constant: torch.compiler's decorator for
 # this does no more, but imports the whole compiler
 anything_of._dynamo_marked_constant = backends._dynamo_marked_constant = True
 
-_answers: dict[tuple, tuple[str, ...] | None] = {}
 
-
+@functools.lru_cache(maxsize=4096)  # a server of images may see ever new shapes
 def _nearest(op, device, dtype, training, channels, kernels, shape) -> tuple[str, ...] | None:
     mode = "forward+backward" if training else "forward"
     size = (shape[0], prod(shape[1:]))

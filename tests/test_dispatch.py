@@ -191,17 +191,46 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("value", ["reference", "refrence"])
+@pytest.mark.parametrize("value", ["reference", "Reference", "", "refrence"])
 def test_environment_variable(value):
     environment = {k: v for k, v in os.environ.items() if k != dispatch.ENVIRONMENT}
     command = [sys.executable, "-c", ENVIRONMENT_PROBE, value]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout)
-    if value == "reference":
-        assert said == "reference"
+    if value != "refrence":
+        assert said == (value.lower() or "auto")
     else:
         assert "environment variable FOCALNET_KERNELS_BACKEND: unknown backend 'refrence'" in said
         assert "did you mean 'reference'?" in said
+
+
+ISA_PROBE = """
+import torch, focalnet_kernels as fk
+from focalnet_kernels import _native
+try:
+    fk.FocalModulation(8, 3, 2)(torch.randn(1, 5, 4, 8))
+    print(_native.cpu_isa())
+except ValueError as error:
+    print(error)
+"""
+ISA = "FOCALNET_KERNELS_CPU_ISA"
+
+
+@pytest.mark.parametrize("value, said", [("", ""), ("Portable", "portable"), ("sse9", f"environment variable {ISA}: ")])
+def test_environment_variable_of_the_instruction_set(cpu_kernels, value, said):
+    command = [sys.executable, "-c", ISA_PROBE]
+    done = subprocess.run(command, env=os.environ | {ISA: value}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said if value == "Portable" else done.stdout.startswith(said)
+    assert value != "sse9" or "expected one of this machine's " in done.stdout and "portable, got 'sse9'" in done.stdout
+
+
+@pytest.mark.parametrize("name", [dispatch.ENVIRONMENT, ISA])
+@pytest.mark.parametrize("command", ["info", "check", "bench"])
+def test_every_command_tells_of_a_wrong_environment(cpu_kernels, name, command):
+    command = [sys.executable, "-m", "focalnet_kernels", command]
+    done = subprocess.run(command, env=os.environ | {name: "sse9"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: environment variable {name}: ")
 
 
 @for_every_op

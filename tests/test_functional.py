@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import (
@@ -230,3 +232,76 @@ def test_autocast_on_another_device_changes_nothing(backend, op):
             y = op(**inputs)
         assert y.dtype == torch.float32
         assert torch.equal(y, op(**inputs))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@for_every_op
+def test_meta_tensors(op, autocast):
+    """Shapes alone, as plain PyTorch gives them, in autocast too: it leaves the meta device alone."""
+    inputs = map_tensors(lambda t: t.to("meta").requires_grad_(), MAKE[op]())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = op(**inputs)
+        y.sum().backward()
+    first = next(iter(inputs.values()))
+    assert y.is_meta and y.dtype == torch.float32 and y.shape == first.shape
+    assert all(t.grad.is_meta and t.grad.shape == t.shape for t in named_tensors(inputs).values())
+
+
+class EagerLayer(nn.Module):
+    """A layer of plain modules, in whatever dtypes they are."""
+
+    def __init__(self, C, k):
+        super().__init__()
+        self.f, self.proj, self.h = nn.Linear(C, 2 * C + 2), nn.Linear(C, C), nn.Conv2d(C, C, 1)
+        self.level, self.ln = nn.Conv2d(C, C, k, padding=k // 2, groups=C, bias=False), nn.LayerNorm(C)
+
+    def forward(self, x):
+        C = x.shape[-1]
+        q, ctx, gates = self.f(x).permute(0, 3, 1, 2).split((C, C, 2), 1)
+        level = F.gelu(self.level(ctx))
+        ctx_all = level * gates[:, :1] + F.gelu(level.mean((2, 3), keepdim=True)) * gates[:, 1:]
+        return self.proj(self.ln((q * self.h(ctx_all)).permute(0, 2, 3, 1)))
+
+    def fused(self, x):
+        f, h, proj, ln = self.f, self.h, self.proj, self.ln
+        return fk.focal_modulation(
+            x, f.weight, f.bias, [self.level.weight], h.weight, h.bias, proj.weight, proj.bias,
+            ln_weight=ln.weight, ln_bias=ln.bias,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_norm_in_float32(dtype, seed):
+    """What layer_norm takes beside 16 bits, and as eager modules compute it."""
+    torch.manual_seed(seed)
+    layer, x = EagerLayer(8, 3).to(dtype), torch.randn(2, 5, 6, 8).to(dtype)
+    layer.ln.float()
+    nn.init.normal_(layer.ln.weight)
+    results = []
+    for forward in (layer, layer.fused):
+        y = forward(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), tuple(layer.parameters()))))
+    for result, expected in zip(*results, strict=True):
+        assert result.dtype == expected.dtype
+        assert (result - expected).double().norm() <= 4 * torch.finfo(dtype).eps * expected.double().norm()
+    with fk.use_backend("cpu"), pytest.raises(fk.BackendError, match="its LayerNorm is torch.float32 in a layer of"):
+        layer.fused(x)
+
+
+@pytest.mark.parametrize(
+    "dtype, weight, bias, refused",
+    [
+        (torch.bfloat16, torch.float16, torch.float16, "ln_weight"),
+        (torch.bfloat16, torch.float32, torch.bfloat16, "ln_weight"),
+        (torch.bfloat16, torch.bfloat16, torch.float32, "ln_bias"),
+        (torch.float64, torch.float32, torch.float32, "ln_weight"),
+        (torch.float32, torch.bfloat16, torch.bfloat16, "ln_weight"),
+    ],
+)
+def test_what_layer_norm_refuses_too(dtype, weight, bias, refused):
+    layer, x = EagerLayer(8, 3).to(dtype), torch.randn(2, 5, 6, 8, dtype=dtype)
+    layer.ln.weight.data, layer.ln.bias.data = layer.ln.weight.data.to(weight), layer.ln.bias.data.to(bias)
+    with pytest.raises(RuntimeError):
+        layer(x)
+    with pytest.raises(TypeError, match=f"^{refused}: expected x's dtype {dtype}, got "):
+        layer.fused(x)

@@ -36,7 +36,7 @@ def forgotten():
 
     def forget():
         measured._rows.cache_clear()
-        measured._answers.clear()
+        measured._nearest.cache_clear()
 
     forget()
     yield
@@ -288,3 +288,11 @@ def test_compiled(eager_on_this_cpu, cpu_kernels, mark, seed):
         y.sum().backward()
         torch.testing.assert_close(y, layer(x))
     assert convolutions(counter) == ([0] if mark else [2, 0])
+
+
+def test_what_is_remembered_is_bounded(table, gpu):
+    table(*results(triton=2.0, cuda=1.0, reference=5.0))
+    most = measured._nearest.cache_info().maxsize
+    for batch in range(1, most + 100):
+        measured.backends("focal_modulation", torch.device("cpu"), torch.float32, False, 16, ((3, 3),), (batch, 8, 8))
+    assert measured._nearest.cache_info().currsize == most

@@ -92,7 +92,7 @@ std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates,
   const Geometry& g = p.forward.g;
   const int64_t blocks = (C + k.lanes - 1) / k.lanes;
   p.flipped = flipped.weights.data();
-  p.mean = static_cast<const float*>(mean.data_ptr());
+  p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.grad_out = map_of(grad_out, 2, 1);
 
   Tensor grad_ctx = needed & 1 ? torch::stable::empty_like(ctx) : torch::stable::new_empty(ctx, {0});

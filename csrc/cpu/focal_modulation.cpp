@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     Geometry part = g;
     part.B = b1 - b0;
     const int64_t row0 = b0 * g.pixels();
-    void* projected_here = save ? at_element(projected.data_ptr(), row0 * F, dtype) : f_out.data;
+    void* projected_here = save ? at_element(projected.mutable_data_ptr(), row0 * F, dtype) : f_out.data;
     MapView in = map_of(x, 1, channel), out = map_of(y, 1, channel);
     in.data = at_element(in.data, b0 * in.b, dtype);
     out.data = at_element(out.data, b0 * out.b, dtype);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     // over ctx itself where nobody needs it again: a map is read to its end before its result is written
     context.out = save ? dense_map(ctx_all.data, dtype, part, g.C, 0) : context.ctx;
     context.normalize = normalize;
-    context.mean = save ? static_cast<float*>(mean.data_ptr()) + b0 * g.C : nullptr;
+    context.mean = save ? static_cast<float*>(mean.mutable_data_ptr()) + b0 * g.C : nullptr;
     run_context_fwd(k, context);
 
     ModulateForward modulate{};
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     modulate.out = rows_of(out, part);
     if (save) {
       modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
-      void* modulator_here = at_element(modulator.data_ptr(), row0 * g.C, dtype);
+      void* modulator_here = at_element(modulator.mutable_data_ptr(), row0 * g.C, dtype);
       modulate.modulator = rows_of(dense_map(modulator_here, dtype, part, g.C, 0), part);
     } else {
       modulate.f_q = f_q.packed;

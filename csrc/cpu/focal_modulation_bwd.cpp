@@ -78,8 +78,8 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     const auto dense = [&](void* data, int64_t width, int64_t first) {
       return dense_map(data, dtype, part, width, first);
     };
-    void* projected_here = at_element(projected.data_ptr(), row0 * F, dtype);
-    void* modulator_here = at_element(modulator.data_ptr(), row0 * C, dtype);
+    void* projected_here = at_element(projected.const_data_ptr(), row0 * F, dtype);
+    void* modulator_here = at_element(modulator.const_data_ptr(), row0 * C, dtype);
 
     ModulateBackward modulate{};
     modulate.dtype = dtype;
@@ -116,7 +116,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
       context.forward.normalize = normalize;
       if (needs(H_WEIGHT)) context.forward.out = dense(ctx_all.data, C, 0);
       context.flipped = flipped.weights.data();
-      context.mean = static_cast<const float*>(mean.data_ptr()) + b0 * C;
+      context.mean = static_cast<const float*>(mean.const_data_ptr()) + b0 * C;
       context.grad_out = dense(grad_ctx_all.data, C, 0);
       if (to_projected) {
         context.grad_ctx = dense(grad_projected.data, F, C);

@@ -1,6 +1,6 @@
-// Which instruction set runs: the best one here, or the one that FOCALNET_KERNELS_CPU_ISA names.
+// Which instruction set runs: the best one here, or the one that FOCALNET_KERNELS_CPU_ISA names, in whatever case.
+#include <cctype>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -41,15 +41,17 @@ const Candidate* candidates(size_t* n) {
 const Kernels& kernels() {
   size_t n;
   const Candidate* all = candidates(&n);
-  const char* wanted = std::getenv("FOCALNET_KERNELS_CPU_ISA");
-  const bool any = wanted == nullptr || *wanted == '\0';
+  const char* variable = std::getenv("FOCALNET_KERNELS_CPU_ISA");
+  const std::string given = variable == nullptr ? "" : variable;
+  std::string wanted = given;
+  for (char& letter : wanted) letter = char(std::tolower(static_cast<unsigned char>(letter)));
   for (size_t i = 0; i < n; ++i)
-    if (all[i].here && (any || std::strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
+    if (all[i].here && (wanted.empty() || wanted == all[i].kernels->name)) return *all[i].kernels;
   std::string here;
   for (size_t i = 0; i < n; ++i)
     if (all[i].here) here += std::string(here.empty() ? "" : ", ") + all[i].kernels->name;
-  throw std::runtime_error(std::string("FOCALNET_KERNELS_CPU_ISA: expected one of this machine's ") + here + ", got " +
-                           wanted);
+  throw std::runtime_error("environment variable FOCALNET_KERNELS_CPU_ISA: expected one of this machine's " + here +
+                           ", got '" + given + "'");
 }
 
 }  // namespace focalnet::cpu

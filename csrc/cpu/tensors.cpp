@@ -1,6 +1,9 @@
 #include "cpu/tensors.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
+#include <mutex>
 
 namespace focalnet::cpu {
 
@@ -8,68 +11,123 @@ namespace {
 
 constexpr int64_t LINE = 64;
 constexpr int64_t LARGEST_KEPT = int64_t(64) << 20;  // bytes; a larger block goes back to the system at once
+constexpr int64_t LARGEST_OF_THREAD = int64_t(1) << 20;
+
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t MOST_KEPT = 0;  // blocks; none, so that every block has its true size and nothing stale
+constexpr int64_t MOST = 0;  // nothing is kept, so that every block has its true size and nothing stale
+constexpr bool MAPS = false;
 #else
-constexpr size_t MOST_KEPT = 24;  // blocks
+constexpr int64_t MOST = 1;
+constexpr bool MAPS = true;
 #endif
 
 struct Block {
-  char* memory;
-  int64_t size;
+  char* memory = nullptr;
+  int64_t size = 0;
 };
 
-// The running thread's returned blocks.
-struct Pool {
-  std::vector<Block> blocks;
+// Large blocks come from the system itself: malloc would keep what is freed for the thread that it was made by.
+void* allocate(int64_t size) {
+  if (!MAPS || size <= LARGEST_OF_THREAD) return std::aligned_alloc(LINE, size);
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return memory == MAP_FAILED ? nullptr : memory;
+}
+void release(const Block& block) {
+  if (!MAPS || block.size <= LARGEST_OF_THREAD)
+    std::free(block.memory);
+  else
+    munmap(block.memory, block.size);
+}
+
+// Returned blocks, so many and so many bytes at most.
+class Pool {
+ public:
+  Pool(size_t most_blocks, int64_t most_bytes) : most_blocks_(most_blocks), most_bytes_(most_bytes) {}
   ~Pool() {
-    for (Block& block : blocks) std::free(block.memory);
+    for (const Block& block : blocks_) release(block);
   }
+  // The smallest block that is large enough and no waste; an empty one if there is none.
+  Block take(int64_t bytes) {
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i)
+      if (blocks_[i].size >= bytes && blocks_[i].size <= 4 * bytes + 4096 &&
+          (best == blocks_.size() || blocks_[i].size < blocks_[best].size))
+        best = i;
+    if (best == blocks_.size()) return {};
+    const Block found = blocks_[best];
+    blocks_.erase(blocks_.begin() + best);
+    bytes_ -= found.size;
+    return found;
+  }
+  void give(const Block& block) {
+    blocks_.push_back(block);
+    bytes_ += block.size;
+    size_t first = 0;  // those that have waited longest go
+    for (; blocks_.size() - first > most_blocks_ || bytes_ > most_bytes_; ++first) {
+      release(blocks_[first]);
+      bytes_ -= blocks_[first].size;
+    }
+    blocks_.erase(blocks_.begin(), blocks_.begin() + first);
+  }
+
+ private:
+  size_t most_blocks_;
+  int64_t most_bytes_, bytes_ = 0;
+  std::vector<Block> blocks_;
 };
-Pool& pool() {
-  static thread_local Pool of_this_thread;
-  return of_this_thread;
+
+// Small blocks stay with the thread that returned them. Large ones are everybody's: a thread that has nothing to do
+// shall not sit on them. Nobody waits for these; who finds them busy does without.
+Pool& pool_of_thread() {
+  static thread_local Pool pool(24, MOST * (int64_t(4) << 20));
+  return pool;
+}
+struct Shared {
+  std::mutex mutex;
+  Pool pool{96, MOST * (int64_t(96) << 20)};
+};
+Shared& shared() {
+  static Shared& of_process = *new Shared;  // never destroyed: a thread may return a block while the process ends
+  return of_process;
+}
+
+Block take(int64_t bytes) {
+  if (bytes <= LARGEST_OF_THREAD) return pool_of_thread().take(bytes);
+  const std::unique_lock<std::mutex> lock(shared().mutex, std::try_to_lock);
+  return lock ? shared().pool.take(bytes) : Block{};
+}
+
+void give(const Block& block) {
+  if (block.size <= LARGEST_OF_THREAD) return pool_of_thread().give(block);
+  if (block.size <= LARGEST_KEPT) {
+    const std::unique_lock<std::mutex> lock(shared().mutex, std::try_to_lock);
+    if (lock) return shared().pool.give(block);
+  }
+  release(block);
 }
 
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) {
   if (bytes <= 0) return;
-  std::vector<Block>& blocks = pool().blocks;
-  size_t best = blocks.size();  // the smallest that is large enough and no waste
-  for (size_t i = 0; i < blocks.size(); ++i)
-    if (blocks[i].size >= bytes && blocks[i].size <= 4 * bytes + 4096 &&
-        (best == blocks.size() || blocks[i].size < blocks[best].size))
-      best = i;
-  if (best < blocks.size()) {
-    data = blocks[best].memory;
-    size_ = blocks[best].size;
-    blocks.erase(blocks.begin() + best);
-    return;
-  }
-  size_ = (bytes + LINE - 1) / LINE * LINE;
-  data = std::aligned_alloc(LINE, size_);
+  bytes = (bytes + LINE - 1) / LINE * LINE;
+  const Block kept = take(bytes);
+  data = kept.memory;
+  size_ = kept.size;
+  if (data != nullptr) return;
+  size_ = bytes;
+  data = allocate(size_);
   STD_TORCH_CHECK(data != nullptr, "out of memory");
 }
 
 Buffer::~Buffer() {
-  if (data == nullptr) return;
-  std::vector<Block>& blocks = pool().blocks;
-  if (size_ > LARGEST_KEPT) {
-    std::free(data);
-    return;
-  }
-  blocks.push_back({static_cast<char*>(data), size_});
-  if (blocks.size() > MOST_KEPT) {  // the one that has waited longest
-    std::free(blocks.front().memory);
-    blocks.erase(blocks.begin());
-  }
+  if (data != nullptr) give({static_cast<char*>(data), size_});
 }
 
 std::vector<float> floats_of(const std::optional<Tensor>& t) {
   if (!t || !t->defined()) return {};
   Tensor f = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
-  const float* p = static_cast<const float*>(f.data_ptr());
+  const float* p = static_cast<const float*>(f.const_data_ptr());
   return {p, p + f.numel()};
 }
 
@@ -94,7 +152,7 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
     const Tensor& w = tensors[l];
     const Axes axes(w.dim() - 2, 2);
     const Level& level = levels[l];
-    Task task{w.data_ptr(),
+    Task task{w.const_data_ptr(),
               {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]), stride_or_0(w, axes.tmw[2])},
               to};
     int64_t* strides = task.strides;
@@ -117,12 +175,12 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
 PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {
   const int n = transpose ? 1 : 0;
   packed = {w.size(n), w.size(1 - n), nullptr};
-  pack(k, dtype_of(w), w.data_ptr(), w.stride(n), w.stride(1 - n));
+  pack(k, dtype_of(w), w.const_data_ptr(), w.stride(n), w.stride(1 - n));
 }
 
 PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1) {
   packed = {n1 - n0, w.size(1), nullptr};
-  pack(k, dtype_of(w), at_element(w.data_ptr(), n0 * w.stride(0), dtype_of(w)), w.stride(0), w.stride(1));
+  pack(k, dtype_of(w), at_element(w.const_data_ptr(), n0 * w.stride(0), dtype_of(w)), w.stride(0), w.stride(1));
 }
 
 void PackedMatrix::pack(const Kernels& k, DType dtype, const void* first, int64_t stride_n, int64_t stride_k) {
@@ -142,8 +200,8 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
   if (parameter.dim() <= 2) {
     const int64_t stride = parameter.dim() == 2 ? out.stride(1) : 1;
     parallel(rows, [&](int64_t row) {
-      k.convert(dtype, gradient + row * columns, columns, at_element(out.data_ptr(), row * out.stride(0), dtype),
-                stride);
+      k.convert(dtype, gradient + row * columns, columns,
+                at_element(out.mutable_data_ptr(), row * out.stride(0), dtype), stride);
     });
     return out;
   }
@@ -153,7 +211,7 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
     for (int64_t i = 0; i < columns / nw; ++i) {
       const int64_t at =
           row * out.stride(0) + i / nm * stride_or_0(out, axes.tmw[0]) + i % nm * stride_or_0(out, axes.tmw[1]);
-      k.convert(dtype, gradient + row * columns + i * nw, nw, at_element(out.data_ptr(), at, dtype),
+      k.convert(dtype, gradient + row * columns + i * nw, nw, at_element(out.mutable_data_ptr(), at, dtype),
                 stride_or_0(out, axes.tmw[2]));
     }
   });

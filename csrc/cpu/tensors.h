@@ -18,8 +18,8 @@ inline MapView dense_map(void* data, DType dtype, const Geometry& g, int64_t wid
   return {at_element(data, channel, dtype), g.pixels() * width, 1, g.M * g.W * width, g.W * width, width};
 }
 
-// n bytes for as long as the object lives. They come from a pool of the running thread, which keeps what was returned:
-// memory fresh from the system would have every page cleared first, which costs more than much of the work done in it.
+// n bytes for as long as the object lives. They come from pools, which keep what was returned: memory fresh from the
+// system would have every page cleared first, which costs more than much of the work done in it.
 class Buffer {
  public:
   Buffer() = default;

@@ -54,7 +54,7 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   ContextBackward p{};
   p.chain = chain;
   p.grad_out = grad_out;
-  p.mean = static_cast<const float*>(mean.data_ptr());
+  p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.grad_ctx = wanted.ctx;
   p.ctx_all = wanted.ctx_all;
   const TokensPlan tokens = plan_tokens(p);
@@ -72,19 +72,19 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   const bool in_parts = wanted.gates.data && !tokens.fits;
   Tensor gates_parts = floats(in_parts ? slots * g.B * gates * g.pixels() : 0);
   Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
-  p.scratch = static_cast<float*>(scratch.data_ptr());
+  p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
   if (tokens.fits) p.grad_gates = wanted.gates;
 
   SumJobs sums{};
   sums.dtype = chain.dtype;
   if (in_parts) {
-    p.gates_parts = static_cast<float*>(gates_parts.data_ptr());
+    p.gates_parts = static_cast<float*>(gates_parts.mutable_data_ptr());
     const Geometry all{g.B, gates, g.T, g.M, g.W};
     sums.jobs[sums.n++] = {p.gates_parts, slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
   }
   std::vector<Tensor> gradients;
   if (wanted.weights) {
-    p.weights_parts = static_cast<float*>(weights_parts.data_ptr());
+    p.weights_parts = static_cast<float*>(weights_parts.mutable_data_ptr());
     const float* parts = p.weights_parts;
     for (int l = 0; l < chain.L; ++l) {
       const Level& k = chain.levels[l].size;

@@ -132,7 +132,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
   m.grad_modulator = layer.line(grad_modulator);
   m.parts = modulate_bwd_parts(m);
   const Tensor parts = torch::stable::new_empty(x, {m.parts, 3, C}, ScalarType::Float);
-  m.sums = static_cast<float*>(parts.data_ptr());
+  m.sums = static_cast<float*>(parts.mutable_data_ptr());
   run_modulate_bwd(m, on.stream);
   if (needs(PROJ_WEIGHT)) put(PROJ_WEIGHT, torch::stable::matmul(transposed(dy), transposed(z)), proj_weight);
   if (needs(PROJ_BIAS)) put(PROJ_BIAS, torch::stable::sum(dy, std::array<int64_t, 1>{0}), *proj_bias);
@@ -144,7 +144,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     if (needs(places[i])) {
       found[places[i]] = torch::stable::empty_like(**summed[i]);
       MapView to{};
-      to.data = found[places[i]].data_ptr(), to.c = found[places[i]].stride(0);
+      to.data = found[places[i]].mutable_data_ptr(), to.c = found[places[i]].stride(0);
       sums.jobs[sums.n++] = {m.sums + i * C, m.parts, 3 * C, 1, {1, C, 1, 1, 1}, to};
     }
   run_sums(sums, on.stream);

@@ -11,13 +11,13 @@ namespace focalnet::cuda {
 
 inline Vector vector_of(const std::optional<Tensor>& t, int64_t first = 0) {
   if (!t || !t->defined()) return {};
-  return {at_element(t->data_ptr(), first * t->stride(0), dtype_of(*t)), t->stride(0)};
+  return {at_element(t->const_data_ptr(), first * t->stride(0), dtype_of(*t)), t->stride(0)};
 }
 
 // Rows of a (rows, tokens) matrix from `first` on, as the planes of a map.
 inline MapView planes_of(const Tensor& matrix, const Geometry& g, int64_t first = 0) {
   const int64_t w = matrix.stride(1);
-  return {at_element(matrix.data_ptr(), first * matrix.stride(0), dtype_of(matrix)),
+  return {at_element(matrix.const_data_ptr(), first * matrix.stride(0), dtype_of(matrix)),
           g.pixels() * w,
           matrix.stride(0),
           g.M * g.W * w,

@@ -30,8 +30,7 @@ def machine_class(device: str) -> str:
     """A folder's name for machines whose figures can be compared: "cpu-2-cores-avx512-bf16" or "nvidia-h200"."""
     if device.startswith("cuda"):
         return re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower())
-    isa = "none" if _native.cpu_missing else torch.ops.focalnet_kernels.cpu_isa()
-    return f"cpu-{torch.get_num_threads()}-cores-{isa.replace('_', '-')}"
+    return f"cpu-{torch.get_num_threads()}-cores-{_native.cpu_isa().replace('_', '-')}"
 
 
 def machine(device: str) -> dict[str, str | int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .. import _native, dispatch
 from .bench import bench
 from .check import check
 from .convert import convert
@@ -15,6 +16,11 @@ from .visualize import visualize
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Fast Focal Modulation: what is installed, whether it is right, how fast it is."""
+    try:
+        dispatch.requested_backend()
+        _native.cpu_isa()
+    except ValueError as error:  # what the environment names, which every command would stumble over
+        raise click.UsageError(str(error)) from error
 
 
 main.add_command(bench)

@@ -23,7 +23,7 @@ def info() -> None:
     if _native.cpu_missing:
         click.echo(f"cpu: off, {_native.cpu_missing}")
     else:
-        click.echo(f"cpu: ready, instruction set {torch.ops.focalnet_kernels.cpu_isa()}")
+        click.echo(f"cpu: ready, instruction set {_native.cpu_isa()}")
     if MISSING or not (INTERPRETED or torch.cuda.is_available()):
         click.echo(f"triton: off, {MISSING or 'there is no GPU (but see TRITON_INTERPRET=1)'}")
     else:

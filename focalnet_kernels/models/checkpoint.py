@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
+import pathlib
 import pickle
 import re
 from collections import OrderedDict
@@ -29,7 +32,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Args:
         model: a `FocalNet` or `FocalNetBackbone`, or the authors', timm's or Hugging Face's one.
         path: a .safetensors file, or anything that `torch.load(weights_only=True)` reads. {"model": ...} and
-            {"state_dict": ...} are unwrapped.
+            {"state_dict": ...} are unwrapped. An argparse.Namespace, paths, NumPy's scalars and arrays may stand beside
+            the weights.
 
     Returns:
         `model`.
@@ -37,7 +41,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is no checkpoint, or that of another model; the message names the path and the
-            first keys that differ. Also: `model` is no FocalNet, or has no memory yet (meta device).
+            first keys that differ, or the class that weights_only=True refuses. Also: `model` is no FocalNet, or has
+            no memory yet (meta device).
     """
     given = read_checkpoint(path)
     own = model.state_dict()
@@ -78,9 +83,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    except pickle.UnpicklingError as error:  # its message advises to run the code in the file
-        reason = "no PyTorch file, or one with objects other than tensors"
-        raise ValueError(f"{path}: not a readable checkpoint: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {_why_not_unpickled(error)}") from error
     except Exception as error:  # every format raises its own kind
         raise ValueError(f"{path}: not a readable checkpoint: {error!r}") from error
 
@@ -99,9 +103,36 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path):
-    # the authors' training script stores its configuration beside the weights: a mere dict takes its place
-    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+    with torch.serialization.safe_globals(_beside_weights()):
         return torch.load(path, weights_only=True, map_location="cpu")
+
+
+@functools.cache
+def _beside_weights() -> list:
+    """What training scripts store beside the weights and what holds no code, by the names that files have for it."""
+    known = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]  # of the first a mere dict takes the place
+    for module in ("pathlib", "pathlib._local"):  # of Python 3.13; another system's paths can only be looked at
+        known += [(getattr(pathlib, f"Pure{name}"), f"{module}.{name}") for name in ("PosixPath", "WindowsPath")]
+        known += [(getattr(pathlib, name), f"{module}.{name}") for name in ("PurePosixPath", "PureWindowsPath")]
+    try:
+        import numpy
+    except ImportError:
+        return known
+    reduce_scalar, reduce_array = numpy.float64().__reduce__()[0], numpy.empty(0).__reduce__()[0]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 2 and 1
+        known += [(reduce_scalar, f"{module}.scalar"), (reduce_array, f"{module}._reconstruct")]
+    return known + [numpy.ndarray, numpy.dtype, *{type(numpy.dtype(code)) for code in numpy.typecodes["All"]}]
+
+
+def _why_not_unpickled(error: pickle.UnpicklingError) -> str:
+    """In our words: torch's advise to run the code in the file."""
+    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"[Cc]lass '?([\w.]+)", str(error))
+    if found is None:
+        return "no PyTorch file, or one with objects other than tensors"
+    return (
+        f"it holds {found[1]}, which torch.load(weights_only=True) refuses, for that could run code. Save the "
+        "state_dict alone, or, if you trust the file, name this class in torch.serialization.add_safe_globals"
+    )
 
 
 def _norms_of_maps(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:

@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ._flops import set_formula
+
 library = torch.library.Library("focalnet_kernels", "DEF")
 
 
-def define(schema: str, backends: Sequence[str] = ("",)):
+def define(schema: str, backends: Sequence[str] = ("",), *, flops: Callable[..., int]):
     """Declare a raw op; decorates its fake (shapes, dtypes, strides of the results).
 
     Args:
         schema: name, arguments and results.
         backends: suffixes of the name, for backends with a raw op of their own of the same schema.
+        flops: what torch's flop counter shall say: see `_flops.py`.
     """
     name, rest = schema.split("(", 1)
 
@@ -24,6 +27,7 @@ def define(schema: str, backends: Sequence[str] = ("",)):
         for backend in backends:
             library.define(f"{name}{backend}({rest}")
             torch.library.register_fake(f"focalnet_kernels::{name}{backend}", fake, lib=library)
+            set_formula(name + backend, flops)
 
     return decorate
 

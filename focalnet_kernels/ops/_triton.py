@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ._library import implement
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: no changing it later
+# Triton reads it when it is imported, and takes these words: no changing it later
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -133,3 +133,26 @@ def test_torchscript_does_not_compile_ours(build):
     for model in (build(8, 3, 2), nn.Sequential(nn.Linear(8, 8), build(8, 3, 2))):
         with pytest.raises(TypeError, match=f"found a {build.__name__}; torch.jit.trace, torch.export and torch.comp"):
             torch.jit.script(model)
+
+
+FIRST_CALL = """
+import io, sys, torch, focalnet_kernels as fk
+layer, x = fk.FocalModulation(8, 3, 2).eval(), torch.randn(1, 6, 5, 8)
+exec(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.jit.trace(layer, x)",
+        "torch.onnx.export(layer, (x,), io.BytesIO(), dynamo=False)",
+        "torch.export.export(layer, (x,))",
+        "torch.vmap(layer)(x[None])",
+        "torch.compile(layer, backend='aot_eager', fullgraph=True)(x)",
+    ],
+)
+def test_a_process_begins_with_it(call):
+    """What is looked up in a first call must not become part of what is traced."""
+    ran = subprocess.run([sys.executable, "-c", FIRST_CALL, call], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr

@@ -1,9 +1,12 @@
 """load_checkpoint: any layout and wrapping into any model, and nothing loaded where it does not fit."""
 
+import argparse
+import pathlib
 import pickle
 import sys
 import types
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -73,6 +76,52 @@ def test_reads_what_the_authors_training_script_saves(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "yacs.config")
     loaded = load_checkpoint(FocalNet(**small_config()).double(), tmp_path / "ckpt_epoch_1.pth")
     assert states_equal(loaded, original)
+
+
+BESIDE = {
+    "Namespace": argparse.Namespace(lr=1e-3, data=pathlib.Path("/data"), nested=argparse.Namespace(seed=1)),
+    "paths": [pathlib.Path("a/b"), pathlib.PureWindowsPath("c:/a")],
+    "NumPy scalars": {name: numpy.ones((), name)[()] for name in ("f8", "f4", "i8", "u1", "?", "c16", "U3", "M8[s]")},
+    "NumPy dtypes": [numpy.dtype("float32"), numpy.dtype("int64"), numpy.dtype("U5")],
+    "NumPy arrays": {"rng": numpy.random.get_state(), "losses": numpy.ones((2, 3))},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+def test_what_training_scripts_store_beside_the_weights(beside, zipped, tmp_path):
+    original, path = small_model(), tmp_path / "last.pth"
+    content, allowed = {"args": beside, "model": original.state_dict()}, torch.serialization.get_safe_globals()
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert states_equal(load_checkpoint(FocalNet(**small_config()).double(), path), original)
+    assert torch.serialization.get_safe_globals() == allowed
+
+
+def test_what_numpy_1_and_python_3_13_wrote(tmp_path):
+    """They have other names for the same things."""
+    original, path = small_model(), tmp_path / "last.pth"
+    content = {"args": [numpy.float64(1), pathlib.Path("a")], "model": original.state_dict()}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    for theirs, other in ((b"numpy._core", b"numpy.core"), (b"cpathlib\n", b"cpathlib._local\n")):
+        assert theirs in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(theirs, other))
+    assert states_equal(load_checkpoint(FocalNet(**small_config()).double(), path), original)
+
+
+class Mine:
+    """Somebody's own class: not even a harmless one is known to be that."""
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_another_class_is_named_with_what_to_do(zipped, tmp_path):
+    original, path = small_model(), tmp_path / "last.pth"
+    torch.save({"model": original.state_dict(), "x": Mine()}, path, _use_new_zipfile_serialization=zipped)
+    model = FocalNet(**small_config()).double()
+    name = f"{Mine.__module__}.Mine"
+    check_refused(model, path, f"it holds {name}, which torch.load(weights_only=True) refuses")
+    check_refused(model, path, "torch.serialization.add_safe_globals")
+    with torch.serialization.safe_globals([Mine]):
+        assert states_equal(load_checkpoint(model, path), original)
 
 
 def test_keeps_the_dtype_and_the_layout_of_the_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from focalnet_kernels.ops._triton import INTERPRETED
 from focalnet_kernels.testing import LAYOUTS, make_context_inputs, make_layer_inputs, make_modulate_inputs, map_tensors
@@ -92,3 +93,13 @@ def test_exist_without_kernels(name, backend, seed):
     found = raw_op(name.partition("-")[0], backend)(*call)
     first = found[0] if isinstance(found, tuple) else found
     assert first.shape == call[0].shape and first.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", RAW_OPS)
+def test_copy_on_write(cpu_kernels, name, seed):
+    """What is shared until somebody writes to it is read, on any thread, and stays shared."""
+    arguments = RAW_OPS[name]("cpu", "contiguous", torch.float32, seed)
+    shared = map_tensors(torch._lazy_clone, arguments)
+    op = raw_op(name.partition("-")[0], "cpu")
+    torch.testing.assert_close(op(*shared), op(*arguments), rtol=0, atol=0)
+    assert all(map(torch._C._is_cow_tensor, (t for t in tree_leaves(shared) if isinstance(t, torch.Tensor))))

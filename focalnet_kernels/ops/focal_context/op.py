@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import dispatch
 from ...measured import Workload
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
+from .._flops import level_gradients, levels
 from .._library import define
 from . import native, triton_launch
 from .reference import focal_context_reference
@@ -18,9 +19,14 @@ from .reference import focal_context_reference
 # -> ctx_all: (B, C, *spatial) with ctx's memory order; mean: (B, C) float32, of the last level over all pixels
 
 
+def _forward_flops(ctx, gates, weights, normalize, **results) -> int:
+    return levels(ctx, weights)
+
+
 @define(
     "focal_context_fwd(Tensor ctx, Tensor gates, Tensor[] weights, bool normalize) -> (Tensor, Tensor)",
     backends=("", "_triton", "_cuda"),
+    flops=_forward_flops,
 )
 def _(ctx, gates, weights, normalize):
     return torch.empty_like(ctx), ctx.new_empty(ctx.shape[:2], dtype=torch.float32)
@@ -29,10 +35,15 @@ def _(ctx, gates, weights, normalize):
 # `needed`: bit i for input i of (ctx, gates, *weights); an empty tensor for the others
 
 
+def _backward_flops(grad_out, ctx, gates, weights, mean, normalize, needed, **results) -> int:
+    return level_gradients(ctx, weights, bool(needed & 1), needed >> 2)
+
+
 @define(
     "focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, Tensor[] weights, Tensor mean, bool normalize,"
     " int needed) -> Tensor[]",
     backends=("", "_triton", "_cuda"),
+    flops=_backward_flops,
 )
 def _(grad_out, ctx, gates, weights, mean, normalize, needed):
     inputs = (ctx, gates, *weights)

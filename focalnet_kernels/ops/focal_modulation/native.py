@@ -15,7 +15,7 @@ from .parameters import LayerParameters
 
 
 def why_not(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
-    return why_not_native(backend, x, x.shape[1:-1], parameters.focal_weights)
+    return parameters.why_mixed() or why_not_native(backend, x, x.shape[1:-1], parameters.focal_weights)
 
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from ... import dispatch
 from ...measured import Workload
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
+from .._flops import level_gradients, levels, linear
 from .._library import define
 from . import native, triton_launch
 from .parameters import LayerParameters
@@ -23,7 +26,13 @@ _FORWARD = (
 )
 
 
-@define("focal_modulation_fwd" + _FORWARD)
+def _forward_flops(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
+                   *options, **results) -> int:  # fmt: skip
+    tokens, matrices = prod(x[:-1]), (f_weight, h_weight, proj_weight)
+    return sum(linear(tokens, *shape) for shape in matrices) + levels((x[0], x[-1], *x[1:-1]), focal_weights)
+
+
+@define("focal_modulation_fwd" + _FORWARD, flops=_forward_flops)
 def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       normalize, ln_eps, save):  # fmt: skip
     B, C = x.shape[0], x.shape[-1]
@@ -50,13 +59,13 @@ def _gpu_results(x, f_weight, save, new_matrix):
     )
 
 
-@define("focal_modulation_fwd_triton" + _FORWARD)
+@define("focal_modulation_fwd_triton" + _FORWARD, flops=_forward_flops)
 def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       normalize, ln_eps, save):  # fmt: skip
     return _gpu_results(x, f_weight, save, triton_launch.new_matrix)
 
 
-@define("focal_modulation_fwd_cuda" + _FORWARD)
+@define("focal_modulation_fwd_cuda" + _FORWARD, flops=_forward_flops)
 def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       normalize, ln_eps, save):  # fmt: skip
     if native.by_tokens(x, focal_weights, ln_weight):
@@ -67,11 +76,28 @@ def _(x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, 
 # `needed`: bit i for input i of (x, *LayerParameters.flat()); an empty tensor for the others
 
 
+def _backward_flops(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias,
+                    focal_weights, projected, modulator, mean, normalize, eps, needed, **results) -> int:  # fmt: skip
+    of = [bool(needed >> i & 1) for i in range(9)]  # x, f, f_bias, h, h_bias, proj, proj_bias, ln, ln_bias
+    of_levels = needed >> 9
+    to_projected = any(of[:3])
+    to_ctx_all = to_projected or of_levels != 0
+    to_output = to_ctx_all or any(of[3:5]) or any(of[7:])
+    tokens = prod(x[:-1])
+    return (
+        (of[0] + of[1]) * linear(tokens, *f_weight)
+        + (to_ctx_all + of[3]) * linear(tokens, *h_weight)
+        + (to_output + of[5]) * linear(tokens, *proj_weight)
+        + level_gradients((x[0], x[-1], *x[1:-1]), focal_weights, to_projected, of_levels)
+    )
+
+
 @define(
     "focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, Tensor? f_bias, Tensor h_weight, Tensor? h_bias,"
     " Tensor proj_weight, Tensor? proj_bias, Tensor? ln_weight, Tensor? ln_bias, Tensor[] focal_weights,"
     " Tensor projected, Tensor modulator, Tensor mean, bool normalize, float ln_eps, int needed) -> Tensor[]",
     backends=("", "_triton", "_cuda"),
+    flops=_backward_flops,
 )
 def _(grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
       projected, modulator, mean, normalize, ln_eps, needed):  # fmt: skip

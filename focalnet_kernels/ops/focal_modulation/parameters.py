@@ -29,6 +29,12 @@ class LayerParameters(NamedTuple):
         """One flat tuple, the focal weights last: what an autograd.Function takes."""
         return (*self[:6], self.ln_weight, self.ln_bias, *self.focal_weights)
 
+    def why_mixed(self) -> str | None:
+        """What a kernel, which knows one dtype, cannot take."""
+        if self.ln_weight is None or self.ln_weight.dtype == self.f_weight.dtype:
+            return None
+        return f"its LayerNorm is {self.ln_weight.dtype} in a layer of {self.f_weight.dtype}: left to the reference"
+
     @classmethod
     def from_flat(cls, tensors) -> LayerParameters:
         return cls(*tensors[:6], tuple(tensors[8:]), *tensors[6:8])

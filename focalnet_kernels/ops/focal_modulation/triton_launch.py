@@ -29,7 +29,8 @@ from .parameters import LayerParameters
 
 def why_not(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
     size = padded_map(x.movedim(-1, 1))[0]
-    return why_not_triton(x) or why_too_large(x.shape[0], size, [w.shape[2:] for w in parameters.focal_weights])
+    kernels = [w.shape[2:] for w in parameters.focal_weights]
+    return parameters.why_mixed() or why_not_triton(x) or why_too_large(x.shape[0], size, kernels)
 
 
 def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:

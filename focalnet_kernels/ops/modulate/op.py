@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ... import dispatch
 from ...measured import Workload
 from .._autograd import needs_grad
+from .._flops import linear
 from .._library import define
 from . import native, triton_launch
 from .reference import modulate_reference
@@ -17,8 +20,14 @@ from .reference import modulate_reference
 # -> (B, C, *spatial) with q's memory order
 
 
+def _flops(q, ctx_all, weight, bias, **results) -> int:
+    return linear(prod(q) // q[1], *weight)
+
+
 @define(
-    "modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor", backends=("", "_triton", "_cuda")
+    "modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, Tensor? bias) -> Tensor",
+    backends=("", "_triton", "_cuda"),
+    flops=_flops,
 )
 def _(q, ctx_all, weight, bias):
     return torch.empty_like(q)
