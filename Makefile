@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+QUIET = --quiet --quiet --disable-pip-version-check  # errors alone: among pip's warnings nobody finds what matters
 SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
 
@@ -13,9 +14,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'setuptools>=70' wheel ninja
-	$(BIN)/python -m pip install --quiet 'torch>=2.10' torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,test,lint]'
+	$(BIN)/python -m pip install $(QUIET) --upgrade 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install $(QUIET) 'torch>=2.10' torchvision
+	$(BIN)/python -m pip install $(QUIET) --no-build-isolation --editable '.[demo,test,lint]'
 	@touch $@
 
 demo: install
@@ -35,7 +36,7 @@ OLD_TORCH ?= 2.10
 OLD = build/torch-$(OLD_TORCH)
 $(OLD)/.installed: Makefile
 	$(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install --quiet 'torch==$(OLD_TORCH).*' numpy 'safetensors>=0.4' 'click>=8.1' 'rich>=13' 'pytest>=8' 'hypothesis>=6.100'
+	$(OLD)/bin/python -m pip install $(QUIET) 'torch==$(OLD_TORCH).*' numpy 'safetensors>=0.4' 'click>=8.1' 'rich>=13' 'pytest>=8' 'hypothesis>=6.100'
 	@touch $@
 
 test-old-torch: install $(OLD)/.installed

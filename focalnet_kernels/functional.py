@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -202,9 +203,11 @@ def explain(op, *args, **kwargs) -> Explanation:
         An `Explanation`: `.backend`, `.reasons` by backend; printing it shows both.
 
     Raises:
-        TypeError: `op` is none of these.
+        TypeError: `op` is none of these, or cannot be called so; and what the call itself would raise.
     """
     if isinstance(op, torch.nn.Module) and hasattr(op, "functional_arguments"):
+        args, kwargs = _bound(op.forward, type(op).__name__, args, kwargs).args, {}
+        args = args[: len(inspect.signature(op.functional_arguments).parameters)]  # the inputs, without options
         reason = op.why_by_parts()
         if reason is not None:
             kernels = dict.fromkeys(("cpu", "triton", "cuda"), f"the layer runs part by part: {reason}")
@@ -214,8 +217,19 @@ def explain(op, *args, **kwargs) -> Explanation:
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
+    _bound(globals()[name], name, args, kwargs)
     backend = kwargs.pop("backend", None)
     return explain_call(_CORE.get(name, name), *_PREPARE[name](*args, **kwargs), backend=backend)
+
+
+def _bound(function: Callable, name: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+    """The arguments of a call; a TypeError of explain's where `function` does not take them."""
+    signature = inspect.signature(function)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        inputs = ", ".join(signature.parameters)
+        raise TypeError(f"explain(op, ...): expected what {name}({inputs}) is called with: {error}") from None
 
 
 def _prepare_focal_context(ctx, gates, weights, *, normalize=False):

@@ -314,6 +314,29 @@ def test_explain_modules_that_run_part_by_part(module):
     assert all(r.startswith("the layer runs part by part: proj is a Identity") for r in found.reasons.values())
 
 
+@pytest.mark.parametrize(
+    "op, given, error",
+    [
+        (fk.FocalModulation(8, 3, 1), (), r"FocalModulation(x, return_gates\) is called with: missing .*'x'"),
+        (fk.CrossFocalModulation(8, 3, 1), (torch.zeros(1, 4, 4, 8),), "CrossFocalModulation(x, .*'target'"),
+        ("focal_modulation", (torch.zeros(1, 4, 4, 8),), "focal_modulation(x, f_weight, .*'f_weight'"),
+        (fk.modulate, (), r"modulate(q, ctx_all, weight, bias, backend\) .*'q'"),
+        ("focal_context", (1, 2, 3, 4), "focal_context(ctx, gates, weights, .*too many positional arguments"),
+    ],
+)
+def test_explain_names_what_the_call_lacks(op, given, error):
+    """In public names, as the call itself would."""
+    pattern = r"^explain\(op, ...\): expected what " + error.replace("(", r"\(", 1)
+    with pytest.raises(TypeError, match=pattern) as caught:
+        fk.explain(op, *given)
+    assert "_prepare" not in str(caught.value) and "functional_arguments" not in str(caught.value)
+
+
+def test_explain_takes_a_call_by_name():
+    layer, x = fk.FocalModulation(8, 3, 1), torch.zeros(1, 4, 4, 8)
+    assert fk.explain(layer, x=x) == fk.explain(layer, x) == fk.explain(layer, x, return_gates=True)
+
+
 @pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])
 def test_explain_refuses_what_it_does_not_know(op):
     with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation, cross_"):

@@ -145,17 +145,44 @@ def test_building_asks_for_no_torch():
     assert "setuptools" in requires and "torch" not in requires
 
 
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory):
+    """What `python -m build --sdist` packs where nothing can be compiled, unpacked."""
+    tree, packed = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("packed")
+    for name in ("focalnet_kernels", "csrc"):
+        shutil.copytree(PACKAGE.parent / name, tree / name, ignore=shutil.ignore_patterns(*BINARIES))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(PACKAGE.parent / name, tree)
+    command = f"from setuptools import build_meta; print(build_meta.build_sdist({str(packed)!r}))"
+    environment = os.environ | {"FOCALNET_KERNELS_BUILD": "none"}
+    done = subprocess.run([sys.executable, "-c", command], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    archive = packed / done.stdout.splitlines()[-1]
+    shutil.unpack_archive(archive, packed)
+    return packed / archive.name.removesuffix(".tar.gz")
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
+def test_a_source_distribution_builds(source_distribution):
+    """It has all that setup.py imports and compiles, and what the package reads."""
+    assert files(source_distribution / "csrc") == files(PACKAGE.parent / "csrc")
+    needed = {name for name in files(PACKAGE) if Path(name).suffix not in (".so", ".pyd", ".dylib")}
+    assert files(source_distribution / "focalnet_kernels") == needed
+    command = [sys.executable, "setup.py", "--quiet", "--version"]
+    done = subprocess.run(command, cwd=source_distribution, capture_output=True, text=True)
+    assert done.returncode == 0 and focalnet_kernels.__version__ in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isolated", [False, True], ids=["no-isolation", "isolation"])
-def test_installs_without_a_compiler(isolated, tmp_path):
+def test_installs_without_a_compiler(isolated, source_distribution, tmp_path):
     """pip's own install into an empty directory, where neither compiler nor CUDA is to be found."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    for name in ("focalnet_kernels", "csrc"):
-        shutil.copytree(PACKAGE.parent / name, source / name, ignore=shutil.ignore_patterns(*BINARIES))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(PACKAGE.parent / name, source)
+    target = tmp_path / "target"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FOCALNET_KERNELS", "CUDA"))}
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(source)]
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(source_distribution)]
     done = subprocess.run(
         pip + ([] if isolated else ["--no-build-isolation"]),
         env=environment | {"PATH": str(tmp_path), "CXX": "none", "CC": "none"},

@@ -87,6 +87,9 @@ def cases(
         levels: of `LEVELS`. Detection and video have no models here, video no blocks, and only `PEERS` have peers.
         targets: of `TARGETS`.
         size: a side of the image in pixels; None for the variant's own. Detection maps keep theirs.
+
+    Raises:
+        ValueError: images of that size are too small for a target.
     """
     targets = tuple(targets)
     for level in levels:
@@ -95,6 +98,7 @@ def cases(
                 common = {"batch": batch, "dtype": dtype, "device": device}
                 if level in ("model", "peers"):
                     if target in (VARIANTS if level == "model" else PEERS):
+                        list(published_layers(target, size))  # a model would say so late, and of each of its cases
                         pixels = size or VARIANTS[target]["img_size"]
                         yield Case(level, level, target, 0, None, pixels, **common)
                     continue

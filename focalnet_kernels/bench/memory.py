@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -57,22 +61,38 @@ class HostMemory:
     def __init__(self, wanted: bool = True):
         self._wanted = wanted and Path("/proc/self/clear_refs").exists()
         self._pool = None
+        self._others: list = []  # processes that were there before
 
     def __enter__(self) -> HostMemory:
         if self._wanted:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, "timm", "transformers.models.focalnet.modeling_focalnet"])
-            # read by glibc when the server starts: tensors go back to the system as soon as they are freed
-            before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-            os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
+            self._others = multiprocessing.active_children()
             self._pool = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
-            self._pool.submit(int).result()
-            os.environ.pop("MALLOC_MMAP_THRESHOLD_") if before is None else None
+            try:
+                with _ctrl_c_afterwards():
+                    _start_server()
+                    self._pool.submit(int).result()
+            except BaseException:
+                self._end_processes()
+                raise
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        if self._pool is not None:
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._pool is None:
+            return
+        if error is None:
             self._pool.shutdown()
+        else:
+            self._end_processes()
+
+    def _end_processes(self) -> None:
+        """At once: nobody waits for their answers any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in self._others:
+                process.terminate()
+        self._pool.shutdown()
 
     def peak_bytes(self, case: Case, provider: Provider, modes: Iterable[str]) -> dict[str, int]:
         """By mode; empty where it cannot be told."""
@@ -81,6 +101,35 @@ class HostMemory:
         threads = torch.get_num_threads()
         futures = {mode: self._pool.submit(_host_peak, case, provider, mode, threads) for mode in modes}
         return {mode: future.result() for mode, future in futures.items()}
+
+
+@contextlib.contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """Ctrl-C meanwhile takes effect at the end: multiprocessing does not bear it in the midst of a start."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of it
+        yield
+        return
+    came: list = []
+    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _start_server() -> None:
+    """multiprocessing's forkserver. Ctrl-C, which a terminal sends to all, is left to this process by its children."""
+    name = "MALLOC_MMAP_THRESHOLD_"  # read by glibc at the start: what is freed goes back to the system
+    before = os.environ.get(name)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ[name] = str(1 << 16)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _host_peak(case: Case, provider: Provider, mode: str, threads: int) -> int:

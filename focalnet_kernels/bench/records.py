@@ -33,6 +33,16 @@ def write(path: Path, rows: Iterable[Mapping], machine: Mapping, configuration: 
     path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Find out before the measuring whether `write` will be able to: an OSError where not. Nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in (path, path.with_suffix(".json")):
+        existed = file.exists()
+        file.open("a").close()
+        if not existed:
+            file.unlink()
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; what is absent is ""."""
     with path.open(newline="") as file:

@@ -20,6 +20,9 @@ from ..bench.providers import COMPILE_MODES, Provider, providers
 from ..bench.roofline import ceilings
 from ..bench.runner import WARM, run_case
 from ..bench.steps import MODES
+from . import options
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @click.command()
@@ -29,7 +32,7 @@ from ..bench.steps import MODES
     help="A variant, detection, video, a pattern such as '*_srf', or 'all'.",
 )  # fmt: skip
 @click.option("--mode", "modes", multiple=True, default=MODES, show_default=True, type=click.Choice(MODES))
-@click.option("--dtype", "dtypes", multiple=True, default=("float32", "bfloat16"), show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, default=DTYPES[:2], show_default=True, type=click.Choice(DTYPES))
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--size", default=224, show_default=True, type=click.IntRange(min=0), help="Pixels a side; 0: as published."
@@ -38,7 +41,7 @@ from ..bench.steps import MODES
 @click.option("--provider", "patterns", multiple=True, default=("*",), help="Patterns of provider names. Default: all.")
 @click.option("--compile", "compile_modes", multiple=True, type=click.Choice(COMPILE_MODES), help="Also compiled, so.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=3))
-@click.option("--device", default=None, help="Default: cuda where there is one, otherwise cpu.")
+@options.device
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, in processes of their own.")
 @click.option(
     "--roofline/--no-roofline", default=True, show_default=True, help="Measure ceilings, show shares of them."
@@ -56,11 +59,19 @@ def bench(
     memory, the bytes kept for backward, and the share of what the machine's copy and matrix product would allow.
     """
     console = Console()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"batch": batch, "size": size or None, "dtypes": _dtypes(dtypes), "device": device}
+    wanted = {
+        "dtypes": [getattr(torch, name) for name in dtypes],
+        "batch": batch,
+        "size": size or None,
+        "device": device,
+    }
+    try:
+        found_cases = list(cases(levels, _targets(targets), **wanted))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--size") from error
     todo = [
         (case, [p for p in providers(case, compile_modes) if any(fnmatch.fnmatchcase(p.name, t) for t in patterns)])
-        for case in cases(levels, _targets(targets), **options)
+        for case in found_cases
         if not (stages and case.stage and case.stage not in stages)
     ]
     if not any(found for _, found in todo):
@@ -68,31 +79,41 @@ def bench(
     if dry_run:
         _list(console, todo)
         return
+    _check_output(output)
     about = machine(device) | {"date": datetime.date.today().isoformat()}
     configuration = {
         "levels": levels, "targets": targets, "batch": batch, "size": size, "rounds": rounds, "compile": compile_modes,
     }  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows, reached = [], None
-    with (
-        Progress(*columns, console=console, transient=True) as progress,
-        HostMemory(memory and device == "cpu") as host,
-    ):
-        bar = progress.add_task("ceilings", total=len(modes) * (rounds + WARM) * sum(len(found) for _, found in todo))
-        if roofline:
-            reached, rows = ceilings(options["dtypes"], device, rounds)
-        done = 0
-        for case, found in todo:
-            labels = case.labels()
-            progress.update(bar, description=f"{labels['case']} {labels['shape']} {labels['dtype']}", completed=done)
-            done += len(modes) * (rounds + WARM) * len(found)
-            rows += run_case(
-                case, found, modes=modes, rounds=rounds, ceilings=reached, host_memory=host,
-                tick=lambda: progress.advance(bar),
-            )  # fmt: skip
-            records.write(output, rows, about, configuration)  # after each: an interrupted run keeps what it found
-    _show(console, rows)
-    console.print(f"wrote {output} and {output.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    rows: list[dict] = []
+    try:
+        with (
+            Progress(*columns, console=console, transient=True) as progress,
+            HostMemory(memory and device == "cpu") as host,
+        ):
+            turns = len(modes) * (rounds + WARM)
+            bar = progress.add_task("ceilings", total=turns * sum(len(found) for _, found in todo))
+            reached = None
+            if roofline:
+                reached, rows = ceilings(wanted["dtypes"], device, rounds)
+            done = 0
+            for case, found in todo:
+                labels = case.labels()
+                now = f"{labels['case']} {labels['shape']} {labels['dtype']}"
+                progress.update(bar, description=now, completed=done)
+                done += turns * len(found)
+                rows.extend(  # one by one: those before an interruption stay
+                    run_case(
+                        case, found, modes=modes, rounds=rounds, ceilings=reached, host_memory=host,
+                        tick=lambda: progress.advance(bar),
+                    )
+                )  # fmt: skip
+                records.write(output, rows, about, configuration)
+    finally:  # an interrupted run keeps what it found
+        if rows:
+            records.write(output, rows, about, configuration)
+            _show(console, rows)
+            console.print(f"wrote {output} and {output.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
 def _targets(patterns) -> list[str]:
@@ -102,11 +123,16 @@ def _targets(patterns) -> list[str]:
     return found
 
 
-def _dtypes(names) -> list[torch.dtype]:
-    dtypes = [getattr(torch, name, None) for name in names]
-    if not all(isinstance(dtype, torch.dtype) and dtype.is_floating_point for dtype in dtypes):
-        raise click.BadParameter(f"expected float32, bfloat16 or float16, got {', '.join(names)}", param_hint="--dtype")
-    return dtypes
+def _check_output(output: Path) -> None:
+    """Whether the figures can be written is known before they are measured."""
+    if output.suffix == ".json":
+        raise click.BadParameter(
+            f"{output}: expected the CSV file's name; .json stands beside it", param_hint="--output"
+        )
+    try:
+        records.check_writable(output)
+    except OSError as error:
+        raise click.BadParameter(f"{output}: cannot be written: {error}", param_hint="--output") from error
 
 
 def _list(console: Console, todo: list[tuple[Case, list[Provider]]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,17 +20,38 @@ from ..models.layers import DETECTION, PublishedLayer, published_layers
 from ..models.variants import VARIANTS
 from ..ops._triton import Launch, recorded_launches
 from ..testing import assert_op_accurate, make_layer_inputs
+from . import options
 from .info import info
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check_targets(context: click.Context, parameter: click.Parameter, names: str | None) -> list[str]:
+    """GPUs' names. A wrong one is said once, and not for every kernel."""
+    if names is None:
+        return []
+    if importlib.util.find_spec("triton") is None:
+        raise click.BadParameter("the package triton is not installed")
+    from ..ops._triton_resources import why_not_target
+
+    targets = names.split(",")
+    for target in targets:
+        if reason := why_not_target(target):
+            raise click.BadParameter(reason)
+    return targets
 
 
 @click.command()
 @click.option("--variant", "variants", multiple=True, type=click.Choice(sorted(VARIANTS)), help="Default: all.")
 @click.option("--batch", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--dtype", "dtypes", multiple=True, default=DTYPES, show_default=True, type=click.Choice(DTYPES))
-@click.option("--device", default=None, help="Default: cuda where there is one, otherwise cpu.")
-@click.option("--compile", "targets", help="Compile the Triton kernels instead, for sm_80,sm_90,gfx942 and the like.")
+@options.device
+@click.option(
+    "--compile",
+    "targets",
+    callback=_check_targets,
+    help="Compile the Triton kernels instead, for sm_80,sm_90,gfx942 and the like.",
+)
 @click.pass_context
 def check(context, variants, batch, dtypes, device, targets) -> None:
     """Hold every backend that can run here to the error rule, on the layers of the published variants.
@@ -45,10 +66,9 @@ def check(context, variants, batch, dtypes, device, targets) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # a table in a file shall keep its columns
     if targets:
-        failures = _compile(console, layers, [getattr(torch, d) for d in dtypes], targets.split(","))
+        failures = _compile(console, layers, [getattr(torch, d) for d in dtypes], targets)
     else:
         context.invoke(info)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         failures = _run(console, layers, batch, [getattr(torch, d) for d in dtypes], device)
     if failures:
         raise click.ClickException(f"{failures} failed")

@@ -88,9 +88,14 @@ def recognise_layout(keys: Iterable[str], what: str = "keys") -> str:
     """The layout of a state_dict, one of `LAYOUTS`, from its keys.
 
     Raises:
-        ValueError: the keys are no FocalNet's; the message begins with `what` and shows the first.
+        ValueError: the keys are no FocalNet's, or have no focal modulation; the message begins with `what` and
+            shows the first.
     """
     keys = list(keys)
+    first = ", ".join(repr(key) for key in keys[:3]) or "none"
+    refused = f"{what}: expected a FocalNet's keys (the authors', timm's or Hugging Face's), got {first}, ..."
+    if not any(".modulation." in key for key in keys):  # Swin and others have its stem, stages and norms
+        raise ValueError(f"{refused}, and none of focal modulation")
     if "patch_embed.proj.weight" in keys:
         return "authors"
     if "backbone.patch_embed.proj.weight" in keys:
@@ -104,8 +109,7 @@ def recognise_layout(keys: Iterable[str], what: str = "keys") -> str:
         return "huggingface"
     if "embeddings.patch_embeddings.projection.weight" in keys:
         return "huggingface_bare"
-    first = ", ".join(repr(key) for key in keys[:3]) or "none"
-    raise ValueError(f"{what}: expected a FocalNet's keys (the authors', timm's or Hugging Face's), got {first}, ...")
+    raise ValueError(refused)
 
 
 def has_name(key: str, source: str, target: str) -> bool:

@@ -49,10 +49,18 @@ class PublishedLayer:
 
 
 def published_layers(variant: str, size: int | None = None) -> Iterator[PublishedLayer]:
-    """The layer of every stage of a published variant, for images of `size` pixels a side (None: the variant's own)."""
+    """The layer of every stage of a published variant, for images of `size` pixels a side (None: the variant's own).
+
+    Raises:
+        ValueError: the last stage has no pixel left.
+    """
     config = VARIANTS[variant]
     side = (config["img_size"] if size is None else size) // config.get("patch_size", 4)
-    for stage, (level, window) in enumerate(zip(config["focal_levels"], config["focal_windows"], strict=True)):
+    stages = list(zip(config["focal_levels"], config["focal_windows"], strict=True))
+    if side < 2 ** (len(stages) - 1):
+        least = 2 ** (len(stages) - 1) * config.get("patch_size", 4)
+        raise ValueError(f"size: expected at least {least} pixels a side for {variant}, got {size}")
+    for stage, (level, window) in enumerate(stages):
         yield PublishedLayer(
             config["embed_dim"] * 2**stage,
             side // 2**stage,

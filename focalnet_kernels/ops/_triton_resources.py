@@ -16,6 +16,7 @@ from ._triton import Launch
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
 }  # fmt: skip
+OLDEST = 80  # compute capability 8.0: tensor cores that know bfloat16
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -44,6 +45,18 @@ def specialization(launch: Launch) -> tuple[dict, dict, dict, dict]:
             signature[name] = "constexpr"
             constants[(names.index(name),)] = value
     return signature, constants, attributes, options
+
+
+def why_not_target(target: str) -> str | None:
+    """Why kernels cannot be compiled for a GPU of this name; None where they can."""
+    if re.fullmatch(r"gfx(9[0-9a-f]{2}|1\d{3})", target):
+        return None
+    known = {int(n) for tool in _nvidia_tools("ptxas*") for n in re.findall(r"'sm_(\d+)'", _output(tool, "--help"))}
+    name = re.fullmatch(r"sm_(\d+)", target)
+    if name and int(name[1]) in known and int(name[1]) >= OLDEST:
+        return None
+    nvidia = ", ".join(f"sm_{n}" for n in sorted(known) if n >= OLDEST)
+    return f"expected {nvidia} or an AMD GPU's name such as gfx942, got {target!r}"
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
@@ -84,18 +97,24 @@ def _type(value: int) -> str:
 
 
 def _read_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with triton
+    (tool,) = _nvidia_tools("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
+        usage, sass = (_output(tool, what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.M)
     count = collections.Counter(name.split(".")[0] for name in found)
     tensor_core = sum(count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA"))
     return registers, stack, sum(count.values()), tensor_core
+
+
+def _nvidia_tools(pattern: str) -> list[Path]:
+    """Those that come with triton."""
+    import triton
+
+    return sorted((Path(triton.__file__).parent / "backends/nvidia/bin").glob(pattern))
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout

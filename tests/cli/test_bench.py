@@ -1,8 +1,14 @@
 """`bench` lists, runs, checks what it times, and writes every row."""
 
+import contextlib
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +57,92 @@ def test_dry_run_lists_peers_and_compiled_forms():
     for name in ("swin_tiny_patch4_window7_224", "convnext_tiny", "focalnet_tiny_lrf accelerated cpu"):
         for form in ("", " compiled", " compiled max-autotune"):
             assert f"    {name}{form}\n" in output or f"    {name}{form}    skipped: " in output
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--device", "banana", "expected cpu, cuda or cuda:N, got 'banana'"),
+        ("--device", "mps", "expected cpu, cuda or cuda:N, got 'mps'"),
+        ("--device", "cuda:99", "got 'cuda:99', but"),
+        ("--dtype", "float64", "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
+        ("--size", "31", "expected at least 32 pixels a side for focalnet_tiny_lrf, got 31"),
+        ("--output", "{}/file/bench.csv", "cannot be written: "),
+        ("--output", "{}/bench.csv", "cannot be written: "),
+        ("--output", "{}/other.json", "expected the CSV file's name"),
+    ],
+)
+@pytest.mark.parametrize("level", ["layer", "model"])
+def test_what_cannot_be_is_known_before_the_measuring(option, value, message, level, tmp_path, monkeypatch):
+    """A file where a folder is wanted, and a folder where the other file is, refuse even root."""
+    (tmp_path / "file").touch()
+    (tmp_path / "bench.json").mkdir()
+    monkeypatch.setattr(sys.modules["focalnet_kernels.cli.bench"], "run_case", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(sys.modules["focalnet_kernels.cli.bench"], "ceilings", lambda *args: 1 / 0)
+    arguments = ["--level", level, "--no-memory", option, value.format(tmp_path)]
+    for dry_run in [False] if option == "--output" else [False, True]:
+        result = CliRunner().invoke(main, ["bench", *arguments, *["--dry-run"] * dry_run], terminal_width=500)
+        assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+        assert option in result.output and message in result.output
+    assert not (tmp_path / "bench.csv").exists()
+
+
+def test_ctrl_c_keeps_the_rows_of_an_unfinished_case(tmp_path, monkeypatch):
+    command = sys.modules["focalnet_kernels.cli.bench"]
+    finished = []
+
+    def interrupted(case, found, **options):
+        yield case.labels() | {"mode": "forward", "provider": "ours", "p50_ms": 1.0}
+        finished.append(case)
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_case", interrupted)
+    output = tmp_path / "bench.csv"
+    result = CliRunner().invoke(main, ["bench", "--no-roofline", "--no-memory", "--output", str(output)])
+    assert result.exit_code == 1 and "Aborted!" in result.output
+    assert f"wrote {output}" in result.output
+    assert len(list(csv.DictReader(output.open()))) == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only there it measures in other processes")
+@pytest.mark.parametrize("when", ["starting", "measuring"])
+def test_ctrl_c_ends_every_process(when, tmp_path):
+    """As a terminal sends it, to all of them: no traceback of theirs, nobody left."""
+    output = tmp_path / "bench.csv"
+    command = ["bench", "--target", "focalnet_tiny_srf", "--size", "32", "--batch", "1", "--dtype", "float32"]
+    command += ["--rounds", "3", "--no-roofline", "--provider", "ours cpu", "--output", str(output)]
+    command += ["--mode", "forward", "--stage", "1", "--stage", "2", "--level", "layer", "--level", "block"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "focalnet_kernels", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: output.exists() if when == "measuring" else len(session(process.pid)) > 2)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Aborted!" in said and "Traceback" not in said, said
+    wait_for(lambda: not session(process.pid), seconds=10)
+
+
+def session(leader):
+    """Its processes that are alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, owner = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(owner) == leader and state != "Z":
+                found.append(stat.parent.name)
+    return found
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_layers(tmp_path):

@@ -47,6 +47,26 @@ def test_all_is_right(cpu_kernels):
     assert "not run: triton: " in result.output
 
 
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--device", "banana", "expected cpu, cuda or cuda:N, got 'banana'"),
+        ("--device", "cuda:99", "got 'cuda:99', but"),
+        ("--compile", "banana", "or an AMD GPU's name such as gfx942, got 'banana'"),
+        ("--compile", "sm_90,sm_20", "sm_90"),
+        ("--compile", "sm_90,sm_20", "got 'sm_20'"),
+        ("--compile", "gfx123", "got 'gfx123'"),
+        ("--compile", "", "got ''"),
+    ],
+)
+def test_a_device_that_cannot_be(option, value, message):
+    if option == "--compile":
+        pytest.importorskip("triton", reason="it knows the names")
+    result = CliRunner().invoke(main, ["check", option, value], terminal_width=500)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert option in result.output and message in result.output
+
+
 def test_a_wrong_kernel_is_found(cpu_kernels, replace_forward):
     def wrong(run, *args):
         y, *saved = run(*args)

@@ -31,6 +31,16 @@ def convert(source, target, *arguments):
     return result.output
 
 
+@pytest.mark.parametrize("layout", ["official", "timm", "hf"])
+def test_another_model_with_the_same_stem_is_no_focalnet(layout, tmp_path):
+    """Swin's checkpoints have the authors' stem, stages, norms and head."""
+    state = {k: t for k, t in BUILD[layout](small_config()).state_dict().items() if ".modulation." not in k}
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    for library in BUILD:
+        refused(tmp_path / "swin.pth", tmp_path / "out.pth", "--to", library, words=["focal modulation", "swin.pth"])
+    assert not (tmp_path / "out.pth").exists()
+
+
 def refused(*arguments, words):
     result = run(*arguments)
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
@@ -181,7 +191,7 @@ def test_bad_input(tmp_path):
     refused(tmp_path / "text.pth", out, "--to", "hf", words=["text.pth: not a readable checkpoint"])
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "resnet.pth")
     refused(tmp_path / "resnet.pth", out, "--to", "hf", words=["expected a FocalNet's keys", "'conv1.weight'"])
-    both = {f"layers.0.blocks.0.{norm}.bias": torch.zeros(1) for norm in ("norm1", "norm1_post")}
+    both = {f"layers.0.blocks.0.{part}.bias": torch.zeros(1) for part in ("norm1", "norm1_post", "modulation.f")}
     torch.save(both | {"stem.proj.weight": torch.zeros(1)}, tmp_path / "both.pth")
     refused(tmp_path / "both.pth", out, "--to", "hf", words=["a second parameter"])
     refused(tmp_path / "both.pth", out, "--to", "keras", words=["--to", "'keras'"])

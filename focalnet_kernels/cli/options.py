@@ -1,0 +1,30 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import click
+import torch
+
+
+def _check_device(context: click.Context, parameter: click.Parameter, name: str | None) -> str:
+    """A device that this torch can compute on: said before any work is done."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    expected = f"expected cpu, cuda or cuda:N, got {name!r}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise click.BadParameter(expected) from error
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(expected)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            gpus = "there is no GPU" if count == 0 else f"the last GPU is cuda:{count - 1}"
+            raise click.BadParameter(f"got {name!r}, but {gpus} that torch {torch.__version__} can use")
+    return name
+
+
+device = click.option(
+    "--device", default=None, callback=_check_device, help="Default: cuda where there is one, otherwise cpu."
+)
