@@ -24,6 +24,10 @@ BUILD = os.environ.get("FOCALNET_KERNELS_BUILD", "").lower() or "auto"
 if BUILD not in ("auto", "none", "cpu", "cuda"):
     sys.exit(f"FOCALNET_KERNELS_BUILD: expected auto, none, cpu or cuda, got {BUILD!r}")
 
+SANITIZE = os.environ.get("FOCALNET_KERNELS_SANITIZE", "") or "0"
+if SANITIZE not in ("0", "1"):
+    sys.exit(f"environment variable FOCALNET_KERNELS_SANITIZE: expected 0 or 1, got {SANITIZE!r}")
+
 if sys.platform == "win32":
     CXX = ["/O2"]
 else:
@@ -50,7 +54,7 @@ def cpu_library():
     from torch.utils.cpp_extension import CppExtension
 
     compile_args, link_args = CXX, []
-    if os.environ.get("FOCALNET_KERNELS_SANITIZE"):
+    if SANITIZE == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         compile_args, link_args = [*compile_args, "-O1", "-g", *sanitize], sanitize
     return CppExtension(

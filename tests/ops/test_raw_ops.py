@@ -96,10 +96,11 @@ def test_exist_without_kernels(name, backend, seed):
 
 
 @pytest.mark.parametrize("name", RAW_OPS)
-def test_copy_on_write(cpu_kernels, name, seed):
+def test_copy_on_write(kernels, name, seed):
     """What is shared until somebody writes to it is read, on any thread, and stays shared."""
-    arguments = RAW_OPS[name]("cpu", "contiguous", torch.float32, seed)
+    arguments = RAW_OPS[name](kernels, "contiguous", torch.float32, seed)
     shared = map_tensors(torch._lazy_clone, arguments)
-    op = raw_op(name.partition("-")[0], "cpu")
+    op = raw_op(name.partition("-")[0], kernels)
     torch.testing.assert_close(op(*shared), op(*arguments), rtol=0, atol=0)
-    assert all(map(torch._C._is_cow_tensor, (t for t in tree_leaves(shared) if isinstance(t, torch.Tensor))))
+    if kernels != "triton":  # which asks for the pointer to write through
+        assert all(map(torch._C._is_cow_tensor, (t for t in tree_leaves(shared) if isinstance(t, torch.Tensor))))
