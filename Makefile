@@ -14,7 +14,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(QUIET) --upgrade 'setuptools>=70' wheel ninja
+	$(BIN)/python -m pip install $(QUIET) --upgrade 'setuptools>=77' wheel ninja
 	$(BIN)/python -m pip install $(QUIET) 'torch>=2.10' torchvision
 	$(BIN)/python -m pip install $(QUIET) --no-build-isolation --editable '.[demo,test,lint]'
 	@touch $@
