@@ -200,8 +200,8 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
   if (parameter.dim() <= 2) {
     const int64_t stride = parameter.dim() == 2 ? out.stride(1) : 1;
     parallel(rows, [&](int64_t row) {
-      k.convert(dtype, gradient + row * columns, columns, at_element(out.mutable_data_ptr(), row * out.stride(0), dtype),
-                stride);
+      k.convert(dtype, gradient + row * columns, columns,
+                at_element(out.mutable_data_ptr(), row * out.stride(0), dtype), stride);
     });
     return out;
   }
