@@ -227,7 +227,8 @@ class Backward {
   void recompute_levels() const {
     for (int l = 0; l < chain_.L; ++l) {
       const MapView next = l + 1 < chain_.L ? input_[l + 1] : MapView{};
-      run_level_fwd({chain_.g, plan_, chain_.levels[l], input_[l], z_[l], next, nullptr}, chain_.dtype, stream_);
+      run_level_fwd(LevelForward{chain_.g, plan_, chain_.levels[l], input_[l], z_[l], next, nullptr}, chain_.dtype,
+                    stream_);
     }
   }
 
@@ -243,7 +244,8 @@ class Backward {
       launch(tokens_mean_gradient_kernel<decltype(zero)>, g.B * SUM_PARTS * plan_.channel_tiles, THREADS, THREADS * 16,
              stream_, MeanGradient{g, plan_.channel_tiles, grad_out_, gate(chain_.L), parts_});
     });
-    run_means({g.B, g.C, SUM_PARTS, parts_, double(g.pixels()) / chain_.scale, mean_, mean_grad_, global_}, stream_);
+    run_means(Means{g.B, g.C, SUM_PARTS, parts_, double(g.pixels()) / chain_.scale, mean_, mean_grad_, global_},
+              stream_);
   }
 
   void gates_gradient() const {

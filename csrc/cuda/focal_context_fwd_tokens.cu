@@ -164,10 +164,11 @@ void run_tokens_fwd(const ContextForward& whole, const TokensPlan& plan, void* s
     MapView from = chain.ctx;
     for (int l = 0; l < chain.L; ++l) {
       const MapView to = combine.levels[l] = scratch_map(scratch, l, plan, g, dtype);
-      run_level_fwd({g, plan, chain.levels[l], from, {}, to, l + 1 == chain.L ? sums : nullptr}, dtype, stream);
+      run_level_fwd(LevelForward{g, plan, chain.levels[l], from, {}, to, l + 1 == chain.L ? sums : nullptr}, dtype,
+                    stream);
       from = to;
     }
-    run_means({g.B, g.C, plan.image_blocks, sums, double(g.pixels()), nullptr, whole.mean + first * g.C, global},
+    run_means(Means{g.B, g.C, plan.image_blocks, sums, double(g.pixels()), nullptr, whole.mean + first * g.C, global},
               stream);
     combine.global = global;
     with_type(dtype, [&](auto zero) {

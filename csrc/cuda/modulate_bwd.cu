@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(THREADS) modulate_tokens_bwd_kernel(ModulateBa
 
 bool by_tokens(const ModulateBackward& a) {
   const ModulateForward& p = a.forward;
-  return !p.ln_weight.data && !p.q_bias.data && !p.bias.data && p.g.C % 4 == 0 &&
-         in_quads({p.q, p.modulator, a.grad, a.grad_q, a.grad_modulator}, p.dtype);
+  const std::initializer_list<MapView> maps{p.q, p.modulator, a.grad, a.grad_q, a.grad_modulator};
+  return !p.ln_weight.data && !p.q_bias.data && !p.bias.data && p.g.C % 4 == 0 && in_quads(maps, p.dtype);
 }
 
 // With LayerNorm: `parts` blocks, each of which adds up its tiles' sums in shared memory.
