@@ -187,7 +187,7 @@ def experiments(device: str, tiny: bool) -> Iterator[dict]:
 
     def chain_backward(inputs, want_ctx, want_weights):
         ctx, gates, weights = inputs["ctx"], inputs["gates"], inputs["weights"]
-        ctx_all, mean = launch.focal_context_fwd_eagerly(ctx, gates, weights, False)
+        ctx_all, mean = launch.focal_context_fwd_impl(ctx, gates, weights, False)
         grads = torch.empty_like(ctx) if want_ctx else None, torch.empty_like(gates)
         return lambda: launch.context_bwd(ctx_all, ctx, gates, weights, mean, False, *grads, want_weights)
 

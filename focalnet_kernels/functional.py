@@ -250,9 +250,6 @@ def _prepare_modulate(q, ctx_all, weight, bias=None):
     return tuple(same_kind((q, ctx_all, weight, bias), ("q", "ctx_all", "weight", "bias")))
 
 
-_LAYER = ("x", "f_weight", "f_bias", "h_weight", "h_bias", "proj_weight", "proj_bias", "ln_weight", "ln_bias")
-
-
 def _prepare_focal_modulation(
     x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *,
     ln_weight=None, ln_bias=None, ln_eps=1e-5, normalize=False, return_gates=False,
@@ -271,9 +268,10 @@ def _prepare_focal_modulation(
     check_shape("ln_bias", ln_bias, (C,), "(C,)", optional=True)
     if (ln_weight is None) != (ln_bias is None):
         raise ValueError("ln_weight, ln_bias: give both or neither")
-    tensors = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
-    x, *flat = same_kind(tensors, _LAYER, "focal_weights", norm=("ln_weight", "ln_bias"))
-    return x, LayerParameters.from_flat(flat), bool(normalize), float(ln_eps)
+    tensors = (x, f_weight, f_bias, *focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias)
+    names = ("x", *LayerParameters.names(len(focal_weights)))
+    x, *parameters = same_kind(tensors, names, norm=("ln_weight", "ln_bias"))
+    return x, LayerParameters(parameters), bool(normalize), float(ln_eps)
 
 
 def _prepare_cross_focal_modulation(x, target, *args, **kwargs):

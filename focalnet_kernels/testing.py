@@ -178,6 +178,12 @@ def make_layer_inputs(
     }
 
 
+def layer_tensors(inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
+    """x and the parameters of `make_layer_inputs`, as the raw ops take them."""
+    x, f_weight, f_bias, focal_weights, *others = inputs.values()
+    return x, [f_weight, f_bias, *focal_weights, *others]
+
+
 def _generator(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(fresh_seed() if seed is None else seed)
 

@@ -15,7 +15,13 @@ import focalnet_kernels as fk
 from focalnet_kernels import dispatch
 from focalnet_kernels.dispatch import requested_backend
 from focalnet_kernels.ops.focal_modulation.parameters import LayerParameters
-from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs, map_tensors
+from focalnet_kernels.testing import (
+    layer_tensors,
+    make_context_inputs,
+    make_layer_inputs,
+    make_modulate_inputs,
+    map_tensors,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -358,7 +364,7 @@ def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
     with FakeTensorMode():
         inputs = make_layer_inputs((2, 8, 8, C), [3, 5], postln=postln, seed=0)
         inputs = map_tensors(lambda t: t.to("cuda"), inputs)
-        x, parameters = inputs["x"], LayerParameters(*[inputs[name] for name in LayerParameters._fields])
+        x, parameters = inputs["x"], LayerParameters(layer_tensors(inputs)[1])
         implementation = dispatch.implementation("focal_modulation", backend)
 
         def why(name):

@@ -110,8 +110,9 @@ std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates,
     torch::stable::copy_(grad_gates, torch::stable::reshape(sum, gates.sizes()));
   }
   std::vector<Tensor> gradients{grad_ctx, grad_gates};
-  for (Tensor& t : focal_weight_gradients(k, levels, weights, tap_shares.floats(), g.B, needed >> 2))
-    gradients.push_back(t);
+  std::vector<char> wanted;
+  for (size_t l = 0; l < weights.size(); ++l) wanted.push_back(needed >> (2 + l) & 1);
+  for (Tensor& t : focal_weight_gradients(k, levels, weights, wanted, tap_shares.floats(), g.B)) gradients.push_back(t);
   return gradients;
 }
 

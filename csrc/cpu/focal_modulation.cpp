@@ -1,5 +1,6 @@
 // The whole layer on the CPU, a group of images at a time so that what flows between its parts stays in
 // cache: f -> focal_context -> h, q*, LN?, proj.
+#include "common/parameters.h"
 #include "cpu/tensors.h"
 
 namespace focalnet::cpu {
@@ -11,15 +12,14 @@ int64_t images_per_group(const Geometry& g, int lanes) {
   return std::max<int64_t>(1, std::min(g.B, std::max(for_cache, for_threads)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
-    Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
-    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
-    std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                                bool normalize, double ln_eps, bool save) {
   const Kernels& k = kernels();
+  const LayerParameters p(parameters);
   const int64_t channel = x.dim() - 1;
   const Geometry g = geometry_of(x, 1, channel);
   const DType dtype = dtype_of(x);
-  const int64_t tokens = g.B * g.pixels(), F = f_weight.size(0), L = int64_t(focal_weights.size());
+  const int64_t tokens = g.B * g.pixels(), F = p.f_weight.size(0);
 
   Tensor y = torch::stable::empty_like(x);
   Tensor projected = torch::stable::new_empty(x, {save ? tokens : 0, save ? F : 0});
@@ -29,11 +29,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
 
   // Where nothing is kept for a backward, q is made where it is used, and f's output is ctx and gates alone.
   const int64_t first = save ? 0 : g.C, width = F - first;
-  const PackedMatrix f(k, f_weight, first, F), f_q(k, f_weight, 0, first);
-  const PackedMatrix h(k, h_weight), proj(k, proj_weight);
-  const PackedLevels levels(k, focal_weights, g.C);
-  const auto bias_f = floats_of(f_bias), bias_h = floats_of(h_bias), bias_proj = floats_of(proj_bias);
-  const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
+  const PackedMatrix f(k, p.f_weight, first, F), f_q(k, p.f_weight, 0, first);
+  const PackedMatrix h(k, p.h_weight), proj(k, p.proj_weight);
+  const PackedLevels levels(k, p.focal_weights, g.C);
+  const auto bias_f = floats_of(p.f_bias), bias_h = floats_of(p.h_bias), bias_proj = floats_of(p.proj_bias);
+  const auto weight_ln = floats_of(p.ln_weight), bias_ln = floats_of(p.ln_bias);
 
   // images b0..b1; run inside a task, its parallel parts run on that task's thread
   const auto run = [&](int64_t b0, int64_t b1) {
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
     ContextForward context{};
     context.g = part;
     context.dtype = dtype;
-    context.L = L;
+    context.L = p.levels();
     context.levels = levels.levels.data();
     context.weights = levels.weights.data();
     context.ctx = dense_map(projected_here, dtype, part, width, g.C - first);

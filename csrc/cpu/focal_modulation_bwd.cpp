@@ -1,13 +1,11 @@
 // The whole layer's backward on the CPU, a group of images at a time:
 //   grad_y -> proj^T, LN, q*, h^T -> the chain -> f^T -> grad_x, and the weights' gradients of the group.
+#include "common/parameters.h"
 #include "cpu/tensors.h"
 
 namespace focalnet::cpu {
 
 namespace {
-
-// Inputs in the order of LayerParameters.flat(), x first: the bits of `needed` and the places of the result.
-enum Input { X, F_WEIGHT, F_BIAS, H_WEIGHT, H_BIAS, PROJ_WEIGHT, PROJ_BIAS, LN_WEIGHT, LN_BIAS, FOCAL_WEIGHTS };
 
 // total[i] += the sum over blocks of shares[block * stride + i], in double: there may be thousands, of one sign
 void add_shares(const float* shares, int64_t blocks, int64_t stride, int64_t n, double* total) {
@@ -29,31 +27,29 @@ struct GradientTasks {
 
 }  // namespace
 
-std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, std::optional<Tensor> f_bias,
-                                         Tensor h_weight, std::optional<Tensor> h_bias, Tensor proj_weight,
-                                         std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
-                                         std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights,
+std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                          Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
                                          int64_t needed) {
   const Kernels& k = kernels();
-  const auto needs = [&](int input) { return (needed >> input & 1) != 0; };
-  const int64_t channel = x.dim() - 1, L = int64_t(focal_weights.size());
+  const LayerParameters parameter(parameters);
+  const int64_t channel = x.dim() - 1, L = parameter.levels();
+  const LayerNeeds needs(needed, L);
   const Geometry g = geometry_of(x, 1, channel);
   const DType dtype = dtype_of(x);
-  const int64_t C = g.C, F = f_weight.size(0), pixels = g.pixels(), blocks_c = (C + k.lanes - 1) / k.lanes;
+  const int64_t C = g.C, F = parameter.f_weight.size(0), pixels = g.pixels(), blocks_c = (C + k.lanes - 1) / k.lanes;
 
-  const bool focal = needed >> FOCAL_WEIGHTS != 0;
-  const bool to_projected = needs(X) || needs(F_WEIGHT) || needs(F_BIAS);
-  const bool chain = to_projected || focal || needs(H_WEIGHT);
+  const bool focal = needs.any_level(), to_projected = needs.projected();
+  const bool chain = to_projected || focal || needs.h_weight;
 
-  Tensor grad_x = needs(X) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  const Buffer grad_f(needs(F_WEIGHT) ? F * C * 4 : 0), grad_h(needs(H_WEIGHT) ? C * C * 4 : 0);
-  const Buffer grad_proj(needs(PROJ_WEIGHT) ? C * C * 4 : 0);
+  Tensor grad_x = needs.x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  const Buffer grad_f(needs.f_weight ? F * C * 4 : 0), grad_h(needs.h_weight ? C * C * 4 : 0);
+  const Buffer grad_proj(needs.proj_weight ? C * C * 4 : 0);
   std::vector<double> grad_f_bias(F), sums(ModulateBackward::SUMS * C);
 
-  const PackedMatrix proj_t(k, proj_weight, true), h_t(k, h_weight, true), f_t(k, f_weight, true);
-  const PackedLevels levels(k, focal_weights, C), flipped(k, focal_weights, C, true);
-  const auto weight_ln = floats_of(ln_weight), bias_ln = floats_of(ln_bias);
+  const PackedMatrix proj_t(k, parameter.proj_weight, true), h_t(k, parameter.h_weight, true),
+      f_t(k, parameter.f_weight, true);
+  const PackedLevels levels(k, parameter.focal_weights, C), flipped(k, parameter.focal_weights, C, true);
+  const auto weight_ln = floats_of(parameter.ln_weight), bias_ln = floats_of(parameter.ln_bias);
 
   const Units units(g);
   const int64_t group = (images_per_group(g, k.lanes) + units.images - 1) / units.images * units.images;
@@ -114,7 +110,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
       context.forward.ctx = dense(projected_here, F, C);
       context.forward.gates = dense(projected_here, F, 2 * C);
       context.forward.normalize = normalize;
-      if (needs(H_WEIGHT)) context.forward.out = dense(ctx_all.data, C, 0);
+      if (needs.h_weight) context.forward.out = dense(ctx_all.data, C, 0);
       context.flipped = flipped.weights.data();
       context.mean = static_cast<const float*>(mean.const_data_ptr()) + b0 * C;
       context.grad_out = dense(grad_ctx_all.data, C, 0);
@@ -135,7 +131,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
       project.grad_gates = gate_shares.floats();
       project.f_t = f_t.packed;
       project.grad_projected = rows_of(dense(grad_projected.data, F, 0), part);
-      if (needs(X)) project.grad_x = rows_of(view(grad_x), part);
+      if (needs.x) project.grad_x = rows_of(view(grad_x), part);
       project.sums = project_sums.floats();
       const int64_t project_scratch = k.project_bwd_scratch(project, blocks.size);
       parallel(blocks.count, [&](int64_t i) {
@@ -148,15 +144,15 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
     // the weights' gradients of the group: tasks of some rows of one weight, each over all tokens
     const int64_t columns = gradient_columns(F + 2 * C);
     std::vector<GradientTasks> tasks;
-    const auto add_gradient = [&](int input, int64_t N, const Rows& grad, const Rows& in, const Buffer& out) {
-      if (!needs(input)) return;
+    const auto add_gradient = [&](bool wanted, int64_t N, const Rows& grad, const Rows& in, const Buffer& out) {
+      if (!wanted) return;
       const int64_t first = tasks.empty() ? 0 : tasks.back().first + tasks.back().count;
       tasks.push_back(
           {{dtype, N, C, grad, in, out.floats(), b0 > 0, units.tokens}, first, (N + columns - 1) / columns});
     };
-    add_gradient(F_WEIGHT, F, rows_of(dense(grad_projected.data, F, 0), part), rows_of(view(x), part), grad_f);
-    add_gradient(H_WEIGHT, C, modulate.grad_modulator, rows_of(dense(ctx_all.data, C, 0), part), grad_h);
-    add_gradient(PROJ_WEIGHT, C, modulate.grad_out, modulate.z, grad_proj);
+    add_gradient(needs.f_weight, F, rows_of(dense(grad_projected.data, F, 0), part), rows_of(view(x), part), grad_f);
+    add_gradient(needs.h_weight, C, modulate.grad_modulator, rows_of(dense(ctx_all.data, C, 0), part), grad_h);
+    add_gradient(needs.proj_weight, C, modulate.grad_out, modulate.z, grad_proj);
     if (tasks.empty()) continue;
     parallel(tasks.back().first + tasks.back().count, [&](int64_t i) {
       const GradientTasks* task = tasks.data();
@@ -170,31 +166,30 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weigh
   const auto floats = [](const std::vector<double>& values, int64_t first, int64_t n) {
     return std::vector<float>(values.begin() + first, values.begin() + first + n);
   };
-  const auto gradient = [&](int input, const std::optional<Tensor>& parameter, const float* values) {
-    if (!needs(input)) return torch::stable::new_empty(x, {0});
+  LayerGradients gradients(x, L);
+  gradients.x = grad_x;
+  const auto put = [&](bool wanted, Tensor& gradient, const std::optional<Tensor>& of, const float* values) {
+    if (!wanted) return;
     if (g.B * pixels == 0) {  // no tokens: nothing was summed
-      Tensor zero = torch::stable::empty_like(*parameter);
-      return torch::stable::zero_(zero);
+      gradient = torch::stable::empty_like(*of);
+      torch::stable::zero_(gradient);
+    } else {
+      gradient = like_parameter(k, *of, values);
     }
-    return like_parameter(k, *parameter, values);
   };
-  std::vector<Tensor> gradients{
-      grad_x,
-      gradient(F_WEIGHT, f_weight, grad_f.floats()),
-      gradient(F_BIAS, f_bias, floats(grad_f_bias, 0, F).data()),
-      gradient(H_WEIGHT, h_weight, grad_h.floats()),
-      gradient(H_BIAS, h_bias, floats(sums, C, C).data()),
-      gradient(PROJ_WEIGHT, proj_weight, grad_proj.floats()),
-      gradient(PROJ_BIAS, proj_bias, floats(sums, 0, C).data()),
-      gradient(LN_WEIGHT, ln_weight, floats(sums, 2 * C, C).data()),
-      gradient(LN_BIAS, ln_bias, floats(sums, 3 * C, C).data()),
-  };
+  put(needs.f_weight, gradients.f_weight, parameter.f_weight, grad_f.floats());
+  put(needs.f_bias, gradients.f_bias, parameter.f_bias, floats(grad_f_bias, 0, F).data());
+  put(needs.h_weight, gradients.h_weight, parameter.h_weight, grad_h.floats());
+  put(needs.h_bias, gradients.h_bias, parameter.h_bias, floats(sums, C, C).data());
+  put(needs.proj_weight, gradients.proj_weight, parameter.proj_weight, grad_proj.floats());
+  put(needs.proj_bias, gradients.proj_bias, parameter.proj_bias, floats(sums, 0, C).data());
+  put(needs.ln_weight, gradients.ln_weight, parameter.ln_weight, floats(sums, 2 * C, C).data());
+  put(needs.ln_bias, gradients.ln_bias, parameter.ln_bias, floats(sums, 3 * C, C).data());
   // with no tokens there are no shares to sum
   const int64_t images = pixels > 0 ? g.B : 0;
-  for (Tensor& t :
-       focal_weight_gradients(k, levels, focal_weights, tap_shares.floats(), images, needed >> FOCAL_WEIGHTS))
-    gradients.push_back(t);
-  return gradients;
+  gradients.focal_weights =
+      focal_weight_gradients(k, levels, parameter.focal_weights, needs.focal_weights, tap_shares.floats(), images);
+  return gradients.list();
 }
 
 }  // namespace focalnet::cpu

@@ -219,13 +219,13 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
 }
 
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
-                                           const std::vector<Tensor>& weights, const float* shares, int64_t B,
-                                           int64_t needed) {
+                                           const std::vector<Tensor>& weights, const std::vector<char>& wanted,
+                                           const float* shares, int64_t B) {
   std::vector<Tensor> gradients;
   int64_t first = 0;
   for (size_t l = 0; l < weights.size(); ++l) {
     const int64_t C = weights[l].size(0), taps = levels.levels[l].taps(), blocks = (C + k.lanes - 1) / k.lanes;
-    if (!(needed >> l & 1)) {
+    if (!wanted[l]) {
       gradients.push_back(torch::stable::new_empty(weights[l], {0}));
     } else {
       const Buffer sums(C * taps * 4);

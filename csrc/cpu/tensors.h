@@ -121,7 +121,7 @@ int64_t images_per_group(const Geometry& g, int lanes);
 Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient);
 // The depthwise weights' gradients from ContextBackward::grad_weights of B images; an empty tensor where not needed.
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
-                                           const std::vector<Tensor>& weights, const float* shares, int64_t B,
-                                           int64_t needed);
+                                           const std::vector<Tensor>& weights, const std::vector<char>& wanted,
+                                           const float* shares, int64_t B);
 
 }  // namespace focalnet::cpu

@@ -12,14 +12,9 @@ std::tuple<Tensor, Tensor> focal_context_fwd(Tensor ctx, Tensor gates, std::vect
 std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, std::vector<Tensor> weights,
                                       Tensor mean, bool normalize, int64_t needed);
 Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
-std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(
-    Tensor x, Tensor f_weight, std::optional<Tensor> f_bias, Tensor h_weight, std::optional<Tensor> h_bias,
-    Tensor proj_weight, std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight, std::optional<Tensor> ln_bias,
-    std::vector<Tensor> focal_weights, bool normalize, double ln_eps, bool save);
-std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, Tensor f_weight, std::optional<Tensor> f_bias,
-                                         Tensor h_weight, std::optional<Tensor> h_bias, Tensor proj_weight,
-                                         std::optional<Tensor> proj_bias, std::optional<Tensor> ln_weight,
-                                         std::optional<Tensor> ln_bias, std::vector<Tensor> focal_weights,
+std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                                bool normalize, double ln_eps, bool save);
+std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                          Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
                                          int64_t needed);
 

@@ -138,35 +138,31 @@ def _compile(console, layers, dtypes, targets) -> int:
 
 def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype, training: bool = True) -> list[Launch]:
     """What the forward and the backward of a layer's training step launch through Triton, or its inference."""
-    from ..ops.focal_modulation.triton_launch import focal_modulation_bwd_eagerly, focal_modulation_fwd_eagerly
+    from ..ops.focal_modulation.triton_launch import focal_modulation_bwd_impl, focal_modulation_fwd_impl
 
-    C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
     empty = partial(torch.empty, dtype=dtype, device="meta")
-    ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
-    levels = [empty(C, 1, k, k) for k in layer.kernels]
-    x = empty(batch, *layer.spatial, C)
-    parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln, levels)
+    x, parameters = empty(batch, *layer.spatial, layer.dim), layer.parameters(empty)
     normalize = layer.normalize_modulator
     with recorded_launches() as launches:
-        y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, normalize, 1e-5, training)
+        y, *intermediate = focal_modulation_fwd_impl(x, parameters, normalize, 1e-5, training)
         if training:
-            focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, normalize, 1e-5, -1)
+            focal_modulation_bwd_impl(y, x, parameters, *intermediate, normalize, 1e-5, -1)
     return launches
 
 
 def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
     """The same of the ops called by themselves, on contiguous tensors of a layer's shapes."""
-    from ..ops.focal_context.triton_launch import focal_context_bwd_eagerly, focal_context_fwd_eagerly
-    from ..ops.modulate.triton_launch import modulate_fwd_eagerly
+    from ..ops.focal_context.triton_launch import focal_context_bwd_impl, focal_context_fwd_impl
+    from ..ops.modulate.triton_launch import modulate_fwd_impl
 
     empty = partial(torch.empty, dtype=dtype, device="meta")
     C, normalize = layer.dim, layer.normalize_modulator
     ctx = empty(batch, C, *layer.spatial)
     inputs = ctx, empty(batch, layer.focal_level + 1, *layer.spatial), [empty(C, 1, k, k) for k in layer.kernels]
     with recorded_launches() as launches:
-        ctx_all, mean = focal_context_fwd_eagerly(*inputs, normalize)
-        focal_context_bwd_eagerly(ctx_all, *inputs, mean, normalize, -1)
-        modulate_fwd_eagerly(ctx, ctx_all, empty(C, C), empty(C))
+        ctx_all, mean = focal_context_fwd_impl(*inputs, normalize)
+        focal_context_bwd_impl(ctx_all, *inputs, mean, normalize, -1)
+        modulate_fwd_impl(ctx, ctx_all, empty(C, C), empty(C))
     return launches
 
 

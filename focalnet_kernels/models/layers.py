@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from ..ops.focal_modulation.parameters import LayerParameters
 from .variants import VARIANTS
 
 
@@ -46,6 +49,15 @@ class PublishedLayer:
             "normalize_modulator": self.normalize_modulator,
             "use_postln_in_modulation": self.use_postln_in_modulation,
         }
+
+    def parameters(self, empty: Callable[..., Tensor]) -> LayerParameters:
+        """The layer's, each made by `empty(*shape)`."""
+        C, F = self.dim, 2 * self.dim + self.focal_level + 1
+        levels = [empty(C, 1, *(k,) * len(self.spatial)) for k in self.kernels]
+        ln = (empty(C), empty(C)) if self.use_postln_in_modulation else (None, None)
+        return LayerParameters(
+            (empty(F, C), empty(F), *levels, empty(C, C), empty(C), empty(C, C), empty(C), *ln),
+        )
 
 
 def published_layers(variant: str, size: int | None = None) -> Iterator[PublishedLayer]:

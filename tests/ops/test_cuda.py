@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import focalnet_kernels as fk
-from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs, run
+from focalnet_kernels.testing import assert_op_accurate, layer_tensors, make_context_inputs, make_layer_inputs, run
 from ops.strategies import DTYPES, dtype_name
 
 
@@ -249,8 +249,7 @@ def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
     fwd = torch.ops.focalnet_kernels.focal_modulation_fwd_cuda
     for C, kernels, postln in ((8, [3], False), (8, [3, 5], False), (6, [3], False), (8, [3], True), (8, [15], False)):
         inputs = make_layer_inputs((2, 5, 4, C), kernels, postln=postln)
-        names = "x f_weight f_bias h_weight h_bias proj_weight proj_bias ln_weight ln_bias focal_weights".split()
-        arguments = [inputs[name] for name in names] + [False, 1e-5, True]
+        arguments = [*layer_tensors(inputs), False, 1e-5, True]
         real = fwd(*arguments)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = fwd(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))

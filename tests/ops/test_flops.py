@@ -9,7 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import focalnet_kernels as fk
-from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs, map_tensors
+from focalnet_kernels.testing import (
+    layer_tensors,
+    make_context_inputs,
+    make_layer_inputs,
+    make_modulate_inputs,
+    map_tensors,
+)
 
 OPS = torch.ops.focalnet_kernels
 VARIANTS = ("", "_triton", "_cuda")
@@ -64,16 +70,15 @@ def test_modulate(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_focal_modulation(variant, size, kernels):
     inputs = on_meta(make_layer_inputs((2, *size, 8), kernels, postln=True))
-    names = ("f_weight", "f_bias", "h_weight", "h_bias", "proj_weight", "proj_bias", "ln_weight", "ln_bias")
-    x, levels, flat = inputs["x"], list(inputs["focal_weights"]), [inputs[name] for name in names]
-    flops, results = counted(getattr(OPS, f"focal_modulation_fwd{variant}"), x, *flat, levels, False, 1e-5, True)
+    x, parameters = layer_tensors(inputs)
+    flops, results = counted(getattr(OPS, f"focal_modulation_fwd{variant}"), x, parameters, False, 1e-5, True)
     assert flops == counted(fk.focal_modulation, **inputs, backend="reference")[0] > 0
     y, *intermediate = results
     backward = getattr(OPS, f"focal_modulation_bwd{variant}")
-    tensors = (x, *flat, *levels)
+    tensors = (x, *parameters)
     some = [*(1 << i for i in range(len(tensors))), *(1 << i | 1 << j for i, j in itertools.combinations(range(9), 2))]
     for needed in [*some, (1 << len(tensors)) - 1]:
-        arguments = (torch.empty_like(y), x, *flat, levels, *intermediate, False, 1e-5, needed)
+        arguments = (torch.empty_like(y), x, parameters, *intermediate, False, 1e-5, needed)
         assert counted(backward, *arguments)[0] == backward_of_reference(fk.focal_modulation, inputs, tensors, needed)
 
 

@@ -5,7 +5,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from focalnet_kernels.ops._triton import INTERPRETED
-from focalnet_kernels.testing import LAYOUTS, make_context_inputs, make_layer_inputs, make_modulate_inputs, map_tensors
+from focalnet_kernels.testing import (
+    LAYOUTS,
+    layer_tensors,
+    make_context_inputs,
+    make_layer_inputs,
+    make_modulate_inputs,
+    map_tensors,
+)
 
 OPS = torch.ops.focalnet_kernels
 SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of the raw ops' names
@@ -35,8 +42,7 @@ def modulate_arguments(backend, layout, dtype, seed):
 def layer_arguments(save, postln=True):
     def make(backend, layout, dtype, seed):
         inputs = make_layer_inputs((2, 5, 6, 10), [3, 5], postln=postln, layout=layout, dtype=dtype, seed=seed)
-        focal_weights = inputs.pop("focal_weights")
-        return *inputs.values(), focal_weights, False, 1e-5, save
+        return *layer_tensors(inputs), False, 1e-5, save
 
     return make
 
@@ -52,10 +58,10 @@ def context_bwd_arguments(needed):
 
 def layer_bwd_arguments(needed, postln=True):
     def make(backend, layout, dtype, seed):
-        *inputs, focal_weights, normalize, ln_eps, save = layer_arguments(True, postln)(backend, layout, dtype, seed)
-        _, *saved = raw_op("focal_modulation_fwd", backend)(*inputs, focal_weights, normalize, ln_eps, save)
-        grad_y = torch.randn(inputs[0].shape).to(dtype)
-        return grad_y, *inputs, focal_weights, *saved, normalize, ln_eps, needed
+        arguments = layer_arguments(True, postln)(backend, layout, dtype, seed)
+        _, *saved = raw_op("focal_modulation_fwd", backend)(*arguments)
+        x, parameters, normalize, ln_eps, _ = arguments
+        return torch.randn(x.shape).to(dtype), x, parameters, *saved, normalize, ln_eps, needed
 
     return make
 
@@ -67,9 +73,9 @@ RAW_OPS = {
     "focal_modulation_fwd-save": layer_arguments(True),
     "focal_context_bwd": context_bwd_arguments(0b1111),
     "focal_context_bwd-some": context_bwd_arguments(0b0101),
-    "focal_modulation_bwd": layer_bwd_arguments(0b11001111111, postln=False),
+    "focal_modulation_bwd": layer_bwd_arguments(0b00111111111, postln=False),
     "focal_modulation_bwd-postln": layer_bwd_arguments(0b11111111111),
-    "focal_modulation_bwd-some": layer_bwd_arguments(0b10000000010),
+    "focal_modulation_bwd-some": layer_bwd_arguments(0b00000010010),
 }
 
 

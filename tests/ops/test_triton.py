@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -51,27 +52,21 @@ class CountLaunches(TorchDispatchMode):
 @pytest.mark.parametrize("channels_first, forward, backward", [(False, 5, 12), (True, 7, 15)], ids=["last", "first"])
 def test_launches_per_layer(channels_first, forward, backward, batch, dtype):
     from focalnet_kernels.ops.focal_modulation.triton_launch import (
-        focal_modulation_bwd_eagerly,
-        focal_modulation_fwd_eagerly,
+        focal_modulation_bwd_impl,
+        focal_modulation_fwd_impl,
     )
 
     for layer in LAYERS:
-        C, F = layer.dim, 2 * layer.dim + layer.focal_level + 1
-
-        def empty(*shape):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        ln = (empty(C), empty(C)) if layer.use_postln_in_modulation else (None, None)
-        parameters = (empty(F, C), empty(F), empty(C, C), empty(C), empty(C, C), empty(C), *ln)
-        parameters = (*parameters, [empty(C, 1, k, k) for k in layer.kernels])
-        x = empty(batch, layer.size, layer.size, C)
+        empty = partial(torch.empty, dtype=dtype, device="meta")
+        parameters = layer.parameters(empty)
+        x = empty(batch, layer.size, layer.size, layer.dim)
         if channels_first:
-            x = empty(batch, C, layer.size, layer.size).permute(0, 2, 3, 1)
+            x = empty(batch, layer.dim, layer.size, layer.size).permute(0, 2, 3, 1)
         with recorded_launches() as ours, CountLaunches() as torch_ops:
-            y, *intermediate = focal_modulation_fwd_eagerly(x, *parameters, False, 1e-5, True)
+            y, *intermediate = focal_modulation_fwd_impl(x, parameters, False, 1e-5, True)
         assert len(ours) + len(torch_ops.names) <= forward, (layer, [k.kernel.__name__ for k in ours], torch_ops.names)
         with recorded_launches() as ours, CountLaunches() as torch_ops:
-            focal_modulation_bwd_eagerly(y, x, *parameters, *intermediate, False, 1e-5, -1)
+            focal_modulation_bwd_impl(y, x, parameters, *intermediate, False, 1e-5, -1)
         count = len(ours) + len(torch_ops.names)
         assert count <= backward, (layer, [k.kernel.__name__ for k in ours], torch_ops.names)
 

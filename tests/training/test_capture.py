@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import focalnet_kernels as fk
 from focalnet_kernels.ops._triton import recorded_launches
 from focalnet_kernels.ops.focal_modulation import triton_launch
-from focalnet_kernels.testing import make_layer_inputs, map_tensors
+from focalnet_kernels.testing import layer_tensors, make_layer_inputs, map_tensors
 
 # indexing may be by a mask, and we have no need of any
 READING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "index"}
@@ -46,10 +46,9 @@ def test_triton_launches_read_no_values(dtype, postln, seed):
     """On the meta device there are no values to read: whatever asked for one would raise."""
     pytest.importorskip("triton", reason="its kernels are launched, on no device")
     inputs = make_layer_inputs((2, 14, 14, 64), [3, 5], postln=postln, dtype=dtype, seed=seed)
-    x, f, f_bias, levels, h, h_bias, proj, proj_bias, *norm = map_tensors(lambda t: t.to("meta"), inputs).values()
-    flat = (f, f_bias, h, h_bias, proj, proj_bias, *(norm if postln else (None, None)))
+    x, parameters = layer_tensors(map_tensors(lambda t: t.to("meta"), inputs))
     with recorded_launches() as launches, Unread():
-        y, *saved = triton_launch.focal_modulation_fwd_eagerly(x, *flat, levels, False, 1e-5, True)
+        y, *saved = triton_launch.focal_modulation_fwd_impl(x, parameters, False, 1e-5, True)
         forward = len(launches)
-        triton_launch.focal_modulation_bwd_eagerly(y, x, *flat, levels, *saved, False, 1e-5, -1)
+        triton_launch.focal_modulation_bwd_impl(y, x, parameters, *saved, False, 1e-5, -1)
     assert 0 < forward < len(launches)

@@ -31,12 +31,12 @@ def focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed) ->
     )
 
 
-def focal_context_fwd_eagerly(ctx, gates, weights, normalize):
+def focal_context_fwd_impl(ctx, gates, weights, normalize):
     ctx_all = torch.empty_like(ctx)
     return ctx_all, context_fwd(ctx, gates, weights, normalize, ctx_all)
 
 
-def focal_context_bwd_eagerly(grad_out, ctx, gates, weights, mean, normalize, needed):
+def focal_context_bwd_impl(grad_out, ctx, gates, weights, mean, normalize, needed):
     grad_ctx = torch.empty_like(ctx) if needed & 1 else None
     grad_gates = torch.empty_like(gates) if needed & 2 else None
     want_weights = needed >> 2 != 0
@@ -50,8 +50,8 @@ def focal_context_bwd_eagerly(grad_out, ctx, gates, weights, mean, normalize, ne
     ]
 
 
-implement_triton("focal_context_fwd_triton", focal_context_fwd_eagerly)
-implement_triton("focal_context_bwd_triton", focal_context_bwd_eagerly)
+implement_triton("focal_context_fwd_triton", focal_context_fwd_impl)
+implement_triton("focal_context_bwd_triton", focal_context_bwd_impl)
 
 
 def context_fwd(

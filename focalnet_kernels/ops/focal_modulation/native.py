@@ -11,11 +11,11 @@ from ...dispatch import Implementation
 from .._autograd import bit_mask
 from .._native import raw_op, why_not_native
 from ..focal_context import native as context
-from .parameters import LayerParameters
+from .parameters import LayerParameters, why_mixed
 
 
 def why_not(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
-    return parameters.why_mixed() or why_not_native(backend, x, x.shape[1:-1], parameters.focal_weights)
+    return why_mixed(parameters) or why_not_native(backend, x, x.shape[1:-1], parameters.focal_weights)
 
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
@@ -29,17 +29,14 @@ def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
 
 
 def focal_modulation_fwd(backend, x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:
-    flat = parameters.flat()
-    return raw_op("focal_modulation_fwd", backend)(x, *flat[:8], list(flat[8:]), normalize, ln_eps, save)
+    return raw_op("focal_modulation_fwd", backend)(x, list(parameters), normalize, ln_eps, save)
 
 
 def focal_modulation_bwd(
     backend, grad_y, x, parameters: LayerParameters, intermediate, normalize, ln_eps, needed
 ) -> list[Tensor]:
-    flat = parameters.flat()
-    return raw_op("focal_modulation_bwd", backend)(
-        grad_y, x, *flat[:8], list(flat[8:]), *intermediate, normalize, ln_eps, bit_mask(needed)
-    )
+    raw = raw_op("focal_modulation_bwd", backend)
+    return raw(grad_y, x, list(parameters), *intermediate, normalize, ln_eps, bit_mask(needed))
 
 
 def trains_fast(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> bool:

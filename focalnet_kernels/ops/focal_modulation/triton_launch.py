@@ -24,26 +24,24 @@ from ..modulate.triton_launch import (
     sum_programs,
     token_axes,
 )
-from .parameters import LayerParameters
+from .parameters import LayerParameters, why_mixed
 
 
 def why_not(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
     size = padded_map(x.movedim(-1, 1))[0]
     kernels = [w.shape[2:] for w in parameters.focal_weights]
-    return parameters.why_mixed() or why_not_triton(x) or why_too_large(x.shape[0], size, kernels)
+    return why_mixed(parameters) or why_not_triton(x) or why_too_large(x.shape[0], size, kernels)
 
 
 def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:
-    flat = parameters.flat()
-    return torch.ops.focalnet_kernels.focal_modulation_fwd_triton(x, *flat[:8], list(flat[8:]), normalize, ln_eps, save)
+    return torch.ops.focalnet_kernels.focal_modulation_fwd_triton(x, list(parameters), normalize, ln_eps, save)
 
 
 def focal_modulation_bwd(
     grad_y, x, parameters: LayerParameters, intermediate, normalize, ln_eps, needed
 ) -> list[Tensor]:
-    flat = parameters.flat()
     return torch.ops.focalnet_kernels.focal_modulation_bwd_triton(
-        grad_y, x, *flat[:8], list(flat[8:]), *intermediate, normalize, ln_eps, bit_mask(needed)
+        grad_y, x, list(parameters), *intermediate, normalize, ln_eps, bit_mask(needed)
     )
 
 
@@ -88,32 +86,30 @@ def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Te
     return out
 
 
-def focal_modulation_fwd_eagerly(
-    x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
-    normalize, ln_eps, save,
-):  # fmt: skip
+def focal_modulation_fwd_impl(x, parameters, normalize, ln_eps, save):
+    p = LayerParameters(parameters)
     C, tokens = x.shape[-1], x.numel() // x.shape[-1]
-    projected = _linear_f(x, f_weight, f_bias, tokens)
-    q, ctx, gates = projected.split((C, C, len(focal_weights) + 1))
+    projected = _linear_f(x, p.f_weight, p.f_bias, tokens)
+    q, ctx, gates = projected.split((C, C, len(p.focal_weights) + 1))
     ctx_all = new_matrix(x, C, tokens)
-    by_rows = _by_rows(x, ln_weight)
-    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), focal_weights, normalize, _as_map(ctx_all, x), by_rows)
+    by_rows = _by_rows(x, p.ln_weight)
+    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), p.focal_weights, normalize, _as_map(ctx_all, x), by_rows)
     if by_rows:
-        kept = F.linear(ctx_all.t(), h_weight, h_bias).t()
-        z = rows_fwd(q, kept, ln_weight, ln_bias, ln_eps, new_matrix(x, C, tokens) if save else kept)
-        y = _like(x, F.linear(z.t(), proj_weight, proj_bias))
+        kept = F.linear(ctx_all.t(), p.h_weight, p.h_bias).t()
+        z = rows_fwd(q, kept, p.ln_weight, p.ln_bias, ln_eps, new_matrix(x, C, tokens) if save else kept)
+        y = _like(x, F.linear(z.t(), p.proj_weight, p.proj_bias))
     else:
         kept = new_matrix(x, C, tokens) if save else None
-        arguments = _as_map(q, x), _as_map(ctx_all, x), h_weight, h_bias
+        arguments = _as_map(q, x), _as_map(ctx_all, x), p.h_weight, p.h_bias
         modulator = None if kept is None else _as_map(kept, x)
         if C <= LARGEST_PROJ and x.dtype != torch.float32:
             y = torch.empty_like(x)
-            tail = Tail(ln_weight, ln_bias, ln_eps, proj_weight, proj_bias)
+            tail = Tail(p.ln_weight, p.ln_bias, ln_eps, p.proj_weight, p.proj_bias)
             modulate(*arguments, y.movedim(-1, 1), modulator, tail)
         else:
             z = new_matrix(x, C, tokens)
-            modulate(*arguments, _as_map(z, x), modulator, Tail(ln_weight, ln_bias, ln_eps))
-            y = _like(x, F.linear(z.t(), proj_weight, proj_bias))
+            modulate(*arguments, _as_map(z, x), modulator, Tail(p.ln_weight, p.ln_bias, ln_eps))
+            y = _like(x, F.linear(z.t(), p.proj_weight, p.proj_bias))
     if save:
         return y, projected, kept, mean
     return y, x.new_empty(0, 0), x.new_empty(0, 0), mean.new_empty(0, 0)
@@ -134,53 +130,49 @@ def _like(x: Tensor, tokens: Tensor) -> Tensor:
     return result if result.stride() == like.stride() else like.copy_(result)
 
 
-def focal_modulation_bwd_eagerly(
-    grad_y, x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, focal_weights,
-    projected, modulator, mean, normalize, ln_eps, needed,
-):  # fmt: skip
-    inputs = (x, f_weight, f_bias, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, *focal_weights)
-    wants = [t is not None and bool(needed >> i & 1) for i, t in enumerate(inputs)]
-    wants_x, wants_f, wants_f_bias, wants_h, wants_h_bias, wants_proj, wants_proj_bias, *wants_ln_and_levels = wants
-    wants_ln, wants_levels = wants_ln_and_levels[:2], wants_ln_and_levels[2:]
-    wants_projected = wants_x or wants_f or wants_f_bias
-    found: list[Tensor | None] = [None] * len(inputs)
+def focal_modulation_bwd_impl(grad_y, x, parameters, projected, modulator, mean, normalize, ln_eps, needed):
+    p, L = LayerParameters(parameters), len(parameters) - 8
+    inputs = dict(zip(("x", *p.names(L)), (x, *parameters), strict=True))
+    wants = {name: t is not None and bool(needed >> i & 1) for i, (name, t) in enumerate(inputs.items())}
+    of_levels = [name for name in inputs if name.startswith("focal_weights")]
+    want_levels = any(wants[name] for name in of_levels)
+    want_projected = wants["x"] or wants["f_weight"] or wants["f_bias"]
+    gradients = {}
     C, tokens = x.shape[-1], x.numel() // x.shape[-1]
     dy = grad_y.reshape(tokens, C)
-    q, ctx, gates = projected.split((C, C, len(focal_weights) + 1))
+    q, ctx, gates = projected.split((C, C, L + 1))
 
     grad_projected = new_matrix(x, len(projected), tokens)
-    grad_q, grad_ctx, grad_gates = grad_projected.split((C, C, len(focal_weights) + 1))
-    z = _product(x, proj_weight.t(), dy.t())  # the gradient of proj's input, until rows_bwd puts the input there
+    grad_q, grad_ctx, grad_gates = grad_projected.split((C, C, L + 1))
+    z = _product(x, p.proj_weight.t(), dy.t())  # the gradient of proj's input, until rows_bwd puts the input there
     grad_modulator = new_matrix(x, C, tokens)
-    sums = rows_bwd(q, modulator, z, ln_weight, ln_bias, ln_eps, grad_q, grad_modulator)
-    if wants_proj:
-        found[5] = dy.t() @ z.t()
-    if wants_proj_bias:
-        found[6] = dy.sum(0)
-    if wants_h_bias or any(wants_ln):
-        found[4], found[7], found[8] = sum_programs(sums, x.dtype)
+    sums = rows_bwd(q, modulator, z, p.ln_weight, p.ln_bias, ln_eps, grad_q, grad_modulator)
+    if wants["proj_weight"]:
+        gradients["proj_weight"] = dy.t() @ z.t()
+    if wants["proj_bias"]:
+        gradients["proj_bias"] = dy.sum(0)
+    if wants["h_bias"] or wants["ln_weight"] or wants["ln_bias"]:
+        gradients.update(zip(("h_bias", "ln_weight", "ln_bias"), sum_programs(sums, x.dtype), strict=True))
 
-    if wants_projected or wants_h or any(wants_levels):
-        grad_ctx_all = _product(x, h_weight.t(), grad_modulator)
-        ctx_all = new_matrix(x, C, tokens) if wants_h else None
-        found[9:] = context_bwd(
-            _as_map(grad_ctx_all, x), _as_map(ctx, x), _as_map(gates, x), focal_weights, mean, normalize,
-            _as_map(grad_ctx, x) if wants_projected else None, _as_map(grad_gates, x) if wants_projected else None,
-            want_weights=any(wants_levels), ctx_all=None if ctx_all is None else _as_map(ctx_all, x),
-        ) or [None] * len(focal_weights)  # fmt: skip
-        if wants_h:
-            found[3] = grad_modulator @ ctx_all.t()
-    if wants_x:
-        found[0] = _like(x, grad_projected.t() @ f_weight)
-    if wants_f:
-        found[1] = grad_projected @ x.reshape(tokens, C)
-    if wants_f_bias:
-        found[2] = grad_projected.sum(1)
-    return [
-        strided_like(gradient, t) if want else x.new_empty(0)
-        for gradient, t, want in zip(found, inputs, wants, strict=True)
-    ]
+    if want_projected or wants["h_weight"] or want_levels:
+        grad_ctx_all = _product(x, p.h_weight.t(), grad_modulator)
+        ctx_all = new_matrix(x, C, tokens) if wants["h_weight"] else None
+        found = context_bwd(
+            _as_map(grad_ctx_all, x), _as_map(ctx, x), _as_map(gates, x), p.focal_weights, mean, normalize,
+            _as_map(grad_ctx, x) if want_projected else None, _as_map(grad_gates, x) if want_projected else None,
+            want_weights=want_levels, ctx_all=None if ctx_all is None else _as_map(ctx_all, x),
+        )  # fmt: skip
+        gradients.update(zip(of_levels, found, strict=want_levels))
+        if ctx_all is not None:
+            gradients["h_weight"] = grad_modulator @ ctx_all.t()
+    if wants["x"]:
+        gradients["x"] = _like(x, grad_projected.t() @ p.f_weight)
+    if wants["f_weight"]:
+        gradients["f_weight"] = grad_projected @ x.reshape(tokens, C)
+    if wants["f_bias"]:
+        gradients["f_bias"] = grad_projected.sum(1)
+    return [strided_like(gradients[name], t) if wants[name] else x.new_empty(0) for name, t in inputs.items()]
 
 
-implement_triton("focal_modulation_fwd_triton", focal_modulation_fwd_eagerly)
-implement_triton("focal_modulation_bwd_triton", focal_modulation_bwd_eagerly)
+implement_triton("focal_modulation_fwd_triton", focal_modulation_fwd_impl)
+implement_triton("focal_modulation_bwd_triton", focal_modulation_bwd_impl)

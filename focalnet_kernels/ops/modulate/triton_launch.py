@@ -22,7 +22,7 @@ def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None
     return torch.ops.focalnet_kernels.modulate_fwd_triton(q, ctx_all, weight, bias)
 
 
-def modulate_fwd_eagerly(q, ctx_all, weight, bias):
+def modulate_fwd_impl(q, ctx_all, weight, bias):
     out = torch.empty_like(q)
     if q.dtype == torch.float32:  # `tl.dot` is no match for cuBLAS there
         return torch.mul(q, F.linear(ctx_all.movedim(1, -1), weight, bias).movedim(-1, 1), out=out)
@@ -30,7 +30,7 @@ def modulate_fwd_eagerly(q, ctx_all, weight, bias):
     return out
 
 
-implement_triton("modulate_fwd_triton", modulate_fwd_eagerly)
+implement_triton("modulate_fwd_triton", modulate_fwd_impl)
 
 
 class Tail(NamedTuple):
