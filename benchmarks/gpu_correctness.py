@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import focalnet_kernels as fk
-from focalnet_kernels import _native
 from focalnet_kernels.testing import (
     LAYOUTS,
     assert_op_accurate,
@@ -50,14 +49,14 @@ def names(backend: str, device: str, tiny: bool) -> list[str]:
     return [name for name, _ in checks(backend, device, tiny)]
 
 
-def verdict(index: int, backend: str, device: str, tiny: bool, shim: bool) -> str:
+def verdict(index: int, backend: str, device: str, tiny: bool, emulated: bool) -> str:
     """What the check of that index in `names` finds: "right", "wrong: ...", "failed: ..." or "skipped: ...".
 
     Raises:
         RuntimeError: the GPU faulted, and this process cannot go on.
     """
-    if shim:
-        act_out()
+    if emulated:
+        emulate_cuda()
     try:
         list(checks(backend, device, tiny))[index][1]()
     except Exception as error:
@@ -68,14 +67,12 @@ def verdict(index: int, backend: str, device: str, tiny: bool, shim: bool) -> st
     return "right"
 
 
-def act_out() -> None:
-    """Let the CUDA kernels take CPU tensors: see tests/cuda_shim."""
+def emulate_cuda() -> None:
+    """Let the CUDA kernels take CPU tensors from here on: see tests/cuda_shim."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import cuda_shim
 
-    if _native.cuda_device != "cpu":
-        cuda_shim.load_ops()
-    _native.cuda_device, _native.cuda_missing = "cpu", None
+    cuda_shim.emulate()
 
 
 def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callable]]:

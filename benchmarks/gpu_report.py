@@ -16,7 +16,7 @@ whose files are put beside one another there under names of their own:
 
 Every backend is checked, each check apart from the others; one that faults or hangs is not timed, and no figure is
 given where it is wrong. On a CPU, --tiny --device cpu walks the same way in small sizes: the Triton kernels under
-TRITON_INTERPRET=1, the CUDA kernels with --shim.
+TRITON_INTERPRET=1, the CUDA kernels with --emulate.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def main() -> None:
     parser.add_argument("--commit", help="of this tree, where it is a copy without its .git")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--shim", action="store_true", help="the CUDA kernels acted out on a CPU")
+    parser.add_argument("--emulate", action="store_true", help="the CUDA kernels emulated on a CPU")
     report(parser.parse_args())
 
 
 def report(options: argparse.Namespace) -> None:
     """Runs the parts; a CSV each."""
-    if options.shim:
+    if options.emulate:
         gpu_correctness.act_out()
     started = time.monotonic()
     toy = Path(tempfile.gettempdir()) / "gpu-report"  # no figures to be kept
@@ -151,7 +151,7 @@ def _correct(backends: list[str], absent: dict[str, str | None], options, until:
     yield from ({"case": "all", "provider": b, "skipped": reason} for b, reason in absent.items() if reason)
     about = (options.device, options.tiny)
     names = {backend: gpu_correctness.names(backend, *about) for backend in backends}
-    tasks = sorted((i, b, *about, options.shim) for b in backends for i in range(len(names[b])))
+    tasks = sorted((i, b, *about, options.emulate) for b in backends for i in range(len(names[b])))
     limits = {"workers": options.workers, "seconds": gpu_correctness.SANITIZER_SECONDS + 20, "until": until}
     verdicts = in_processes(gpu_correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits)
     for (index, backend, *_), said in verdicts:

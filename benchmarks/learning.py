@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import focalnet_kernels as fk
-from focalnet_kernels import _native
 from focalnet_kernels.bench.machine import machine, machine_class
 from focalnet_kernels.ops._triton import INTERPRETED
 
@@ -65,7 +64,7 @@ class Result:
 
 
 def build() -> fk.FocalNet:
-    """One block over maps of 4x4, smaller than the last kernel: enough for digits, and for what acts GPUs out."""
+    """One block over maps of 4x4, smaller than the last kernel: enough for digits, and for what emulates GPUs."""
     return fk.FocalNet(
         img_size=8,
         patch_size=2,
@@ -137,14 +136,6 @@ def write(path: Path, run: dict, result: Result, about: dict) -> None:
         writer.writerows(rows + new)
 
 
-def act_out_cuda() -> None:
-    """The CUDA kernels on CPU tensors, see tests/cuda_shim."""
-    import cuda_shim
-
-    cuda_shim.load_ops()
-    _native.cuda_device, _native.cuda_missing = "cpu", None
-
-
 def enlarge_tiles() -> None:
     """The same Triton kernels in larger tiles: its interpreter takes as long for small ones."""
     from focalnet_kernels.ops.focal_context import triton_plan
@@ -184,8 +175,10 @@ def main(backend, precision, epochs, steps, batch, seed, every, output) -> None:
         enlarge_tiles()
         runs_on = "Triton's interpreter"
     if backend == "cuda" and device == "cpu":
-        act_out_cuda()
-        runs_on = "a CPU that acts CUDA out"
+        import cuda_shim
+
+        cuda_shim.emulate()
+        runs_on = "CUDA emulated on a CPU"
     start = time.perf_counter()
     result = train(backend, precision, epochs, steps, batch, seed, device, rank, processes)
     if rank == 0:

@@ -1,4 +1,7 @@
-"""Checks of what users hand over: an error names the argument, what came, and what was expected."""
+"""Checks of what users hand over: an error names the argument, what came, and what was expected.
+
+They look at kinds (see `_calls.py`), so that what was found right once can be looked up.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +10,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._calls import Kind, NoTensor, kinds_of
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensor(name: str, tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+def check_tensor(name: str, kind: Kind) -> None:
+    if kind is None or isinstance(kind, NoTensor):
+        raise TypeError(f"{name}: expected a tensor, got {'NoneType' if kind is None else kind.name}")
 
 
-def check_floating(name: str, tensor) -> None:
-    check_tensor(name, tensor)
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {tensor.dtype}")
+def check_floating(name: str, kind: Kind) -> None:
+    check_tensor(name, kind)
+    if kind[1] not in _DTYPES:
+        raise TypeError(f"{name}: expected a floating-point tensor of 16, 32 or 64 bits, got {kind[1]}")
 
 
-def check_tokens(name: str, tensor) -> None:
-    check_floating(name, tensor)
-    if tensor.ndim != 3:
-        raise ValueError(f"{name}: expected (B, N, C), got shape {tuple(tensor.shape)}")
+def check_tokens(name: str, kind: Kind) -> None:
+    check_floating(name, kind)
+    if len(kind[0]) != 3:
+        raise ValueError(f"{name}: expected (B, N, C), got shape {tuple(kind[0])}")
 
 
-def check_map(name: str, tensor, layout: str = "(B, C, *spatial)") -> None:
-    check_floating(name, tensor)
-    if not 3 <= tensor.ndim <= 5:
-        raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {tuple(tensor.shape)}")
-    if any(n == 0 for n in tensor.shape[1:]):  # eager PyTorch convolves no empty maps either; a batch may be empty
-        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {tuple(tensor.shape)}")
+def check_map(name: str, kind: Kind, layout: str = "(B, C, *spatial)") -> None:
+    check_floating(name, kind)
+    shape = tuple(kind[0])
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(f"{name}: expected {layout} with one to three spatial axes, got shape {shape}")
+    if any([n == 0 for n in shape[1:]]):  # eager PyTorch convolves no empty maps either; a batch may be empty
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {shape}")
 
 
-def check_shape(name: str, tensor, expected: tuple, meaning: str, optional: bool = False) -> None:
-    if optional and tensor is None:
+def check_shape(name: str, kind: Kind, expected: tuple, meaning: str, optional: bool = False) -> None:
+    if optional and kind is None:
         return
-    check_tensor(name, tensor)
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(tensor.shape)}")
+    check_tensor(name, kind)
+    if tuple(kind[0]) != expected:
+        raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(kind[0])}")
 
 
-def check_levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
+def as_levels(name: str, weights) -> tuple:
+    """One weight per level."""
     try:
-        weights = tuple(weights)
+        return tuple(weights)
     except TypeError:
         got = type(weights).__name__
         raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
-    for i, weight in enumerate(weights):  # messages are made where they are needed: this runs in every call
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(weight).__name__}")
-        shape = tuple(weight.shape)
+
+
+def check_levels(name: str, kinds: Sequence[Kind], C: int, ndim: int) -> None:
+    for i, kind in enumerate(kinds):
+        check_tensor(f"{name}[{i}]", kind)
+        shape = tuple(kind[0])
         if len(shape) != ndim + 2 or shape[:2] != (C, 1):
             raise ValueError(f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {shape}")
         for k in shape[2:]:
@@ -60,44 +69,40 @@ def check_levels(name: str, weights, C: int, ndim: int) -> tuple[Tensor, ...]:
                 raise ValueError(
                     f"{name}[{i}]: expected odd kernel sizes, got {shape[2:]} (an even one would change the map's size)"
                 )
-    return weights
 
 
-def check_matrix(name: str, weight, rows: int, columns: int) -> Tensor:
-    """A Linear's weight, or a 1x1 convolution's with its ones dropped."""
-    check_tensor(name, weight)
-    shape = tuple(weight.shape)
-    if shape[:2] != (rows, columns) or any(n != 1 for n in shape[2:]):
+def check_matrix(name: str, kind: Kind, rows: int, columns: int) -> None:
+    """A Linear's weight, or a 1x1 convolution's."""
+    check_tensor(name, kind)
+    shape = tuple(kind[0])
+    if shape[:2] != (rows, columns) or any([n != 1 for n in shape[2:]]):
         raise ValueError(f"{name}: expected shape ({rows}, {columns}) or a 1x1 convolution's, got {shape}")
-    if weight.ndim == 2:
-        return weight
-    # DDP wants the gradient with the weight's strides, those of the ones too: flattened in the weight's own order
-    # (contiguous or channels_last), it comes back so
-    return (weight if weight.stride(-1) == 1 else weight.movedim(1, -1)).flatten(1)
 
 
-def same_kind(
-    tensors: Sequence[Tensor | None], names: Sequence[str], levels: str = "", norm: Sequence[str] = ()
-) -> Sequence[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on; otherwise checked to share one dtype and device.
-
-    `names` of the first tensors; the others are the list called `levels`. Those named in `norm` may all be float32
-    beside 16 bits, which `layer_norm` takes, and it alone.
-    """
-    device = tensors[0].device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # not of meta tensors
-        dtype = torch.get_autocast_dtype(device.type)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    dtype = tensors[0].dtype
-    for i, tensor in enumerate(tensors):
-        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
+def check_same_kind(kinds: Sequence[Kind], names: Sequence[str], norm: Sequence[str] = ()) -> None:
+    """That all share the first one's dtype and device. Those named in `norm` may all be float32 beside 16 bits, which
+    `layer_norm` takes, and it alone."""
+    _, dtype, device = kinds[0]
+    for name, kind in zip(names, kinds, strict=True):
+        if kind is None or (kind[1] == dtype and kind[2] == device):
             continue
-        name = names[i] if i < len(names) else f"{levels}[{i - len(names)}]"
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {tensor.device}")
+        if kind[2] != device:
+            raise ValueError(f"{name}: expected {names[0]}'s device {device}, got {kind[2]}")
         if name in norm and dtype.itemsize == 2:
-            mixed = [t for t, n in zip(tensors, names, strict=False) if n in norm]
-            if all(t.dtype == torch.float32 for t in mixed):
+            mixed = [k for k, n in zip(kinds, names, strict=True) if n in norm]
+            if all([k[1] == torch.float32 for k in mixed]):
                 continue
-        raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {tensor.dtype}")
-    return tensors
+        raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {kind[1]}")
+
+
+def follow_autocast(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on for the first one's device."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not of meta tensors
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    kinds = kinds_of(tensors)
+    castable = [isinstance(kind, tuple) and kind[1] in _DTYPES and kind[1] != torch.float64 for kind in kinds]
+    return [t.to(dtype) if cast else t for t, cast in zip(tensors, castable, strict=True)]

@@ -2,17 +2,21 @@
 
 Reading is right for plain modules alone: who hooks, wraps, replaces, parametrises, prunes, quantises, shards or
 offloads a module counts on its being called. Each function here says in a few words why a part must be called; None
-where its weights may be read. All of it runs in every call, since a part may change at any time.
+where its weights may be read. A part may change at any time, so every call asks, if only a snapshot of the last answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _modules
+
+from ._snapshot import Snapshot
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # as PyTorch has them: some tools replace a class's methods
@@ -23,6 +27,41 @@ _FORWARD: dict[type, Callable] = {
 _CONV_FORWARD: dict[type, Callable] = {cls: cls._conv_forward for cls in _CONVOLUTIONS}
 _TENSORS = {nn.Parameter, Tensor, FakeTensor}  # functional_call puts tensors in the parameters' place
 _NONE: Mapping[type, Callable] = {}
+
+
+class Parts(NamedTuple):
+    """The inner modules of a layer, by role. A fused forward does not call them, but reads their weights.
+
+    `extra`: what a form has beyond the common roles, by name; `norm_is_on`: what the layer's flag says of its norm.
+    """
+
+    f: nn.Module
+    h: nn.Module
+    proj: nn.Module
+    focal_layers: nn.Module
+    norm: nn.Module | None = None
+    act: nn.Module | None = None
+    extra: tuple[tuple[str, nn.Module], ...] = ()
+    norm_is_on: bool = False
+
+    def weights(self) -> tuple[tuple, dict]:
+        """Arguments of `functional.focal_modulation` after x, of parts that need not be called."""
+        f, h, proj = self.f._parameters, self.h._parameters, self.proj._parameters  # not by getattr: slow for modules
+        args = (f["weight"], f["bias"], self.level_weights(), h["weight"], h["bias"], proj["weight"], proj["bias"])
+        if self.norm is None:
+            return args, {}
+        norm = self.norm._parameters
+        return args, {"ln_weight": norm["weight"], "ln_bias": norm["bias"], "ln_eps": self.norm.eps}
+
+    def level_weights(self) -> list[Tensor]:
+        """The depthwise convolutions'."""
+        levels = self.focal_layers._modules.values()
+        return [next(iter(level._modules.values()))._parameters["weight"] for level in levels]
+
+    def snapshot(self) -> Snapshot:
+        """Of all of them."""
+        modules = (*self[:6], *[part for _, part in self.extra])
+        return Snapshot(self, [module for module in modules if module is not None])
 
 
 def why_call_all() -> str | None:
@@ -37,6 +76,30 @@ def why_call_all() -> str | None:
     # torch.export replaces it too, to note which module it is in
     replaced = nn.Module.__call__ is not _CALL and not torch.compiler._is_exporting_flag
     return "nn.Module.__call__ was replaced" if replaced else None
+
+
+_snapshots: MutableMapping[nn.Module, Snapshot] = WeakKeyDictionary()  # by layer; nothing is written onto layers
+
+
+def why_call_any(layer: nn.Module, parts: Parts, why_call_these: Callable[[Parts], str | None]) -> str | None:
+    """What sets any of a layer's parts apart from what `why_call_these` expects, or holds for every module.
+
+    While all stays as it was when it said None, it is not asked again.
+    """
+    reason = why_call_all()
+    if reason is not None:
+        return reason
+    if torch.compiler.is_compiling():
+        return why_call_these(parts)
+    last = _snapshots.get(layer)
+    if last is not None and last.still_true(parts):
+        return None
+    reason = why_call_these(parts)
+    if reason is None:
+        _snapshots[layer] = parts.snapshot()
+    else:
+        _snapshots.pop(layer, None)
+    return reason
 
 
 def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str | None:
@@ -74,8 +137,8 @@ def why_call_projection(part: nn.Module, kind: type[nn.Module], channels: tuple[
     if type(part) is not kind:
         return f"is a {type(part).__name__}, expected a {kind.__name__}"
     weight = part._parameters.get("weight")
-    if weight is None:
-        return "has no weight among its parameters"
+    if weight is None or "bias" not in part._parameters:
+        return "has no weight or bias among its parameters"
     shape = tuple(weight.shape)
     if kind is not nn.Linear and not _is_pointwise(part, shape[2:]):
         return "is not a plain 1x1 convolution"

@@ -2,8 +2,8 @@
 
 Every op lists its implementations in order of preference; what was measured on a device (see measured.py) goes before
 it. An implementation says in one sentence why it cannot take a call, or None when it can. `select` takes the first that
-can; a backend that the user named must be able to, or the call raises. Everything here is plain Python over shapes,
-dtypes, devices and PyTorch's modes: torch.compile sees constants.
+can; a backend that the user named must be able to, or the call raises. Everything here is plain Python over a `Call`,
+which knows shapes, dtypes and devices, and PyTorch's modes: torch.compile sees constants.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from . import measured
+from ._calls import Call
 
 ENVIRONMENT = "FOCALNET_KERNELS_BACKEND"
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_FROM_ENVIRONMENT = f"environment variable {ENVIRONMENT}"
 
 
 class BackendError(RuntimeError):
@@ -34,27 +35,25 @@ class Implementation:
 
     Args:
         backend: its name, one of `BACKENDS` without "auto".
-        why_not: takes the op's arguments, returns None or the reason why it cannot take them.
+        why_not: None, or the reason why it cannot take a call.
         forward: takes the op's arguments (see the op's `op.py`).
         backward: likewise; None where the op recomputes through its reference.
-        trains_fast: takes the op's arguments; whether "auto" trains with it on a GPU where nothing was measured.
+        trains_fast: whether "auto" trains with it on a GPU where nothing was measured.
     """
 
     backend: str
-    why_not: Callable[..., str | None]
+    why_not: Callable[[Call], str | None]
     forward: Callable
     backward: Callable | None = None
-    trains_fast: Callable[..., bool] = lambda *args: True
+    trains_fast: Callable[[Call], bool] = lambda call: True
 
 
 _implementations: dict[str, tuple[Implementation, ...]] = {}
-_workloads: dict[str, Callable[..., measured.Workload]] = {}
-_warned: set[str] = set()
 
 
-def register(op: str, workload: Callable[..., measured.Workload], *implementations: Implementation) -> None:
-    """Declare an op's implementations, the preferred one first; `workload` takes the op's arguments."""
-    _workloads[op], _implementations[op] = workload, implementations
+def register(op: str, *implementations: Implementation) -> None:
+    """Declare an op's implementations, the preferred one first."""
+    _implementations[op] = implementations
 
 
 def implementation(op: str, backend: str) -> Implementation:
@@ -175,59 +174,66 @@ def _changes():
 def requested_backend() -> str:
     """The backend in force in this thread: "auto" or a name."""
     scope = _here.thread.scope or _latest or _process
-    return check_backend(scope.choice.name, f"environment variable {ENVIRONMENT}")
+    return check_backend(scope.choice.name, _FROM_ENVIRONMENT)
 
 
-def select(op: str, *args, backend: str | None = None) -> Implementation:
-    """The implementation that runs `op` for these arguments: `backend` names one for this call alone.
+def select(call: Call, training: bool, backend: str | None = None) -> Implementation:
+    """The implementation that runs a call.
+
+    Args:
+        training: whether its backward will be asked for.
+        backend: one for this call alone; None: the one in force.
 
     Raises:
         BackendError: the user named a backend that cannot.
         ValueError: `backend` is no backend's name.
     """
     name = requested_backend() if backend is None else check_backend(backend, "backend")
-    order = _measured(op, name, *args)
-    for candidate in order or _implementations[op]:
+    plain = _why_plain(exports=name == "auto")
+    if plain is not None or torch.compiler.is_compiling():
+        return _first(call, training, name, plain)
+    chosen = call.chosen.get((name, training))
+    if chosen is None:
+        chosen = call.chosen[name, training] = _first(call, training, name, plain)
+    return chosen
+
+
+def _first(call: Call, training: bool, name: str, plain: str | None) -> Implementation:
+    for candidate, reason in _candidates(call, training, name, plain)[0]:
         if name in ("auto", candidate.backend):
-            reason = _why_not(candidate, name, *args) or (None if order else _why_slow(op, candidate, name, *args))
             if reason is None:
                 return candidate
             if name != "auto":
-                raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
-    raise BackendError(f"{op}: backend {name!r} cannot run this call: it does not implement this op")
+                raise BackendError(f"{call.op}: backend {name!r} cannot run this call: {reason}")
+    raise BackendError(f"{call.op}: backend {name!r} cannot run this call: it does not implement this op")
 
 
-def _measured(op: str, name: str, *args) -> list[Implementation] | None:
-    """The implementations not slower than eager in the order found on this device, or None: no such measurement."""
-    if name != "auto" or not measured.anything_of(args[0].device):
-        return None
-    workload = _workloads[op](*args)
-    if not _all_known(workload.shape):
-        return None
-    order = measured.backends(op, args[0].device, args[0].dtype, *workload)
-    return order and [i for backend in order for i in _implementations[op] if i.backend == backend]
+def _candidates(
+    call: Call, training: bool, name: str, plain: str | None
+) -> tuple[list[tuple[Implementation, str | None]], bool]:
+    """All implementations in the order in which they are asked, each with the reason why it cannot run this call or,
+    on "auto", is not to; and whether the order was measured on this device."""
+    everybody, order = _implementations[call.op], None
+    if name == "auto" and call.sizes_are_known():
+        order = measured.backends(
+            call.op, call.device, call.dtype, training, call.channels, call.kernels, call.shape
+        )  # not slower than eager
+    if order is None:
+        found = list(everybody)
+    else:
+        fast = [i for backend in order for i in everybody if i.backend == backend]
+        found = fast + [i for i in everybody if i not in fast]
 
+    def why_not(candidate: Implementation) -> str | None:
+        if candidate.backend != "reference" and plain is not None:
+            return plain
+        reason = candidate.why_not(call)
+        if reason is None and name == "auto" and order is None and training and call.device.type == "cuda":
+            if not candidate.trains_fast(call):
+                return "its backward was slower than eager PyTorch on an H100: name it to train with it"
+        return reason
 
-def _all_known(shape: tuple[int, ...]) -> bool:
-    """Whether no size is a symbol: a graph for every size must not be bound to the first by asking for it."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        return all([has_static_value(size) for size in shape])
-    return all([type(size) is int for size in shape])
-
-
-def _why_not(candidate: Implementation, name: str, *args) -> str | None:
-    """Why `candidate` is not to run this call, with `name` the requested backend."""
-    reason = None if candidate.backend == "reference" else _why_plain(exports=name == "auto")
-    return candidate.why_not(*args) if reason is None else reason
-
-
-def _why_slow(op: str, candidate: Implementation, name: str, *args) -> str | None:
-    """Why "auto" leaves this call to eager PyTorch, though `candidate` could run it and nobody measured it."""
-    if name != "auto" or not args[0].is_cuda or candidate.trains_fast(*args) or not _workloads[op](*args).training:
-        return None
-    return "its backward was slower than eager PyTorch on an H100: name it to train with it"
+    return [(candidate, why_not(candidate)) for candidate in found], order is not None
 
 
 def _why_plain(exports: bool) -> str | None:
@@ -240,17 +246,6 @@ def _why_plain(exports: bool) -> str | None:
     if exports and (torch.compiler._is_exporting_flag or torch.jit.is_tracing()):
         return "what is exported or traced must run without this package"
     return None
-
-
-def warn_once(message: str) -> None:
-    """Say a thing once per process: a fallback must be heard, not repeated."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-# torch.compile calls it while it traces, where it can say something, instead of giving up the graph
-warn_once._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result sets, without importing dynamo
 
 
 @dataclass(frozen=True)
@@ -266,26 +261,22 @@ class Explanation:
         return "\n".join(lines + [f"  not {name!r}: {reason}" for name, reason in self.reasons.items()])
 
 
-def explain_call(op: str, *args, backend: str | None = None) -> Explanation:
+def explain_call(call: Call, training: bool, backend: str | None = None) -> Explanation:
     """As `select`, with every reason, and without a BackendError."""
     name = requested_backend() if backend is None else check_backend(backend, "backend")
+    candidates, was_measured = _candidates(call, training, name, _why_plain(exports=name == "auto"))
     chosen, reasons = None, {}
-    order = _measured(op, name, *args)
-    others = [i for i in _implementations[op] if order is None or i not in order]
-    for candidate in (order or []) + others:
-        reason = _why_not(candidate, name, *args) or (None if order else _why_slow(op, candidate, name, *args))
+    for candidate, reason in candidates:
         if reason is None and name not in ("auto", candidate.backend):
             reason = f"backend {name!r} was asked for"
         if reason is None and chosen is not None:
-            reason = f"{chosen!r} is preferred"
-            if order is not None:
-                faster = "eager" if chosen == "reference" else repr(chosen)
-                reason = f"{faster} was measured faster on this device"
+            faster = "eager" if chosen == "reference" else repr(chosen)
+            reason = f"{faster} was measured faster on this device" if was_measured else f"{chosen!r} is preferred"
         if reason is None:
             chosen = candidate.backend
         else:
             reasons[candidate.backend] = reason
-    for backend in BACKENDS[1:]:
-        if backend != chosen:
-            reasons.setdefault(backend, "not implemented for this op")
-    return Explanation(op, chosen, reasons)
+    for other in BACKENDS[1:]:
+        if other != chosen:
+            reasons.setdefault(other, "not implemented for this op")
+    return Explanation(call.op, chosen, reasons)

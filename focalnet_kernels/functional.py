@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from ._arguments import check_levels, check_map, check_matrix, check_shape, same_kind
+from ._arguments import (
+    as_levels,
+    check_levels,
+    check_map,
+    check_matrix,
+    check_same_kind,
+    check_shape,
+    follow_autocast,
+)
+from ._calls import Call, Kind, kinds_of, looked_up
 from .dispatch import Explanation, explain_call
-from .ops.focal_modulation.parameters import LayerParameters
-from .ops.focal_modulation.reference import focal_modulation_reference
+from .ops._autograd import needs_grad
+from .ops.focal_modulation.parameters import LayerParameters, as_matrix
 
 __all__ = ["cross_focal_modulation", "explain", "focal_context", "focal_modulation", "modulate"]
 
@@ -47,7 +55,8 @@ def focal_context(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    return ops.focal_context(*_prepare_focal_context(ctx, gates, weights, normalize=normalize), backend)
+    call, (ctx, gates, *weights) = _prepare_focal_context(ctx, gates, weights)
+    return ops.focal_context(call, ctx, gates, weights, bool(normalize), backend)
 
 
 def modulate(
@@ -68,7 +77,8 @@ def modulate(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    return ops.modulate(*_prepare_modulate(q, ctx_all, weight, bias), backend)
+    call, tensors = _prepare_modulate(q, ctx_all, weight, bias)
+    return ops.modulate(call, *tensors, backend)
 
 
 def focal_modulation(
@@ -110,13 +120,17 @@ def focal_modulation(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    arguments = _prepare_focal_modulation(
+    call, (x, *parameters) = _prepare_focal_modulation(
         x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
-        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, normalize=normalize,
+        ln_weight=ln_weight, ln_bias=ln_bias,
     )  # fmt: skip
-    if return_gates:
-        return focal_modulation_reference(*arguments, focal_context=partial(ops.focal_context, backend=backend))
-    return ops.focal_modulation(*arguments, backend)
+    if not return_gates:
+        return ops.focal_modulation(call, x, LayerParameters(parameters), bool(normalize), float(ln_eps), backend)
+    p, C = LayerParameters(parameters).as_matrices(), call.channels
+    q, ctx, gates = F.linear(x, p.f_weight, p.f_bias).movedim(-1, 1).split((C, C, len(p.focal_weights) + 1), 1)
+    ctx_all = focal_context(ctx, gates, p.focal_weights, normalize=normalize, backend=backend)
+    modulator = F.linear(ctx_all.movedim(1, -1), p.h_weight, p.h_bias).movedim(-1, 1)
+    return _after_modulation(q * modulator, p, ln_eps), gates, modulator
 
 
 def cross_focal_modulation(
@@ -159,17 +173,22 @@ def cross_focal_modulation(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    x, target, p, normalize, ln_eps = _prepare_cross_focal_modulation(
+    x, target, p = _prepare_cross_focal_modulation(
         x, target, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
-        ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, normalize=normalize,
+        ln_weight=ln_weight, ln_bias=ln_bias,
     )  # fmt: skip
     C, spatial = x.shape[-1], x.shape[1:-1]
-    q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C])
+    q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C]).movedim(-1, 1)
     ctx_all = focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize, backend=backend)
-    ctx_all = resample(ctx_all, spatial)
-    y = modulate(q.movedim(-1, 1), ctx_all, p.h_weight, p.h_bias, backend=backend).movedim(1, -1)
+    y = modulate(q, resample(ctx_all, spatial), p.h_weight, p.h_bias, backend=backend)
+    return _after_modulation(y, p, ln_eps)
+
+
+def _after_modulation(y: Tensor, p: LayerParameters, ln_eps: float) -> Tensor:
+    """proj(LN?(y)) of q * modulator (B, C, *spatial), channels last."""
+    y = y.movedim(1, -1)
     if p.ln_weight is not None:
-        y = F.layer_norm(y, (C,), p.ln_weight, p.ln_bias, ln_eps)
+        y = F.layer_norm(y, (y.shape[-1],), p.ln_weight, p.ln_bias, ln_eps)
     return F.linear(y, p.proj_weight, p.proj_bias)
 
 
@@ -219,7 +238,10 @@ def explain(op, *args, **kwargs) -> Explanation:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
     _bound(globals()[name], name, args, kwargs)
     backend = kwargs.pop("backend", None)
-    return explain_call(_CORE.get(name, name), *_PREPARE[name](*args, **kwargs), backend=backend)
+    for option in ("normalize", "ln_eps", "return_gates"):
+        kwargs.pop(option, None)
+    call, tensors = _PREPARE[name](*args, **kwargs)
+    return explain_call(call, needs_grad(tensors), backend)
 
 
 def _bound(function: Callable, name: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:
@@ -232,64 +254,101 @@ def _bound(function: Callable, name: str, args: tuple, kwargs: dict) -> inspect.
         raise TypeError(f"explain(op, ...): expected what {name}({inputs}) is called with: {error}") from None
 
 
-def _prepare_focal_context(ctx, gates, weights, *, normalize=False):
+# ------------------------------------------------------------ arguments, checked, and the call that dispatch sees
+
+
+def _prepare_focal_context(ctx, gates, weights) -> tuple[Call, Sequence[Tensor]]:
+    tensors = follow_autocast((ctx, gates, *as_levels("weights", weights)))
+    kinds = kinds_of(tensors)
+    # (B, C, *spatial) knows where its channels lie; whatever is no tensor is the check's to refuse
+    adjacent = isinstance(tensors[0], Tensor) and tensors[0].ndim > 1 and tensors[0].stride(1) == 1
+    return _check_focal_context(kinds, adjacent), tensors
+
+
+@looked_up
+def _check_focal_context(kinds: tuple[Kind, ...], adjacent: bool) -> Call:
+    ctx, gates, *weights = kinds
     check_map("ctx", ctx)
-    weights = check_levels("weights", weights, ctx.shape[1], ctx.ndim - 2)
-    expected = (ctx.shape[0], len(weights) + 1, *ctx.shape[2:])
+    shape, dtype, device = ctx
+    check_levels("weights", weights, shape[1], len(shape) - 2)
+    expected = (shape[0], len(weights) + 1, *shape[2:])
     check_shape("gates", gates, expected, f"(B, L+1, *spatial) for L = {len(weights)} weights")
-    ctx, gates, *weights = same_kind((ctx, gates, *weights), ("ctx", "gates"), "weights")
-    return ctx, gates, tuple(weights), bool(normalize)
+    check_same_kind(kinds, ("ctx", "gates", *[f"weights[{i}]" for i in range(len(weights))]))
+    kernels = tuple([tuple(weight[0][2:]) for weight in weights])
+    spatial = (shape[0], *shape[2:])
+    return Call("focal_context", device, dtype, shape[1], kernels, spatial, channels_adjacent=adjacent)
 
 
-def _prepare_modulate(q, ctx_all, weight, bias=None):
+def _prepare_modulate(q, ctx_all, weight, bias=None) -> tuple[Call, Sequence[Tensor | None]]:
+    q, ctx_all, weight, bias = follow_autocast((q, ctx_all, weight, bias))
+    call = _check_modulate(kinds_of((q, ctx_all, weight, bias)))
+    return call, (q, ctx_all, as_matrix(weight), bias)
+
+
+@looked_up
+def _check_modulate(kinds: tuple[Kind, ...]) -> Call:
+    q, ctx_all, weight, bias = kinds
     check_map("q", q)
-    check_shape("ctx_all", ctx_all, tuple(q.shape), "q's shape")
-    C = q.shape[1]
-    weight = check_matrix("weight", weight, C, C)
-    check_shape("bias", bias, (C,), "(C,)", optional=True)
-    return tuple(same_kind((q, ctx_all, weight, bias), ("q", "ctx_all", "weight", "bias")))
+    shape, dtype, device = q
+    check_shape("ctx_all", ctx_all, tuple(shape), "q's shape")
+    check_matrix("weight", weight, shape[1], shape[1])
+    check_shape("bias", bias, (shape[1],), "(C,)", optional=True)
+    check_same_kind(kinds, ("q", "ctx_all", "weight", "bias"))
+    return Call("modulate", device, dtype, shape[1], (), (shape[0], *shape[2:]))
 
 
 def _prepare_focal_modulation(
-    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *,
-    ln_weight=None, ln_bias=None, ln_eps=1e-5, normalize=False, return_gates=False,
-):  # fmt: skip
+    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, ln_weight=None, ln_bias=None
+) -> tuple[Call, Sequence[Tensor | None]]:
+    levels = as_levels("focal_weights", focal_weights)
+    tensors = follow_autocast(
+        (x, f_weight, f_bias, *levels, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias)
+    )
+    return _check_focal_modulation(kinds_of(tensors)), tensors
+
+
+@looked_up
+def _check_focal_modulation(kinds: tuple[Kind, ...]) -> Call:
+    x, p = kinds[0], LayerParameters(kinds[1:])
     check_map("x", x, layout="(B, *spatial, C)")
-    C = x.shape[-1]
-    focal_weights = check_levels("focal_weights", focal_weights, C, x.ndim - 2)
-    f_out = 2 * C + len(focal_weights) + 1
-    f_weight = check_matrix("f_weight", f_weight, f_out, C)
-    h_weight = check_matrix("h_weight", h_weight, C, C)
-    proj_weight = check_matrix("proj_weight", proj_weight, C, C)
-    check_shape("f_bias", f_bias, (f_out,), "(2C+L+1,)", optional=True)
-    check_shape("h_bias", h_bias, (C,), "(C,)", optional=True)
-    check_shape("proj_bias", proj_bias, (C,), "(C,)", optional=True)
-    check_shape("ln_weight", ln_weight, (C,), "(C,)", optional=True)
-    check_shape("ln_bias", ln_bias, (C,), "(C,)", optional=True)
-    if (ln_weight is None) != (ln_bias is None):
+    shape, dtype, device = x
+    C, f_out = shape[-1], 2 * shape[-1] + len(p.focal_weights) + 1
+    check_levels("focal_weights", p.focal_weights, C, len(shape) - 2)
+    check_matrix("f_weight", p.f_weight, f_out, C)
+    check_matrix("h_weight", p.h_weight, C, C)
+    check_matrix("proj_weight", p.proj_weight, C, C)
+    check_shape("f_bias", p.f_bias, (f_out,), "(2C+L+1,)", optional=True)
+    check_shape("h_bias", p.h_bias, (C,), "(C,)", optional=True)
+    check_shape("proj_bias", p.proj_bias, (C,), "(C,)", optional=True)
+    check_shape("ln_weight", p.ln_weight, (C,), "(C,)", optional=True)
+    check_shape("ln_bias", p.ln_bias, (C,), "(C,)", optional=True)
+    if (p.ln_weight is None) != (p.ln_bias is None):
         raise ValueError("ln_weight, ln_bias: give both or neither")
-    tensors = (x, f_weight, f_bias, *focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias)
-    names = ("x", *LayerParameters.names(len(focal_weights)))
-    x, *parameters = same_kind(tensors, names, norm=("ln_weight", "ln_bias"))
-    return x, LayerParameters(parameters), bool(normalize), float(ln_eps)
+    names = ("x", *LayerParameters.names(len(p.focal_weights)))
+    check_same_kind(kinds, names, norm=("ln_weight", "ln_bias"))
+    kernels = tuple([tuple(weight[0][2:]) for weight in p.focal_weights])
+    norm_dtype = None if p.ln_weight is None else p.ln_weight[1]
+    return Call("focal_modulation", device, dtype, C, kernels, tuple(shape[:-1]), norm_dtype)
 
 
-def _prepare_cross_focal_modulation(x, target, *args, **kwargs):
-    x, parameters, normalize, ln_eps = _prepare_focal_modulation(x, *args, **kwargs)
-    check_map("target", target, layout="(B, *spatial, C)")
+def _prepare_cross_focal_modulation(x, target, *args, **kwargs) -> tuple[Tensor, Tensor, LayerParameters]:
+    _, (x, *parameters) = _prepare_focal_modulation(x, *args, **kwargs)
+    x, target = follow_autocast((x, target))
+    of_x, of_target = kinds_of((x, target))
+    check_map("target", of_target, layout="(B, *spatial, C)")
     B, C = x.shape[0], x.shape[-1]
     if target.ndim != x.ndim or (target.shape[0], target.shape[-1]) != (B, C):
         raise ValueError(
             f"target: expected x's batch {B}, channels {C} and {x.ndim - 2} spatial axes, "
             f"got shape {tuple(target.shape)}"
         )
-    x, target = same_kind((x, target), ("x", "target"))
-    return x, target, parameters, normalize, ln_eps
+    check_same_kind((of_x, of_target), ("x", "target"))
+    return x, target, LayerParameters(parameters).as_matrices()
 
 
-def _prepare_cross_context(*args, **kwargs):
-    _, target, p, normalize, _ = _prepare_cross_focal_modulation(*args, **kwargs)
-    return _prepare_focal_context(*_context_of(target, p), p.focal_weights, normalize=normalize)
+def _prepare_cross_context(*args, **kwargs) -> tuple[Call, Sequence[Tensor]]:
+    _, target, p = _prepare_cross_focal_modulation(*args, **kwargs)
+    return _prepare_focal_context(*_context_of(target, p), p.focal_weights)
 
 
 _PREPARE = {
@@ -298,4 +357,3 @@ _PREPARE = {
     "focal_modulation": _prepare_focal_modulation,
     "cross_focal_modulation": _prepare_cross_context,
 }
-_CORE = {"cross_focal_modulation": "focal_context"}

@@ -12,57 +12,39 @@ import functools
 import warnings
 from math import log2, prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+
+from ._machine import device_class
 
 FILE = Path(__file__).with_name("measured.csv")
 COLUMNS = ("device", "op", "dtype", "mode", "channels", "kernels", "batch", "map", "backends")
 FARTHEST = 1.0  # octaves between a call and the row that it takes
 
 
-class Workload(NamedTuple):
-    """What, beside op, device and dtype, a call's time depends on.
+def backends(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    channels: int,
+    kernels: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+) -> tuple[str, ...] | None:
+    """The backends to ask in turn, "reference" the last; None where nothing near was measured.
 
     Args:
-        training: whether its backward will be asked for.
-        channels: C.
-        kernels: each level's, a size per axis; none for an op without levels.
-        shape: (B, *spatial).
-    """
-
-    training: bool
-    channels: int
-    kernels: tuple[tuple[int, ...], ...]
-    shape: tuple[int, ...]
-
-
-def anything_of(device: torch.device) -> bool:
-    """Whether there is any row for tensors on this device."""
-    return bool(_rows()) and device_class(device) in _rows()
-
-
-def backends(op: str, device: torch.device, dtype: torch.dtype, *workload) -> tuple[str, ...] | None:
-    """The backends to ask in turn, "reference" the last; None where nothing near was measured.
+        training: whether the call's backward will be asked for.
+        others: as `Call` has them.
 
     Rows of the same device, op, dtype, direction, channels and kernels are compared. Their distance is how many
     octaves batch and pixels are away, in sum: the nearest row within `FARTHEST` counts, so within a factor of 2.
     """
-    return _nearest(op, device, dtype, *workload)
-
-
-# Under torch.compile both are called while tracing, and what they say is a constant: torch.compiler's decorator for
-# this does no more, but imports the whole compiler
-anything_of._dynamo_marked_constant = backends._dynamo_marked_constant = True
-
-
-@functools.lru_cache(maxsize=4096)  # a server of images may see ever new shapes
-def _nearest(op, device, dtype, training, channels, kernels, shape) -> tuple[str, ...] | None:
-    mode = "forward+backward" if training else "forward"
+    of_device = _rows().get(device_class(device), {}) if _rows() else {}
     size = (shape[0], prod(shape[1:]))
-    if 0 in size:
+    if not of_device or 0 in size:
         return None
-    of_device = _rows().get(device_class(device), {})
+    mode = "forward+backward" if training else "forward"
     rows = of_device.get((op, str(dtype).removeprefix("torch."), mode, channels, kernels), {})
     distance, found = min(
         ((abs(log2(size[0] / b)) + abs(log2(size[1] / p)), order) for (b, p), order in rows.items()),
@@ -71,14 +53,9 @@ def _nearest(op, device, dtype, training, channels, kernels, shape) -> tuple[str
     return found if distance <= FARTHEST else None
 
 
-@functools.cache
-def device_class(device: torch.device) -> str | None:
-    """The name of the results' folder for this device; None where nobody measures."""
-    if device.type not in ("cpu", "cuda"):
-        return None
-    from .bench.machine import machine_class
-
-    return machine_class(str(device))
+# Under torch.compile it is called while tracing, and what it says is a constant: torch.compiler's decorator for this
+# does no more, but imports the whole compiler
+backends._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

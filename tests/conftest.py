@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
 from focalnet_kernels.ops._triton import INTERPRETED
 from focalnet_kernels.testing import fresh_seed
 
@@ -17,7 +17,8 @@ settings.register_profile(
     deadline=None,
     max_examples=10 if INTERPRETED else 30,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    # our fixtures say what is tested, and keep nothing of an example that the next one could see
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("focalnet_kernels")
 
@@ -56,8 +57,8 @@ def poisoned_memory():
 
 def skip_without_cpu_kernels():
     """Skips where the C++ kernels are missing; fails there in CI, where they must not be."""
-    if _native.cpu_missing:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend cpu: {_native.cpu_missing}")
+    if _libraries.cpu_missing:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend cpu: {_libraries.cpu_missing}")
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +67,7 @@ def cpu_kernels():
     skip_without_cpu_kernels()
 
 
-@pytest.fixture(scope="session", params=["triton"] if INTERPRETED else ["reference", "cpu", "cuda"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu", "cuda"])
 def backend(request):
     """Every backend, on a CPU: the Triton kernels run in Triton's interpreter, with a run of the tests of their own,
     the CUDA kernels in cuda_shim."""
@@ -77,19 +78,16 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def cuda_on_cpu():
     """The CUDA kernels take CPU tensors meanwhile. Gives what seeds the order in which their threads run."""
     if reason := cuda_shim.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"backend cuda: {reason}")
-    seed_threads = cuda_shim.load_ops()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_native, "cuda_device", "cpu")
-        patch.setattr(_native, "cuda_missing", None)
+    with cuda_shim.emulated_ops() as seed_threads:
         yield seed_threads
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def kernels(backend):
     """Every backend but the reference."""
     if backend == "reference":

@@ -12,11 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import focalnet_kernels as fk
-from focalnet_kernels import dispatch
-from focalnet_kernels.dispatch import requested_backend
-from focalnet_kernels.ops.focal_modulation.parameters import LayerParameters
+from focalnet_kernels import _calls, dispatch
+from focalnet_kernels._calls import forget
+from focalnet_kernels._warnings import warn_once
+from focalnet_kernels.dispatch import BACKENDS, explain_call, requested_backend, select
+from focalnet_kernels.functional import _prepare_focal_modulation
 from focalnet_kernels.testing import (
-    layer_tensors,
     make_context_inputs,
     make_layer_inputs,
     make_modulate_inputs,
@@ -188,7 +189,9 @@ ENVIRONMENT_PROBE = """
 import json, os, sys
 os.environ["FOCALNET_KERNELS_BACKEND"] = sys.argv[1]
 import torch, focalnet_kernels as fk
-from focalnet_kernels.dispatch import requested_backend
+from focalnet_kernels._warnings import warn_once
+from focalnet_kernels.dispatch import BACKENDS, explain_call, requested_backend, select
+from focalnet_kernels.functional import _prepare_focal_modulation
 try:
     fk.focal_context(torch.randn(1, 4, 3), torch.randn(1, 1, 3), [])
     print(json.dumps(requested_backend()))
@@ -212,10 +215,10 @@ def test_environment_variable(value):
 
 ISA_PROBE = """
 import torch, focalnet_kernels as fk
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
 try:
     fk.FocalModulation(8, 3, 2)(torch.randn(1, 5, 4, 8))
-    print(_native.cpu_isa())
+    print(_libraries.cpu_isa())
 except ValueError as error:
     print(error)
 """
@@ -350,8 +353,8 @@ def test_explain_refuses_what_it_does_not_know(op):
 
 
 def test_warnings_come_once(recwarn):
-    dispatch.warn_once("something of this test alone")
-    dispatch.warn_once("something of this test alone")
+    warn_once("something of this test alone")
+    warn_once("something of this test alone")
     assert [str(w.message) for w in recwarn] == ["something of this test alone"]
 
 
@@ -363,14 +366,57 @@ def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
     """On a GPU, where nothing was measured and nobody named a backend; inference is not."""
     with FakeTensorMode():
         inputs = make_layer_inputs((2, 8, 8, C), [3, 5], postln=postln, seed=0)
-        inputs = map_tensors(lambda t: t.to("cuda"), inputs)
-        x, parameters = inputs["x"], LayerParameters(layer_tensors(inputs)[1])
-        implementation = dispatch.implementation("focal_modulation", backend)
+        call, _ = _prepare_focal_modulation(**map_tensors(lambda t: t.to("cuda"), inputs))
 
-        def why(name):
-            return dispatch._why_slow("focal_modulation", implementation, name, x, parameters, False, 1e-5)
+    def reason(training, name):
+        return explain_call(call, training, name).reasons.get(backend, "")
 
-        assert why("auto") is None
-        x.requires_grad_()
-        assert (why("auto") is None) == fast
-        assert why(backend) is None
+    slower = "its backward was slower than eager PyTorch on an H100: name it to train with it"
+    for name in ("auto", backend):
+        assert reason(False, name) != slower
+    assert (reason(True, "auto") == slower) != fast
+    assert reason(True, backend) != slower
+
+
+def test_candidates_are_listed_once(monkeypatch):
+    """Whoever asks, to run or to explain: the same backends in the same order, for the same reasons."""
+    call, _ = _prepare_focal_modulation(**make_layer_inputs((1, 5, 4, 8), [3]))
+    for name in BACKENDS:
+        found = explain_call(call, False, name)
+        if found.backend is None:
+            with pytest.raises(fk.BackendError) as caught:
+                select(call, False, name)
+            assert str(caught.value).endswith(found.reasons[name])
+        else:
+            assert select(call, False, name).backend == found.backend
+
+
+def test_choices_are_looked_up(cpu_kernels, monkeypatch):
+    """The second call of a kind asks nobody, and one of another kind does."""
+    asked = []
+    monkeypatch.setattr(
+        dispatch, "_candidates", lambda *args, real=dispatch._candidates: asked.append(args) or real(*args)
+    )
+    inputs = make_modulate_inputs((1, 8, 5, 3))
+    forget()
+    for _ in range(3):
+        fk.modulate(**inputs)
+    assert len(asked) == 1
+    fk.modulate(**inputs, backend="reference")
+    inputs["q"].requires_grad_()
+    fk.modulate(**inputs)
+    fk.modulate(**make_modulate_inputs((1, 8, 5, 4)))
+    assert len(asked) == 4
+    for _ in range(2):  # a mode of PyTorch's is asked for in every call
+        torch.func.grad(lambda q: fk.modulate(**{**inputs, "q": q}).sum())(inputs["q"].detach())
+    assert len(asked) == 6
+    fk.modulate(**inputs)
+    assert len(asked) == 6
+
+
+def test_what_is_remembered_is_bounded():
+    for size in range(1, 1200):
+        fk.explain(fk.modulate, **make_modulate_inputs((1, 1, size), device="meta"))
+    sizes = [table.cache_info() for table in _calls._tables]
+    assert len(sizes) == 3 and all(info.currsize <= info.maxsize == 1024 for info in sizes)
+    assert max(info.currsize for info in sizes) == 1024

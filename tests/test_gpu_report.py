@@ -32,7 +32,7 @@ def test_the_cuda_kernels_are_walked(tmp_path):
     if reason := cuda_shim.missing():
         pytest.skip(f"backend cuda: {reason}")
     folder = tmp_path / "results" / "cpu"
-    options = f"--tiny --device cpu --shim --parts correct,dispatch --workers 2 --output {folder}"
+    options = f"--tiny --device cpu --emulate --parts correct,dispatch --workers 2 --output {folder}"
     command = [sys.executable, "benchmarks/gpu_report.py", *options.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)

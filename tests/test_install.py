@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import focalnet_kernels
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
 
 PACKAGE = Path(focalnet_kernels.__file__).parent
 BINARIES = ("*.so", "*.pyd", "*.dylib", "__pycache__")
@@ -37,7 +37,7 @@ before = set(sys.modules)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import focalnet_kernels as fk
-    from focalnet_kernels import _native
+    from focalnet_kernels import _libraries
     layer = fk.FocalModulation(8, 3, 2)
     x = torch.randn(1, 4, 5, 8, requires_grad=True)
     y = layer(x)
@@ -46,8 +46,8 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps({
     "file": fk.__file__,
     "warnings": [[w.category.__name__, str(w.message)] for w in caught],
-    "missing": _native.cpu_missing,
-    "cuda_missing": _native.cuda_missing,
+    "missing": _libraries.cpu_missing,
+    "cuda_missing": _libraries.cuda_missing,
     "backend": fk.explain(layer, x).backend,
     "explained": fk.explain(layer, x).reasons.get("cpu"),
     "right": bool(torch.allclose(y, expected, atol=1e-5)) and bool(x.grad.isfinite().all()),
@@ -115,7 +115,7 @@ def test_a_cuda_library_that_cannot_be_used(bare_copy, fault):
     library, reason = b"not a library", "_cuda.abi3.so does not load: "
     if fault != "broken":
         if CUDA_LIBRARY is None:
-            pytest.skip(f"the CUDA library was not built: {_native.cuda_missing}")
+            pytest.skip(f"the CUDA library was not built: {_libraries.cuda_missing}")
         library = CUDA_LIBRARY.read_bytes()
     if fault == "another CUDA":
         assert b"libcudart.so." in library

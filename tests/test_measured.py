@@ -11,8 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import focalnet_kernels as fk
 from focalnet_kernels import dispatch, measured
+from focalnet_kernels._calls import forget
 from focalnet_kernels.dispatch import Implementation, explain_call, select
-from focalnet_kernels.functional import _prepare_focal_modulation
+from focalnet_kernels.functional import _prepare_focal_context, _prepare_focal_modulation, _prepare_modulate
+from focalnet_kernels.ops._autograd import needs_grad
 from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +36,10 @@ generator = load_generator()
 def forgotten():
     """No test sees another's table."""
 
-    def forget():
-        measured._rows.cache_clear()
-        measured._nearest.cache_clear()
-
+    measured._rows.cache_clear()
     forget()
     yield
+    measured._rows.cache_clear()
     forget()
 
 
@@ -83,10 +83,11 @@ def results(level="layer", case="focalnet_tiny_lrf stage 1 k=3,5", shape="128x8x
 
 
 def layer_call(shape=(128, 8, 8, 16), kernels=(3, 5), training=False, **options):
-    """The op's name and arguments."""
+    """A call, and whether it trains."""
     inputs = make_layer_inputs(shape, kernels, **options)
     inputs["x"].requires_grad_(training)
-    return "focal_modulation", *_prepare_focal_modulation(**inputs)
+    call, tensors = _prepare_focal_modulation(**inputs)
+    return call, needs_grad(tensors)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_a_named_backend_wins(table, gpu, name):
         (layer_call(dtype=torch.bfloat16), "triton"),
         (layer_call((0, 8, 8, 16)), "triton"),
     ],
-    ids=lambda value: None if isinstance(value, str) else "x".join(map(str, value[1].shape)),
+    ids=lambda value: None if isinstance(value, str) else "x".join(map(str, (*value[0].shape, value[0].channels))),
 )
 def test_the_nearest_shape_counts(table, gpu, call, backend):
     table(
@@ -190,9 +191,10 @@ def test_ops_have_rows_of_their_own(table, gpu):
         *results(triton=2.0, cuda=3.0, reference=1.0, case="modulate focalnet_tiny_lrf stage 1", **op),
         *results(level="block", triton=2.0, reference=1.0), *results(level="model", triton=2.0, reference=1.0),
     )  # fmt: skip
-    ctx, gates, weights = make_context_inputs((4, 16, 8, 8), (3, 5)).values()
-    assert select("focal_context", ctx, gates, weights, False).backend == "cuda"
-    assert select("modulate", *make_modulate_inputs((4, 16, 8, 8)).values()).backend == "reference"
+    context, _ = _prepare_focal_context(*make_context_inputs((4, 16, 8, 8), (3, 5)).values())
+    modulate, _ = _prepare_modulate(*make_modulate_inputs((4, 16, 8, 8)).values())
+    assert select(context, False).backend == "cuda"
+    assert select(modulate, False).backend == "reference"
     assert select(*layer_call()).backend == "triton"
 
 
@@ -288,11 +290,3 @@ def test_compiled(eager_on_this_cpu, cpu_kernels, mark, seed):
         y.sum().backward()
         torch.testing.assert_close(y, layer(x))
     assert convolutions(counter) == ([0] if mark else [2, 0])
-
-
-def test_what_is_remembered_is_bounded(table, gpu):
-    table(*results(triton=2.0, cuda=1.0, reference=5.0))
-    most = measured._nearest.cache_info().maxsize
-    for batch in range(1, most + 100):
-        measured.backends("focal_modulation", torch.device("cpu"), torch.float32, False, 16, ((3, 3),), (batch, 8, 8))
-    assert measured._nearest.cache_info().currsize == most

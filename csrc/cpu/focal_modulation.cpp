@@ -12,8 +12,8 @@ int64_t images_per_group(const Geometry& g, int lanes) {
   return std::max<int64_t>(1, std::min(g.B, std::max(for_cache, for_threads)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                                bool normalize, double ln_eps, bool save) {
+std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                             bool normalize, double ln_eps, bool save) {
   const Kernels& k = kernels();
   const LayerParameters p(parameters);
   const int64_t channel = x.dim() - 1;
@@ -22,10 +22,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
   const int64_t tokens = g.B * g.pixels(), F = p.f_weight.size(0);
 
   Tensor y = torch::stable::empty_like(x);
-  Tensor projected = torch::stable::new_empty(x, {save ? tokens : 0, save ? F : 0});
-  Tensor modulator = torch::stable::new_empty(x, {save ? tokens : 0, save ? g.C : 0});
-  Tensor mean = torch::stable::new_empty(x, {save ? g.B : 0, save ? g.C : 0}, ScalarType::Float);
-  if (tokens == 0) return {y, projected, modulator, mean};
+  std::vector<Tensor> saved;  // projected, modulator, mean
+  if (save) {
+    saved.push_back(torch::stable::new_empty(x, {tokens, F}));
+    saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
+    saved.push_back(torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float));
+  }
+  if (tokens == 0) return {y, saved};
 
   // Where nothing is kept for a backward, q is made where it is used, and f's output is ctx and gates alone.
   const int64_t first = save ? 0 : g.C, width = F - first;
@@ -43,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
     Geometry part = g;
     part.B = b1 - b0;
     const int64_t row0 = b0 * g.pixels();
-    void* projected_here = save ? at_element(projected.mutable_data_ptr(), row0 * F, dtype) : f_out.data;
+    void* projected_here = save ? at_element(saved[0].mutable_data_ptr(), row0 * F, dtype) : f_out.data;
     MapView in = map_of(x, 1, channel), out = map_of(y, 1, channel);
     in.data = at_element(in.data, b0 * in.b, dtype);
     out.data = at_element(out.data, b0 * out.b, dtype);
@@ -72,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
     // over ctx itself where nobody needs it again: a map is read to its end before its result is written
     context.out = save ? dense_map(ctx_all.data, dtype, part, g.C, 0) : context.ctx;
     context.normalize = normalize;
-    context.mean = save ? static_cast<float*>(mean.mutable_data_ptr()) + b0 * g.C : nullptr;
+    context.mean = save ? static_cast<float*>(saved[2].mutable_data_ptr()) + b0 * g.C : nullptr;
     run_context_fwd(k, context);
 
     ModulateForward modulate{};
@@ -83,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
     modulate.out = rows_of(out, part);
     if (save) {
       modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
-      void* modulator_here = at_element(modulator.mutable_data_ptr(), row0 * g.C, dtype);
+      void* modulator_here = at_element(saved[1].mutable_data_ptr(), row0 * g.C, dtype);
       modulate.modulator = rows_of(dense_map(modulator_here, dtype, part, g.C, 0), part);
     } else {
       modulate.f_q = f_q.packed;
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
     const int64_t group = images_per_group(g, k.lanes);
     for (int64_t b0 = 0; b0 < g.B; b0 += group) run(b0, std::min(g.B, b0 + group));
   }
-  return {y, projected, modulator, mean};
+  return {y, saved};
 }
 
 }  // namespace focalnet::cpu

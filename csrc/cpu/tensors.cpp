@@ -126,6 +126,12 @@ Buffer::~Buffer() {
 
 std::vector<float> floats_of(const std::optional<Tensor>& t) {
   if (!t || !t->defined()) return {};
+  if (t->scalar_type() == ScalarType::Float) {  // two calls of torch's take longer than a small layer's product
+    const float* from = static_cast<const float*>(t->const_data_ptr());
+    std::vector<float> values(size_t(t->numel()));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = from[int64_t(i) * t->stride(0)];
+    return values;
+  }
   Tensor f = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
   const float* p = static_cast<const float*>(f.const_data_ptr());
   return {p, p + f.numel()};
@@ -197,8 +203,8 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
   Tensor out = torch::stable::empty_like(parameter);
   const int64_t rows = parameter.size(0), columns = rows ? parameter.numel() / rows : 0;
   const DType dtype = dtype_of(parameter);
-  if (parameter.dim() <= 2) {
-    const int64_t stride = parameter.dim() == 2 ? out.stride(1) : 1;
+  if (parameter.dim() <= 2 || parameter.size(1) == columns) {  // a vector, a matrix, a 1x1 convolution's weight
+    const int64_t stride = parameter.dim() >= 2 ? out.stride(1) : 1;
     parallel(rows, [&](int64_t row) {
       k.convert(dtype, gradient + row * columns, columns,
                 at_element(out.mutable_data_ptr(), row * out.stride(0), dtype), stride);

@@ -80,8 +80,8 @@ struct Layer {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                                bool normalize, double ln_eps, bool save) {
+std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                             bool normalize, double ln_eps, bool save) {
   const OnDevice on(x);
   const LayerParameters p(parameters);
   const Layer layer(x, p);
@@ -94,9 +94,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::v
   run_modulate_fwd(modulate, on.stream);
   const Tensor rows = linear(transposed(ctx_all), p.proj_weight, p.proj_bias);
   const Tensor y = strided_like(torch::stable::reshape(rows, x.sizes()), x);
-  if (save) return {y, projected, modulator, mean};
-  return {y, torch::stable::new_empty(x, {0, 0}), torch::stable::new_empty(x, {0, 0}),
-          torch::stable::new_empty(mean, {0, 0})};
+  std::vector<Tensor> saved;
+  if (save) saved = {projected, modulator, mean};
+  return {y, saved};
 }
 
 std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,

@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor> focal_context_fwd(Tensor ctx, Tensor gates, std::vect
 std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates, std::vector<Tensor> weights,
                                       Tensor mean, bool normalize, int64_t needed);
 Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tensor> bias);
-std::tuple<Tensor, Tensor, Tensor, Tensor> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                                bool normalize, double ln_eps, bool save);
+std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                             bool normalize, double ln_eps, bool save);
 std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                          Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
                                          int64_t needed);

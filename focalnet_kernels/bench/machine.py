@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-from .. import _native
+from .._machine import cpu_name, device_class
 from .._version import __version__
 
 _PACKAGES = ("torch", "triton", "timm", "transformers")
-
-
-def cpu_name() -> str:
-    """The processor's own name, or the next best."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine_class(device: str) -> str:
-    """A folder's name for machines whose figures can be compared: "cpu-2-cores-avx512-bf16" or "nvidia-h200"."""
-    if device.startswith("cuda"):
-        return re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower())
-    return f"cpu-{torch.get_num_threads()}-cores-{_native.cpu_isa().replace('_', '-')}"
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -43,7 +25,7 @@ def machine(device: str) -> dict[str, str | int]:
             versions[name] = ""
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
-        "machine": machine_class(device),
+        "machine": device_class(torch.device(device)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **versions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .. import _native, dispatch
+from .. import _libraries, dispatch
 from .bench import bench
 from .check import check
 from .convert import convert
@@ -18,7 +18,7 @@ def main() -> None:
     """Fast Focal Modulation: what is installed, whether it is right, how fast it is."""
     try:
         dispatch.requested_backend()
-        _native.cpu_isa()
+        _libraries.cpu_isa()
     except ValueError as error:  # what the environment names, which every command would stumble over
         raise click.UsageError(str(error)) from error
 

@@ -144,9 +144,9 @@ def layer_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype, traini
     x, parameters = empty(batch, *layer.spatial, layer.dim), layer.parameters(empty)
     normalize = layer.normalize_modulator
     with recorded_launches() as launches:
-        y, *intermediate = focal_modulation_fwd_impl(x, parameters, normalize, 1e-5, training)
+        y, saved = focal_modulation_fwd_impl(x, parameters, normalize, 1e-5, training)
         if training:
-            focal_modulation_bwd_impl(y, x, parameters, *intermediate, normalize, 1e-5, -1)
+            focal_modulation_bwd_impl(y, x, parameters, *saved, normalize, 1e-5, -1)
     return launches
 
 

@@ -8,7 +8,7 @@ import platform
 import click
 import torch
 
-from .. import _native, dispatch
+from .. import _libraries, dispatch
 from .._version import __version__
 from ..ops._triton import INTERPRETED, MISSING
 
@@ -20,16 +20,16 @@ def info() -> None:
     click.echo(f"machine: {platform.machine()}, {torch.get_num_threads()} CPU threads")
     click.echo(f"backend asked for: {dispatch.requested_backend()}")
     click.echo("reference: ready")
-    if _native.cpu_missing:
-        click.echo(f"cpu: off, {_native.cpu_missing}")
+    if _libraries.cpu_missing:
+        click.echo(f"cpu: off, {_libraries.cpu_missing}")
     else:
-        click.echo(f"cpu: ready, instruction set {_native.cpu_isa()}")
+        click.echo(f"cpu: ready, instruction set {_libraries.cpu_isa()}")
     if MISSING or not (INTERPRETED or torch.cuda.is_available()):
         click.echo(f"triton: off, {MISSING or 'there is no GPU (but see TRITON_INTERPRET=1)'}")
     else:
         click.echo(f"triton: ready, version {importlib.metadata.version('triton')}")
-    if _native.cuda_missing:
-        click.echo(f"cuda: off, {_native.cuda_missing}")
+    if _libraries.cuda_missing:
+        click.echo(f"cuda: off, {_libraries.cuda_missing}")
     else:
         built = f"built for compute capability {torch.ops.focalnet_kernels.cuda_build()}"
         click.echo(f"cuda: {f'ready, {built}' if torch.cuda.is_available() else f'off, there is no GPU; {built}'}")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import check_shape, check_tokens, same_kind
+from .._arguments import check_same_kind, check_shape, check_tokens, follow_autocast
+from .._calls import kinds_of
 from .._parts import why_call, why_call_all
 
 WeightAndBias = tuple[Tensor, Tensor]
@@ -184,13 +185,13 @@ def _sum(layers: Sequence[WeightAndBias]) -> WeightAndBias:
 
 
 def _check_inputs(query, target) -> None:
-    check_tokens("query", query)
-    check_tokens("target", target)
-    B, _, C = query.shape
-    if (target.shape[0], target.shape[2]) != (B, C) or target.shape[1] == 0:
+    of_query, of_target = kinds_of((query, target))
+    check_tokens("query", of_query)
+    check_tokens("target", of_target)
+    (B, _, C), shape = of_query[0], of_target[0]
+    if (shape[0], shape[2]) != (B, C) or shape[1] == 0:
         raise ValueError(
-            f"target: expected shape ({B}, M, {C}) = (B, M, C) with M >= 1 for the given query, "
-            f"got {tuple(target.shape)}"
+            f"target: expected shape ({B}, M, {C}) = (B, M, C) with M >= 1 for the given query, got {tuple(shape)}"
         )
 
 
@@ -205,14 +206,15 @@ def _prepare(query, target, contexts, scales, biases):
         if len(layers) != L:
             raise ValueError(f"{role}: expected one layer for each of the {L} contexts, got {len(layers)}")
         for i, (weight, bias) in enumerate(layers):
-            name = f"{role}[{i}]"
+            name, (of_weight, of_bias) = f"{role}[{i}]", kinds_of((weight, bias))
             if role == "contexts":
-                check_shape(f"{name} weight", weight, (C, 1, 2 ** (i + 1)), "(C, 1, 2^(i+1))")
+                check_shape(f"{name} weight", of_weight, (C, 1, 2 ** (i + 1)), "(C, 1, 2^(i+1))")
             else:
-                check_shape(f"{name} weight", weight, (C, C), "(C, C)")
-            check_shape(f"{name} bias", bias, (C,), "(C,)")
+                check_shape(f"{name} weight", of_weight, (C, C), "(C, C)")
+            check_shape(f"{name} bias", of_bias, (C,), "(C,)")
             tensors += (weight, bias)
             names += (f"{name} weight", f"{name} bias")
-    query, target, *flat = same_kind(tensors, names)
+    query, target, *flat = follow_autocast(tensors)
+    check_same_kind(kinds_of((query, target, *flat)), names)
     layers = list(zip(flat[::2], flat[1::2], strict=True))
     return query, target, layers[:L], layers[L : 2 * L], layers[2 * L :]

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .._parts import why_call, why_call_all, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
+from .._parts import Parts, why_call, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
 from ..functional import focal_modulation
-
-
-class Parts(NamedTuple):
-    """The inner modules of a layer, by role. The accelerated forward does not call them as the original does.
-
-    `extra`: what a form has beyond the common roles, by name.
-    """
-
-    f: nn.Module
-    h: nn.Module
-    proj: nn.Module
-    act: nn.Module
-    focal_layers: nn.ModuleList
-    norm: nn.Module | None
-    extra: tuple[tuple[str, nn.Module], ...] = ()
-
-    @property
-    def C(self) -> int:
-        """Channels."""
-        return self.h.in_channels
 
 
 class Adapter:
@@ -66,15 +45,16 @@ class Adapter:
             inner[self.f],
             inner[self.h],
             inner[self.proj],
-            inner[self.act],
             inner["focal_layers"],
             self.post_norm(module),
+            inner[self.act],
             tuple([(name, inner[name]) for name in self.extra]),
+            bool(getattr(module, self.norm_flag)),
         )
 
     def post_norm(self, module: nn.Module) -> nn.Module | None:
         """The LayerNorm between q * modulator and proj, if the layer has one."""
-        return getattr(module, self.norm, None) if getattr(module, self.norm_flag) else None
+        return module._modules.get(self.norm) if getattr(module, self.norm_flag) else None
 
     def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         """Calls to try the layer with, each the shapes of its arguments; small, and no two axes alike."""
@@ -88,66 +68,49 @@ class Adapter:
         """The layer's input as (B, *spatial, C)."""
         return x
 
-    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         """(B, *spatial, C) in the layout and memory order in which the original answers for `x`, after dropout."""
-        return getattr(module, self.drop)(y.contiguous())
+        return module._modules[self.drop](y.contiguous())
 
-    def functional_arguments(self, module: nn.Module, x: Tensor) -> tuple[tuple, dict]:
+    def functional_arguments(self, module: nn.Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation`."""
-        f, h, proj, _, focal_layers, norm, _ = self.parts(module)
-        args = (
-            self.channels_last(x),
-            f.weight,
-            f.bias,
-            tuple(level[0].weight for level in focal_layers),
-            h.weight,
-            h.bias,
-            proj.weight,
-            proj.bias,
-        )
-        kwargs = {"normalize": getattr(module, "normalize_modulator", False)}  # not in the oldest forms
-        if norm is not None:
-            kwargs |= {"ln_weight": norm.weight, "ln_bias": norm.bias, "ln_eps": norm.eps}
-        return args, kwargs
+        args, kwargs = parts.weights()
+        kwargs["normalize"] = getattr(module, "normalize_modulator", False)  # not in the oldest forms
+        return (self.channels_last(x), *args), kwargs
 
     def forward(
-        self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+        self, module: nn.Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
     ) -> Tensor:
         """The layer's forward through our ops.
 
         Args:
             module: the layer.
+            parts: its inner modules, none of which must be called.
             x: its input, in its own layout.
             stores: which of `storable` to leave on the module, as the original does.
             backend: see `functional.focal_context`.
         """
-        args, kwargs = self.functional_arguments(module, x)
-        kwargs["backend"] = backend
+        args, kwargs = self.functional_arguments(module, parts, x)
         if stores:
-            y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
+            y, gates, modulator = focal_modulation(*args, **kwargs, backend=backend, return_gates=True)
             for name, value in (("gates", gates), ("modulator", modulator)):
                 if name in stores:
                     setattr(module, name, value)
         else:
-            y = focal_modulation(*args, **kwargs)
-        return self.as_original(module, y, x)
+            y = focal_modulation(*args, **kwargs, backend=backend)
+        return self.as_original(module, parts, y, x)
 
-    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
+    def bypassed(self, parts: Parts, norms: Mapping[type, Callable]) -> str | None:
         """What an accelerated forward would pass by: an inner module that is not, or no longer, as its role has it.
 
-        Cheap, for it runs in every call: a layer may change after it was accelerated.
-
         Args:
+            parts: of the layer, which may have changed since it was accelerated.
             norms: subclasses of LayerNorm that a layer of this form was found to be right with, and their forwards.
         """
-        reason = why_call_all()
-        if reason is not None:
-            return reason
-        parts = self.parts(module)
         reason = why_call_projection(parts.h, self.conv)
         if reason is not None:
             return f"h {reason}"
-        C = parts.C
+        C = parts.h.in_channels
         reason = why_call_levels(parts.focal_layers, self.conv, C)
         if reason is not None:
             return reason
@@ -179,7 +142,7 @@ class Adapter:
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why these members are not focal modulation in this form; None where they are."""
-        return self.bypassed(module, self.norms(module)) or self._why_not_only(module)
+        return self.bypassed(self.parts(module), self.norms(module)) or self._why_not_only(module)
 
     def f_outputs(self, C: int, L: int) -> int:
         """Output channels of f: q, ctx and the gates."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,9 +51,12 @@ def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     twin = _twin(module, lambda shape: _random(shape, generator))
     setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
-    ours = partial(adapter.forward, backend="reference")
+
+    def ours(twin, *xs, **kwargs):
+        return adapter.forward(twin, adapter.parts(twin), *xs, backend="reference", **kwargs)
+
     stores: tuple[str, ...] = ()
-    for shapes in adapter.examples(module, adapter.parts(module).C):
+    for shapes in adapter.examples(module, adapter.parts(module).h.in_channels):
         xs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
         for mode in ("evaluation", "training"):
             twin.train(mode == "training")

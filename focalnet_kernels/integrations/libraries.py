@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import nn
 
 from .. import dispatch
+from .._warnings import warn_once
 from .patching import OURS, accelerate_layer
 
 
@@ -109,7 +110,7 @@ class LibraryPatch:
         _, verdict = accelerate_layer(layer, self.backend, self.keep_modulator, self._verdicts)
         if verdict.why_not is not None:
             cls = type(layer)
-            dispatch.warn_once(f"{cls.__module__}.{cls.__qualname__} was built as it is: {verdict.why_not}")
+            warn_once(f"{cls.__module__}.{cls.__qualname__} was built as it is: {verdict.why_not}")
 
 
 @dataclass

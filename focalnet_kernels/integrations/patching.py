@@ -9,11 +9,14 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from .._parts import Parts, why_call_any
+from .._warnings import warn_once
 from ..forms import SimilarityFocalModulation
 from ..nn.focal_modulation import FocalModulationNd
 from .adapter import Adapter
@@ -93,9 +96,10 @@ class AcceleratedForward:
         # not ours: an FX proxy, say, or a call for the class to refuse in its own words
         positional = self._positional(args, kwargs)
         inputs = None if positional is None else self.adapter.inputs(module, positional)
-        if inputs is None or self._must_be_original(module):
+        parts = None if inputs is None else self._plain_parts(module)
+        if parts is None:
             return type(module).forward(module, *args, **kwargs)
-        return self.adapter.forward(module, *inputs, stores=self.stores, backend=self.backend)
+        return self.adapter.forward(module, parts, *inputs, stores=self.stores, backend=self.backend)
 
     def _positional(self, args: tuple, kwargs: dict) -> tuple | None:
         """The arguments in the order of the class's forward; None where that leaves some over."""
@@ -106,17 +110,18 @@ class AcceleratedForward:
             args = (*args, *[kwargs[name] for name in named])
         return args
 
-    def _must_be_original(self, module: nn.Module) -> bool:
+    def _plain_parts(self, module: nn.Module) -> Parts | None:
+        """The layer's inner modules; None where the class's forward must run."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return True  # what leaves this process must not need our ops
-        reason = self.adapter.bypassed(module, self.norms)
+            return None  # what leaves this process must not need our ops
+        parts = self.adapter.parts(module)
+        reason = why_call_any(module, parts, partial(self.adapter.bypassed, norms=self.norms))
         if reason is None and type(module).forward is not self.original.get(type(module)):
             reason = f"{type(module).__name__}.forward was replaced"
-        if reason is not None:
-            dispatch.warn_once(
-                f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}"
-            )
-        return reason is not None
+        if reason is None:
+            return parts
+        warn_once(f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}")
+        return None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -130,7 +135,7 @@ class AcceleratedForward:
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation` for this input."""
-        return self.adapter.functional_arguments(self.module, x)
+        return self.adapter.functional_arguments(self.module, self.adapter.parts(self.module), x)
 
     def bind(self) -> None:
         """Make it the module's forward. Plain attributes, so neither parameters nor state_dict see them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .._parts import why_call_projection
+from .._parts import Parts, why_call_projection
 from ..functional import focal_context, modulate
 from .official import OfficialDetection
 
@@ -21,8 +21,8 @@ class QueryContext(OfficialDetection):
     def f_outputs(self, C: int, L: int) -> int:
         return C + L + 1
 
-    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
-        return super().bypassed(module, norms) or _why_call_query(module.q, module.f)
+    def bypassed(self, parts: Parts, norms: Mapping[type, Callable]) -> str | None:
+        return super().bypassed(parts, norms) or _why_call_query(dict(parts.extra)["q"], parts.f)
 
     def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, C, 5, 4),), ((2, C, 5, 4), (2, C, 5, 4))]
@@ -39,11 +39,11 @@ class QueryContext(OfficialDetection):
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        return super().as_original(module, y, x).permute(0, 3, 1, 2)
+    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
+        return super().as_original(module, parts, y, x).permute(0, 3, 1, 2)
 
-    def functional_arguments(self, module: nn.Module, x: Tensor) -> tuple[tuple, dict]:
-        (x, f_weight, f_bias, *rest), kwargs = super().functional_arguments(module, x)
+    def functional_arguments(self, module: nn.Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
+        (x, f_weight, f_bias, *rest), kwargs = super().functional_arguments(module, parts, x)
         f_weight = torch.cat((module.q.weight, f_weight))
         f_bias = None if f_bias is None else torch.cat((module.q.bias, f_bias))
         return (x, f_weight, f_bias, *rest), kwargs
@@ -51,6 +51,7 @@ class QueryContext(OfficialDetection):
     def forward(
         self,
         module: nn.Module,
+        parts: Parts,
         x: Tensor,
         v: Tensor | None = None,
         *,
@@ -58,16 +59,16 @@ class QueryContext(OfficialDetection):
         backend: str | None = None,
     ) -> Tensor:
         if v is None:
-            return super().forward(module, x, stores=stores, backend=backend)
-        _, h, proj, _, focal_layers, norm, _ = self.parts(module)
+            return super().forward(module, parts, x, stores=stores, backend=backend)
+        h, proj, norm, weights = parts.h, parts.proj, parts.norm, parts.level_weights()
         q = module.q(self.channels_last(x)).movedim(-1, 1)
-        projected = module.f(self.channels_last(v)).movedim(-1, 1)
-        ctx, gates = projected.split((h.in_channels, len(focal_layers) + 1), 1)
-        ctx_all = focal_context(ctx, gates, [level[0].weight for level in focal_layers], backend=backend)
+        projected = parts.f(self.channels_last(v)).movedim(-1, 1)
+        ctx, gates = projected.split((h.in_channels, len(weights) + 1), 1)
+        ctx_all = focal_context(ctx, gates, weights, backend=backend)
         y = modulate(q, ctx_all, h.weight, h.bias, backend=backend).movedim(1, -1)
         if "gates" in stores:
             module.gates = gates
-        return self.as_original(module, proj(y if norm is None else norm(y)), x)
+        return self.as_original(module, parts, proj(y if norm is None else norm(y)), x)
 
 
 def _why_call_query(q: nn.Module, f: nn.Linear) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .._parts import Parts
 from ..functional import focal_context, modulate
 from .official import OfficialClassification
 
@@ -28,12 +29,11 @@ class SpatioTemporal(OfficialClassification):
         return inputs if whole else None
 
     def forward(
-        self, module: nn.Module, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+        self, module: nn.Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
     ) -> Tensor:
-        f, h, proj, _, focal_layers, norm, _ = self.parts(module)
-        C, L = x.shape[-1], len(focal_layers)
-        q, ctx, gates = f(x).movedim(-1, 1).split((C, C, L + 1), 1)
-        weights = [level[0].weight for level in focal_layers]
+        h, norm, weights = parts.h, parts.norm, parts.level_weights()
+        C, L = x.shape[-1], len(weights)
+        q, ctx, gates = parts.f(x).movedim(-1, 1).split((C, C, L + 1), 1)
         ctx_all = focal_context(ctx, gates, weights, normalize=module.normalize_modulator, backend=backend)
         gates_temporal, modulator_temporal = _temporal(module, x)
         if stores:
@@ -46,7 +46,7 @@ class SpatioTemporal(OfficialClassification):
         else:
             y = modulate(q, ctx_all, h.weight, h.bias, backend=backend)
         y = y.movedim(1, -1) * modulator_temporal
-        return self.as_original(module, proj(y if norm is None else norm(y)), x)
+        return self.as_original(module, parts, parts.proj(y if norm is None else norm(y)), x)
 
 
 def _temporal(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

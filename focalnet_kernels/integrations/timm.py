@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._parts import why_call
+from .._parts import Parts, why_call
 from .adapter import Adapter
 
 
@@ -18,18 +18,17 @@ class Timm(Adapter):
         return [((2, C, 5, 4),)]
 
     def post_norm(self, module: nn.Module) -> nn.Module | None:
-        norm = getattr(module, self.norm, None)  # called whatever the flag says
+        norm = module._modules.get(self.norm)  # called whatever the flag says
         return None if type(norm) is nn.Identity and why_call(norm) is None else norm
 
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         # its own convolutions pass on the order of x or of their weights; its post norm permutes to and
         # fro, so that proj sees channels_last whatever the layer was given
-        parts = self.parts(module)
-        last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f.weight)
-        return module.proj_drop(channels_first(y, last))
+        last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f._parameters["weight"])
+        return module._modules[self.drop](channels_first(y, last))
 
 
 def channels_first(y: Tensor, channels_last: bool) -> Tensor:
@@ -43,9 +42,6 @@ def channels_first(y: Tensor, channels_last: bool) -> Tensor:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether a convolution takes this for channels_last: torch's rule on strides, so for slices too."""
-    least = 0 if x.stride(1) else 1
-    for axis in (1, 3, 2, 0):
-        if x.stride(axis) < least or (axis == 0 and least == x.stride(1)):
-            return False
-        least = x.stride(axis) * max(x.shape[axis], 1)
-    return True
+    (_, C, H, W), (b, c, h, w) = x.shape, x.stride()
+    rows = h * max(H, 1)
+    return c > 0 and w >= c * max(C, 1) and h >= w * max(W, 1) and b >= rows != c

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from .._parts import Parts
 from .timm import Timm, channels_first, is_channels_last
 
 
@@ -16,11 +17,12 @@ class Yolo(Timm):
     def post_norm(self, module: nn.Module) -> None:
         return None
 
-    def bypassed(self, module: nn.Module, norms: Mapping[type, Callable]) -> str | None:
-        if getattr(module, self.norm_flag):
+    def bypassed(self, parts: Parts, norms: Mapping[type, Callable]) -> str | None:
+        if parts.norm_is_on:
             return f"{self.norm_flag} is on: its LayerNorm takes the last axis of (B, C, H, W), the width, for channels"
-        return super().bypassed(module, norms)
+        return super().bypassed(parts, norms)
 
-    def as_original(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         # it makes every map contiguous, and only proj's convolution can pass on another order: its weight's
-        return module.proj_drop(channels_first(y, is_channels_last(module.proj.weight)))
+        last = is_channels_last(parts.proj._parameters["weight"])
+        return module._modules[self.drop](channels_first(y, last))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._parts import why_call_all, why_call_levels, why_call_norm, why_call_projection
+from .._parts import Parts, why_call_all, why_call_any, why_call_levels, why_call_norm, why_call_projection
 from ..functional import focal_context, focal_modulation, resample
 from ..ops.focal_context.reference import mix_levels
 
@@ -61,27 +61,16 @@ class FocalModulationNd(nn.Module):
         if use_postln_in_modulation:
             self.ln = nn.LayerNorm(dim)
 
+    def parts(self) -> Parts:
+        """The inner modules as they are now."""
+        inner = self._modules
+        return Parts(inner["f"], inner["h"], inner["proj"], inner["focal_layers"], inner.get("ln"))
+
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
         """What `forward` hands to `functional`."""
-        ln = getattr(self, "ln", None)
-        args = (
-            x,
-            self.f.weight,
-            self.f.bias,
-            tuple(layer[0].weight for layer in self.focal_layers),
-            self.h.weight,
-            self.h.bias,
-            self.proj.weight,
-            self.proj.bias,
-        )
-        if ln is None:
-            return args, {"normalize": self.normalize_modulator}
-        return args, {
-            "normalize": self.normalize_modulator,
-            "ln_weight": ln.weight,
-            "ln_bias": ln.bias,
-            "ln_eps": ln.eps,
-        }
+        args, kwargs = self.parts().weights()
+        kwargs["normalize"] = self.normalize_modulator
+        return (x, *args), kwargs
 
     def forward(self, x: Tensor, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         self.check_input("x", x)
@@ -90,24 +79,27 @@ class FocalModulationNd(nn.Module):
         else:
             args, kwargs = self.functional_arguments(x)
             if not return_gates:
-                return self.proj_drop(focal_modulation(*args, **kwargs))
+                return self._modules["proj_drop"](focal_modulation(*args, **kwargs))
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
         y = self.proj_drop(y)
         return (y, gates, modulator) if return_gates else y
 
     def why_by_parts(self) -> str | None:
         """Which inner module must be called, and why; None where the fused form may read all of their weights."""
-        C, L = self.dim, len(self.focal_layers)
-        reason = why_call_all()
-        if reason is not None:
-            return reason
-        for name, kind, rows in (("f", nn.Linear, 2 * C + L + 1), ("h", _CONV[self.ndim], C), ("proj", nn.Linear, C)):
-            reason = why_call_projection(self._modules[name], kind, (rows, C))
+        return why_call_any(self, self.parts(), self._why_call)
+
+    def _why_call(self, parts: Parts) -> str | None:
+        C, L, conv = self.dim, len(parts.focal_layers._modules), _CONV[self.ndim]
+        for name, part, kind, rows in (
+            ("f", parts.f, nn.Linear, 2 * C + L + 1),
+            ("h", parts.h, conv, C),
+            ("proj", parts.proj, nn.Linear, C),
+        ):
+            reason = why_call_projection(part, kind, (rows, C))
             if reason is not None:
                 return f"{name} {reason}"
-        ln = self._modules.get("ln")
-        reason = None if ln is None else why_call_norm(ln, C)
-        return why_call_levels(self.focal_layers, _CONV[self.ndim], C) if reason is None else f"ln {reason}"
+        reason = None if parts.norm is None else why_call_norm(parts.norm, C)
+        return why_call_levels(parts.focal_layers, conv, C) if reason is None else f"ln {reason}"
 
     def by_parts(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output before dropout, gates and modulator, by calling the inner modules; plain levels are still one op."""

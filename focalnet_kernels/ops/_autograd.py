@@ -13,7 +13,7 @@ _BATCHED = tuple(torch._C._dispatch_key_parse(name) for name in ("Batched", "Fun
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd will ask for a gradient of any of these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def needs_reference_backward(grad_output: Tensor) -> bool:

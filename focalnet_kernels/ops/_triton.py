@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from .._calls import Call
 from ._library import implement
+from ._limits import why_no_kernel
 
 # Triton reads it when it is imported, and takes these words: no changing it later
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _missing() -> str | None:
@@ -44,19 +44,17 @@ def _version(package: str) -> tuple[int, int]:
 MISSING = _missing()  # why Triton cannot be used on this machine, or None
 
 
-def why_not_triton(tensor: Tensor) -> str | None:
-    """Why the Triton kernels cannot run on tensors of this device and dtype; None where they can."""
-    if tensor.dtype not in DTYPES:
-        return f"dtype {tensor.dtype} is left to the reference (kernels: float32, bfloat16, float16)"
+def why_not_triton(call: Call) -> str | None:
+    """Why the Triton kernels cannot run tensors of this device and dtype; None where they can."""
+    if reason := why_no_kernel(call):
+        return reason
     if INTERPRETED:
-        if tensor.device.type != "cpu":
+        if call.device.type != "cpu":
             return "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
-        if tensor.dtype == torch.bfloat16:
+        if call.dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
-    elif tensor.device.type != "cuda":
-        return (
-            f"the tensors are on {tensor.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
-        )
+    elif call.device.type != "cuda":
+        return f"the tensors are on {call.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     return MISSING
 
 

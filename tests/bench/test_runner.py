@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
 from focalnet_kernels.bench import providers as module
 from focalnet_kernels.bench.cases import Case
 from focalnet_kernels.bench.memory import HostMemory, saved_bytes
@@ -107,7 +107,7 @@ def test_all_forms_are_the_same_function(level):
     rows = list(run_case(case, providers(case), modes=["forward"], rounds=3))
     timed = {row["provider"] for row in rows if "skipped" not in row}
     assert timed >= {AUTHORS, "timm", "timm channels_last", "transformers"}, rows
-    if not _native.cpu_missing:
+    if not _libraries.cpu_missing:
         assert "ours cpu" in timed
 
 
@@ -119,7 +119,7 @@ def test_a_volume_has_no_foreign_form():
     assert reasons[AUTHORS] is None
 
 
-@pytest.mark.skipif(bool(_native.cpu_missing), reason=str(_native.cpu_missing))
+@pytest.mark.skipif(bool(_libraries.cpu_missing), reason=str(_libraries.cpu_missing))
 def test_bytes_kept_for_backward():
     case = replace(CASE, layer=PublishedLayer(64, 16, 3, 3))
     kept = {}

@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 
 import focalnet_kernels
-from focalnet_kernels import _native, dispatch
+from focalnet_kernels import _libraries, dispatch
+from focalnet_kernels._calls import forget
 from focalnet_kernels.cli import main
 from focalnet_kernels.models import list_models
 from focalnet_kernels.models.layers import published_layers
@@ -34,8 +35,10 @@ def replace_forward(monkeypatch):
             for i in before
         )
         monkeypatch.setitem(dispatch._implementations, "focal_modulation", after)
+        forget()
 
-    return replace
+    yield replace
+    forget()
 
 
 def test_all_is_right(cpu_kernels):
@@ -132,7 +135,7 @@ BUILT = "built for compute capability 8.0 9.0+PTX, CUDA 13.0"
     ids=["ready", "no-gpu", "not-built", "broken"],
 )
 def test_info_of_cuda(missing, gpu, said, monkeypatch):
-    monkeypatch.setattr(_native, "cuda_missing", missing)
+    monkeypatch.setattr(_libraries, "cuda_missing", missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.ops.focalnet_kernels, "cuda_build", lambda: "8.0 9.0+PTX, CUDA 13.0", raising=False)
     result = run("info")

@@ -1,9 +1,12 @@
-"""csrc/cuda on a CPU: builds the very .cu sources against headers that act CUDA out, and loads them.
+"""csrc/cuda emulated on a CPU: builds the very .cu sources against stub CUDA headers, and loads them.
 
 The raw ops of backend "cuda" then take CPU tensors. See cuda_runtime.h and fibres.h beside this file.
 """
 
+import contextlib
 import ctypes
+import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -11,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,9 +42,16 @@ def build(name: str, sources: list[Path]) -> Path:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / key.hexdigest()[:16]
     library = folder / f"{name}.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another process may be at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(library, sources)
+    return library
+
+
+def _build(library: Path, sources: list[Path]) -> None:
+    folder = library.parent
     compiler = os.environ.get("CXX", "g++")
     includes = [f"-I{p}" for p in (SHIM, CSRC, *include_paths(), sysconfig.get_path("include"))]
 
@@ -53,14 +63,31 @@ def build(name: str, sources: list[Path]) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, sources))
     torch_libraries = Path(torch.__file__).parent / "lib"
-    whole = folder / f"{name}.{os.getpid()}.tmp"
+    whole = library.with_suffix(".tmp")
     _run([compiler, "-shared", *objects, f"-L{torch_libraries}", "-ltorch_cpu", "-ltorch", "-lc10", "-o", str(whole)])
     whole.rename(library)
-    return library
 
 
-def load_ops() -> Callable[[int], None]:
-    """The raw ops of backend "cuda", on CPU tensors. Returns what seeds the order in which their threads run."""
+@contextlib.contextmanager
+def emulated_ops() -> Iterator[Callable[[int], None]]:
+    """Backend "cuda" takes CPU tensors meanwhile. Gives what seeds the order in which the kernels' threads run."""
+    from focalnet_kernels import _libraries
+
+    seed = _load_ops()
+    with _libraries.cuda_kernels_on_cpu():
+        yield seed
+
+
+def emulate() -> None:
+    """The same to the end of the process."""
+    _process.enter_context(emulated_ops())
+
+
+_process = contextlib.ExitStack()
+
+
+@functools.cache
+def _load_ops() -> Callable[[int], None]:
     library = str(build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp"]))
     torch.ops.load_library(library)
     seed = ctypes.CDLL(library).focalnet_shim_seed

@@ -10,10 +10,10 @@ import torch
 import focalnet_kernels as fk
 from distributed import train
 from distributed.launch import on_two_processes
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
 
 # the kernels last: of them stderr is to be silent
-BACKENDS = ("reference",) if _native.cpu_missing else ("reference", "cpu")
+BACKENDS = ("reference",) if _libraries.cpu_missing else ("reference", "cpu")
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def alone(backend):
 def test_two_processes_train_as_one(backend, way, case):
     """Every loss, every gradient and the parameters after the last step."""
     if backend not in BACKENDS:
-        pytest.skip("no process but this one acts a GPU out")
+        pytest.skip("no process but this one emulates a GPU")
     results, expected = launched(way)[0][backend, case], alone(backend)
     assert set(results) == set(expected)
     # bfloat16 is held to eager PyTorch by other tests: here it is to arrive

@@ -11,7 +11,8 @@ from ops.golden import relative_error
 from torch import nn
 
 import focalnet_kernels as fk
-from focalnet_kernels import _native
+from focalnet_kernels import _libraries
+from focalnet_kernels._calls import forget
 from focalnet_kernels.dispatch import requested_backend
 from focalnet_kernels.integrations import accelerate, restore
 from integrations.foreign_layers import BUILD, FORMS, build, example
@@ -153,7 +154,8 @@ def test_shared_instance():
 
 
 def test_named_backend_holds_for_these_instances_only(monkeypatch):
-    monkeypatch.setattr(_native, "cuda_device", "cuda")  # whatever other tests have set: it cannot run here
+    monkeypatch.setattr(_libraries, "cuda_device", "cuda")  # whatever other tests have set: it cannot run here
+    forget()
     model = nn.ModuleList([build(FORM), build(FORM)])
     accelerate(model)
     accelerate(model[0], backend="triton")

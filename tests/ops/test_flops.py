@@ -73,7 +73,7 @@ def test_focal_modulation(variant, size, kernels):
     x, parameters = layer_tensors(inputs)
     flops, results = counted(getattr(OPS, f"focal_modulation_fwd{variant}"), x, parameters, False, 1e-5, True)
     assert flops == counted(fk.focal_modulation, **inputs, backend="reference")[0] > 0
-    y, *intermediate = results
+    y, intermediate = results
     backward = getattr(OPS, f"focal_modulation_bwd{variant}")
     tensors = (x, *parameters)
     some = [*(1 << i for i in range(len(tensors))), *(1 << i | 1 << j for i, j in itertools.combinations(range(9), 2))]

@@ -59,7 +59,7 @@ def context_bwd_arguments(needed):
 def layer_bwd_arguments(needed, postln=True):
     def make(backend, layout, dtype, seed):
         arguments = layer_arguments(True, postln)(backend, layout, dtype, seed)
-        _, *saved = raw_op("focal_modulation_fwd", backend)(*arguments)
+        _, saved = raw_op("focal_modulation_fwd", backend)(*arguments)
         x, parameters, normalize, ln_eps, _ = arguments
         return torch.randn(x.shape).to(dtype), x, parameters, *saved, normalize, ln_eps, needed
 

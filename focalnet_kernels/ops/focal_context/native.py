@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
-import torch
 from torch import Tensor
 
+from ..._calls import Call
 from ...dispatch import Implementation
 from .._autograd import bit_mask
 from .._native import raw_op, why_not_native
-
-
-def why_not(backend: str, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> str | None:
-    return why_not_native(backend, ctx, ctx.shape[2:], weights)
 
 
 def focal_context_fwd(backend, ctx, gates, weights, normalize) -> tuple[Tensor, Tensor]:
@@ -25,16 +22,16 @@ def focal_context_bwd(backend, grad_out, ctx, gates, weights, mean, normalize, n
     return raw_op("focal_context_bwd", backend)(grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed))
 
 
-def by_tokens(C: int, kernels: Sequence[torch.Size]) -> bool:
+def by_tokens(C: int, kernels: Sequence[Sequence[int]]) -> bool:
     """Whether backend "cuda" takes maps of C adjacent channels level by level: `takes_tokens` in csrc/cuda."""
-    return C % 4 == 0 and len(kernels) > 0 and all([3 <= k[-1] <= 13 and k.numel() <= 343 for k in kernels])
+    return C % 4 == 0 and len(kernels) > 0 and all([3 <= k[-1] <= 13 and prod(k) <= 343 for k in kernels])
 
 
-def trains_fast(backend: str, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> bool:
-    return backend == "cpu" or (ctx.stride(1) == 1 and by_tokens(ctx.shape[1], [w.shape[2:] for w in weights]))
+def trains_fast(backend: str, call: Call) -> bool:
+    return backend == "cpu" or (call.channels_adjacent and by_tokens(call.channels, call.kernels))
 
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    functions = (why_not, focal_context_fwd, focal_context_bwd, trains_fast)
+    functions = (why_not_native, focal_context_fwd, focal_context_bwd, trains_fast)
     return Implementation(backend, *(partial(f, backend) for f in functions))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...measured import Workload
+from ..._calls import Call
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._flops import level_gradients, levels
 from .._library import define
@@ -76,25 +76,20 @@ class FocalContextFunction(torch.autograd.Function):
 
 
 def focal_context(
-    ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, backend: str | None = None
+    call: Call, ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool, backend: str | None = None
 ) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_context`."""
-    implementation = dispatch.select("focal_context", ctx, gates, weights, normalize, backend=backend)
+    training = needs_grad((ctx, gates, *weights))
+    implementation = dispatch.select(call, training, backend)
     if implementation.backend == "reference":
         return focal_context_reference(ctx, gates, weights, normalize)
-    if needs_grad([ctx, gates, *weights]):
+    if training:
         return FocalContextFunction.apply(implementation.backend, normalize, ctx, gates, *weights)
     return implementation.forward(ctx, gates, weights, normalize)[0]
 
 
-def _workload(ctx, gates, weights, normalize) -> Workload:
-    kernels = tuple([tuple(w.shape[2:]) for w in weights])
-    return Workload(needs_grad([ctx, gates, *weights]), ctx.shape[1], kernels, (ctx.shape[0], *ctx.shape[2:]))
-
-
 dispatch.register(
     "focal_context",
-    _workload,
     native.implementation("cpu"),
     native.implementation("cuda"),
     dispatch.Implementation(
@@ -102,7 +97,7 @@ dispatch.register(
         triton_launch.why_not,
         triton_launch.focal_context_fwd,
         triton_launch.focal_context_bwd,
-        lambda *args: False,
+        lambda call: False,
     ),
-    dispatch.Implementation("reference", lambda *args: None, focal_context_reference),
+    dispatch.Implementation("reference", lambda call: None, focal_context_reference),
 )

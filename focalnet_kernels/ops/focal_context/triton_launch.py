@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._calls import Call
 from .._autograd import bit_mask
 from .._triton import cdiv, implement_triton, launch, why_not_triton
-from .triton_plan import make_plan, padded_kernel, padded_map, why_too_large
+from .triton_plan import make_plan, padded_map, padded_size, why_too_large
 
 
-def why_not(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool) -> str | None:
-    return why_not_triton(ctx) or why_too_large(ctx.shape[0], padded_map(ctx)[0], [w.shape[2:] for w in weights])
+def why_not(call: Call) -> str | None:
+    return why_not_triton(call) or why_too_large(call)
 
 
 def exact_gelu(dtype: torch.dtype) -> bool:
@@ -62,7 +63,7 @@ def context_fwd(
 
     (B, C), (size, ctx_strides) = ctx.shape[:2], padded_map(ctx)
     gates_strides, out_strides = padded_map(gates)[1], padded_map(out)[1]
-    kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
+    kernels = tuple(padded_size(w.shape[2:]) for w in weights)
     plan = make_plan(B, C, size, kernels, ctx.dtype, ctx.device, whole=whole)
     shares = torch.empty((plan.strips, B, C), dtype=torch.float32, device=ctx.device)
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
@@ -95,7 +96,7 @@ def context_bwd(
     (B, C), L, device = ctx.shape[:2], len(weights), ctx.device
     size, ctx_strides = padded_map(ctx)
     pixels = size[0] * size[1] * size[2]
-    kernels = tuple(padded_kernel(w.shape[2:]) for w in weights)
+    kernels = tuple(padded_size(w.shape[2:]) for w in weights)
     taps = tuple(k[0] * k[1] * k[2] for k in kernels)
     plan = make_plan(B, C, size, kernels, ctx.dtype, device, backward=True)
     groups = cdiv(B, plan.images) * plan.strips

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..._calls import Call
 from .._triton import cdiv, multiprocessors, next_power_of_2
 
 Kernel = tuple[int, int, int]  # a level's taps along (T, M, W)
@@ -50,9 +51,9 @@ class Plan:
         }  # fmt: skip
 
 
-def padded_kernel(size: Sequence[int]) -> Kernel:
-    """One to three taps' counts as (T, M, W)."""
-    return {1: (1, 1, *size), 2: (size[0], 1, size[-1]), 3: tuple(size)}[len(size)]
+def padded_size(spatial: Sequence[int]) -> tuple[int, int, int]:
+    """One to three spatial sizes as (T, M, W)."""
+    return {1: (1, 1, *spatial), 2: (spatial[0], 1, spatial[-1]), 3: tuple(spatial)}[len(spatial)]
 
 
 def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
@@ -65,9 +66,9 @@ def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, i
     return tuple(sizes), (b, c, *strides)
 
 
-def why_too_large(B: int, size: Sequence[int], kernels: Sequence[Sequence[int]]) -> str | None:
+def why_too_large(call: Call) -> str | None:
     """Why 32-bit offsets within one image's planes, or counts of pixels, cannot hold; None where they can."""
-    (T, M, W), kernels = size, [padded_kernel(k) for k in kernels]
+    B, (T, M, W), kernels = call.shape[0], padded_size(call.shape[1:]), [padded_size(k) for k in call.kernels]
     images = max(1, 64 // max(1, cdiv(T, 4) * M * cdiv(W, 8)))  # in a program, at most
     rows = T + 8 + 2 * sum(k[0] for k in kernels)
     plane = rows * (M + max((k[1] for k in kernels), default=0)) * (W + 64 + max((k[2] for k in kernels), default=0))

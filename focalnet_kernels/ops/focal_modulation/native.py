@@ -7,15 +7,12 @@ from functools import partial
 
 from torch import Tensor
 
+from ..._calls import Call
 from ...dispatch import Implementation
 from .._autograd import bit_mask
 from .._native import raw_op, why_not_native
 from ..focal_context import native as context
-from .parameters import LayerParameters, why_mixed
-
-
-def why_not(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
-    return why_mixed(parameters) or why_not_native(backend, x, x.shape[1:-1], parameters.focal_weights)
+from .parameters import LayerParameters
 
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
@@ -28,22 +25,24 @@ def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
     return x.new_empty(tokens, -(-rows // 8) * 8)[:, :rows].t()
 
 
-def focal_modulation_fwd(backend, x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:
+def focal_modulation_fwd(
+    backend, x, parameters: LayerParameters, normalize, ln_eps, save
+) -> tuple[Tensor, list[Tensor]]:
     return raw_op("focal_modulation_fwd", backend)(x, list(parameters), normalize, ln_eps, save)
 
 
 def focal_modulation_bwd(
-    backend, grad_y, x, parameters: LayerParameters, intermediate, normalize, ln_eps, needed
+    backend, grad_y, x, parameters: LayerParameters, saved, normalize, ln_eps, needed
 ) -> list[Tensor]:
     raw = raw_op("focal_modulation_bwd", backend)
-    return raw(grad_y, x, list(parameters), *intermediate, normalize, ln_eps, bit_mask(needed))
+    return raw(grad_y, x, list(parameters), *saved, normalize, ln_eps, bit_mask(needed))
 
 
-def trains_fast(backend: str, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> bool:
-    return backend == "cpu" or by_tokens(x, parameters.focal_weights, parameters.ln_weight)
+def trains_fast(backend: str, call: Call) -> bool:
+    return backend == "cpu" or (call.norm_dtype is None and context.by_tokens(call.channels, call.kernels))
 
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    functions = (why_not, focal_modulation_fwd, focal_modulation_bwd, trains_fast)
+    functions = (why_not_native, focal_modulation_fwd, focal_modulation_bwd, trains_fast)
     return Implementation(backend, *(partial(f, backend) for f in functions))

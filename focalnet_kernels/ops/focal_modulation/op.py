@@ -8,25 +8,24 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...measured import Workload
+from ..._calls import Call
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._flops import level_gradients, levels, linear
 from .._library import define
+from ..focal_context import triton_launch as context_launch
 from . import native, triton_launch
 from .parameters import LayerParameters
 from .reference import focal_modulation_reference
 
 # x: (B, *spatial, C), any strides -> y: (B, *spatial, C) with x's memory order
 # For backward: projected = f(x) and modulator over the N = B * prod(spatial) tokens, mean (B, C) float32 of the last
-# level. Empty where `save` is false. The CPU kernels keep (N, 2C+L+1) and (N, C), the others their transposes.
-_FORWARD = (
-    "(Tensor x, Tensor?[] parameters, bool normalize, float ln_eps, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+# level; an empty list where `save` is false. The CPU kernels keep (N, 2C+L+1) and (N, C), the others their transposes.
+_FORWARD = "(Tensor x, Tensor?[] parameters, bool normalize, float ln_eps, bool save) -> (Tensor, Tensor[])"
 
 
 def _forward_flops(x, parameters, *options, **results) -> int:
     p, tokens = LayerParameters(parameters), prod(x[:-1])
-    products = sum(linear(tokens, *shape) for shape in (p.f_weight, p.h_weight, p.proj_weight))
+    products = sum(linear(tokens, *shape[:2]) for shape in (p.f_weight, p.h_weight, p.proj_weight))
     return products + levels((x[0], x[-1], *x[1:-1]), p.focal_weights)
 
 
@@ -51,10 +50,10 @@ def _forward_results(x, parameters, save, new_matrix):
     """`new_matrix(x, rows, tokens)`: an empty matrix as the backend lays it out."""
     B, C = x.shape[0], x.shape[-1]
     if not save:
-        return torch.empty_like(x), x.new_empty(0, 0), x.new_empty(0, 0), x.new_empty(0, 0, dtype=torch.float32)
-    outputs, tokens = len(LayerParameters(parameters).f_weight), x.numel() // C
-    matrices = new_matrix(x, outputs, tokens), new_matrix(x, C, tokens)
-    return torch.empty_like(x), *matrices, x.new_empty(B, C, dtype=torch.float32)
+        return torch.empty_like(x), []
+    outputs, tokens = LayerParameters(parameters).f_weight.shape[0], x.numel() // C
+    mean = x.new_empty(B, C, dtype=torch.float32)
+    return torch.empty_like(x), [new_matrix(x, outputs, tokens), new_matrix(x, C, tokens), mean]
 
 
 # `needed`: bit i for input i of (x, *parameters); an empty tensor for the others
@@ -70,9 +69,9 @@ def _backward_flops(grad_y, x, parameters, projected, modulator, mean, normalize
     to_ctx_all = to_projected or of_levels != 0
     to_output = to_ctx_all or any(of[name] for name in ("h_weight", "h_bias", "ln_weight", "ln_bias"))
     return (
-        (of["x"] + of["f_weight"]) * linear(tokens, *p.f_weight)
-        + (to_ctx_all + of["h_weight"]) * linear(tokens, *p.h_weight)
-        + (to_output + of["proj_weight"]) * linear(tokens, *p.proj_weight)
+        (of["x"] + of["f_weight"]) * linear(tokens, *p.f_weight[:2])
+        + (to_ctx_all + of["h_weight"]) * linear(tokens, *p.h_weight[:2])
+        + (to_output + of["proj_weight"]) * linear(tokens, *p.proj_weight[:2])
         + level_gradients((x[0], x[-1], *x[1:-1]), p.focal_weights, to_projected, of_levels)
     )
 
@@ -92,9 +91,9 @@ class FocalModulationFunction(torch.autograd.Function):
     @staticmethod
     def forward(fctx, backend, normalize, ln_eps, x, *parameters):
         forward = dispatch.implementation("focal_modulation", backend).forward
-        y, *intermediate = forward(x, LayerParameters(parameters), normalize, ln_eps, True)
+        y, saved = forward(x, LayerParameters(parameters), normalize, ln_eps, True)
         fctx.backend, fctx.normalize, fctx.ln_eps = backend, normalize, ln_eps
-        fctx.save_for_backward(*intermediate, x, *parameters)
+        fctx.save_for_backward(*saved, x, *parameters)
         return y
 
     @staticmethod
@@ -104,50 +103,43 @@ class FocalModulationFunction(torch.autograd.Function):
         if needs_reference_backward(grad_y):
 
             def reference(x, *parameters):
-                return _reference_output(x, LayerParameters(parameters), fctx.normalize, fctx.ln_eps)
+                return focal_modulation_reference(x, LayerParameters(parameters), fctx.normalize, fctx.ln_eps)
 
             gradients = gradients_by_reference(reference, (x, *parameters), needed, grad_y)
         else:
             backward = dispatch.implementation("focal_modulation", fctx.backend).backward
-            intermediate = (projected, modulator, mean)
+            saved = (projected, modulator, mean)
             parameters = LayerParameters(parameters)
-            gradients = backward(grad_y, x, parameters, intermediate, fctx.normalize, fctx.ln_eps, needed)
+            gradients = backward(grad_y, x, parameters, saved, fctx.normalize, fctx.ln_eps, needed)
             gradients = needed_only(gradients, needed)
         return None, None, None, *gradients
 
 
 def focal_modulation(
-    x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float, backend: str | None = None
+    call: Call, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float, backend: str | None = None
 ) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_modulation`."""
-    implementation = dispatch.select("focal_modulation", x, parameters, normalize, ln_eps, backend=backend)
+    training = needs_grad((x, *parameters))
+    implementation = dispatch.select(call, training, backend)
     if implementation.backend == "reference":
-        return _reference_output(x, parameters, normalize, ln_eps)
-    if needs_grad([x, *parameters]):
+        return focal_modulation_reference(x, parameters, normalize, ln_eps)
+    if implementation.backend != "cpu":  # whose kernels take a 1x1 convolution's weight as it is
+        parameters = parameters.as_matrices()
+    if training:
         return FocalModulationFunction.apply(implementation.backend, normalize, ln_eps, x, *parameters)
     return implementation.forward(x, parameters, normalize, ln_eps, False)[0]
 
 
-def _reference_output(x, parameters, normalize, ln_eps):
-    return focal_modulation_reference(x, parameters, normalize, ln_eps)[0]
-
-
-def _workload(x, parameters, normalize, ln_eps) -> Workload:
-    kernels = tuple([tuple(w.shape[2:]) for w in parameters.focal_weights])
-    return Workload(needs_grad([x, *parameters]), x.shape[-1], kernels, tuple(x.shape[:-1]))
-
-
 dispatch.register(
     "focal_modulation",
-    _workload,
     native.implementation("cpu"),
     native.implementation("cuda"),
     dispatch.Implementation(
         "triton",
-        triton_launch.why_not,
+        context_launch.why_not,
         triton_launch.focal_modulation_fwd,
         triton_launch.focal_modulation_bwd,
-        lambda *args: False,
+        lambda call: False,
     ),
-    dispatch.Implementation("reference", lambda *args: None, _reference_output),
+    dispatch.Implementation("reference", lambda call: None, focal_modulation_reference),
 )

@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 class LayerParameters(tuple):
-    """What a focal modulation layer learns, as plain matrices, whoever's module it comes from.
+    """What a focal modulation layer learns, whoever's module it comes from.
 
     Everything that takes or returns parameters, up to the raw ops and C++ (csrc/common/parameters.h), has them in this
     order: `f_weight` (2C+L+1, C), `f_bias` (2C+L+1,) or None, the L `focal_weights` (C, 1, *k), `h_weight` (C, C),
     `h_bias` (C,) or None, `proj_weight` (C, C), `proj_bias` (C,) or None, `ln_weight` and `ln_bias` (C,), both None
-    where there is no post-LN.
+    where there is no post-LN. A matrix may have the further axes, of size 1, of a 1x1 convolution's weight.
     """
 
     __slots__ = ()
@@ -20,6 +20,14 @@ class LayerParameters(tuple):
     def names(levels: int) -> tuple[str, ...]:
         """What each is called where there are so many levels."""
         return ("f_weight", "f_bias", *[f"focal_weights[{i}]" for i in range(levels)], *_AFTER_LEVELS)
+
+    def as_matrices(self) -> LayerParameters:
+        """With matrices where the projections are 1x1 convolutions."""
+        if not any([t is not None and t.ndim > 2 for t in (self[0], *self[-6:])]):
+            return self
+        f_weight, f_bias, *levels = self[:-6]
+        others = [t if t is None else as_matrix(t) for t in self[-6:]]
+        return LayerParameters((as_matrix(f_weight), f_bias, *levels, *others))
 
     @property
     def f_weight(self) -> Tensor:
@@ -61,9 +69,10 @@ class LayerParameters(tuple):
 _AFTER_LEVELS = ("h_weight", "h_bias", "proj_weight", "proj_bias", "ln_weight", "ln_bias")
 
 
-def why_mixed(parameters: LayerParameters) -> str | None:
-    """What a kernel, which knows one dtype, cannot take."""
-    if parameters.ln_weight is None or parameters.ln_weight.dtype == parameters.f_weight.dtype:
-        return None
-    found = f"{parameters.ln_weight.dtype} in a layer of {parameters.f_weight.dtype}"
-    return f"its LayerNorm is {found}: left to the reference"
+def as_matrix(weight: Tensor) -> Tensor:
+    """A vector or matrix as it is, a 1x1 convolution's weight with its ones dropped."""
+    if weight.ndim <= 2:
+        return weight
+    # DDP wants the gradient with the weight's strides, those of the ones too: flattened in the weight's own order
+    # (contiguous or channels_last), it comes back so
+    return (weight if weight.stride(-1) == 1 else weight.movedim(1, -1)).flatten(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,18 +14,14 @@ def focal_modulation_reference(
     parameters: LayerParameters,
     normalize: bool,
     ln_eps: float,
-    focal_context: Callable = focal_context_reference,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the gates (B, L+1, *spatial) and modulator (B, C, *spatial) on the way: paper, section 3.2.
-
-    `focal_context`: what gathers the context; another backend's shows the gates and modulator of that backend.
-    """
-    p, C = parameters, x.shape[-1]
+) -> Tensor:
+    """See `focalnet_kernels.focal_modulation` (paper, section 3.2): differentiable to any order."""
+    p, C = parameters.as_matrices(), x.shape[-1]
     projected = F.linear(x, p.f_weight, p.f_bias).movedim(-1, 1)
     q, ctx, gates = projected.split((C, C, len(p.focal_weights) + 1), 1)
-    ctx_all = focal_context(ctx, gates, p.focal_weights, normalize)
+    ctx_all = focal_context_reference(ctx, gates, p.focal_weights, normalize)
     modulator = F.linear(ctx_all.movedim(1, -1), p.h_weight, p.h_bias)
     y = q.movedim(1, -1) * modulator
     if p.ln_weight is not None:
         y = F.layer_norm(y, (C,), p.ln_weight, p.ln_bias, ln_eps)
-    return F.linear(y, p.proj_weight, p.proj_bias), gates, modulator.movedim(-1, 1)
+    return F.linear(y, p.proj_weight, p.proj_bias)

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autograd import bit_mask
-from .._triton import cdiv, implement_triton, launch, why_not_triton
+from .._triton import cdiv, implement_triton, launch
 from ..focal_context.triton_launch import context_bwd, context_fwd, strided_like
-from ..focal_context.triton_plan import padded_map, why_too_large
 from ..modulate.triton_launch import (
     LARGEST_LN,
     LARGEST_PROJ,
@@ -24,24 +23,16 @@ from ..modulate.triton_launch import (
     sum_programs,
     token_axes,
 )
-from .parameters import LayerParameters, why_mixed
+from .parameters import LayerParameters
 
 
-def why_not(x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float) -> str | None:
-    size = padded_map(x.movedim(-1, 1))[0]
-    kernels = [w.shape[2:] for w in parameters.focal_weights]
-    return why_mixed(parameters) or why_not_triton(x) or why_too_large(x.shape[0], size, kernels)
-
-
-def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, ...]:
+def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, list[Tensor]]:
     return torch.ops.focalnet_kernels.focal_modulation_fwd_triton(x, list(parameters), normalize, ln_eps, save)
 
 
-def focal_modulation_bwd(
-    grad_y, x, parameters: LayerParameters, intermediate, normalize, ln_eps, needed
-) -> list[Tensor]:
+def focal_modulation_bwd(grad_y, x, parameters: LayerParameters, saved, normalize, ln_eps, needed) -> list[Tensor]:
     return torch.ops.focalnet_kernels.focal_modulation_bwd_triton(
-        grad_y, x, list(parameters), *intermediate, normalize, ln_eps, bit_mask(needed)
+        grad_y, x, list(parameters), *saved, normalize, ln_eps, bit_mask(needed)
     )
 
 
@@ -110,9 +101,7 @@ def focal_modulation_fwd_impl(x, parameters, normalize, ln_eps, save):
             z = new_matrix(x, C, tokens)
             modulate(*arguments, _as_map(z, x), modulator, Tail(p.ln_weight, p.ln_bias, ln_eps))
             y = _like(x, F.linear(z.t(), p.proj_weight, p.proj_bias))
-    if save:
-        return y, projected, kept, mean
-    return y, x.new_empty(0, 0), x.new_empty(0, 0), mean.new_empty(0, 0)
+    return y, [projected, kept, mean] if save else []
 
 
 def _by_rows(x: Tensor, ln_weight: Tensor | None) -> bool:

@@ -10,14 +10,10 @@ from ...dispatch import Implementation
 from .._native import raw_op, why_not_native
 
 
-def why_not(backend: str, q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return why_not_native(backend, q)
-
-
 def modulate_fwd(backend: str, q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return raw_op("modulate_fwd", backend)(q, ctx_all, weight, bias)
 
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    return Implementation(backend, *(partial(f, backend) for f in (why_not, modulate_fwd)))
+    return Implementation(backend, *(partial(f, backend) for f in (why_not_native, modulate_fwd)))

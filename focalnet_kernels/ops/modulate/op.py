@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dispatch
-from ...measured import Workload
+from ..._calls import Call
 from .._autograd import needs_grad
 from .._flops import linear
 from .._library import define
+from .._triton import why_not_triton
 from . import native, triton_launch
 from .reference import modulate_reference
 
@@ -58,23 +59,21 @@ class ModulateFunction(torch.autograd.Function):
         return None, grad_q, grad_ctx_all, grad_weight, grad_bias
 
 
-def modulate(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None) -> Tensor:
+def modulate(
+    call: Call, q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
+) -> Tensor:
     """The checked op: see `focalnet_kernels.modulate`."""
-    implementation = dispatch.select("modulate", q, ctx_all, weight, bias, backend=backend)
-    if implementation.backend != "reference" and needs_grad([q, ctx_all, weight, bias]):
+    training = needs_grad((q, ctx_all, weight, bias))
+    implementation = dispatch.select(call, training, backend)
+    if training and implementation.backend != "reference":
         return ModulateFunction.apply(implementation.backend, q, ctx_all, weight, bias)
     return implementation.forward(q, ctx_all, weight, bias)
 
 
-def _workload(q, ctx_all, weight, bias) -> Workload:
-    return Workload(needs_grad([q, ctx_all, weight, bias]), q.shape[1], (), (q.shape[0], *q.shape[2:]))
-
-
 dispatch.register(
     "modulate",
-    _workload,
-    dispatch.Implementation("triton", triton_launch.why_not, triton_launch.modulate_fwd),
+    dispatch.Implementation("triton", why_not_triton, triton_launch.modulate_fwd),
     native.implementation("cpu"),
     native.implementation("cuda"),
-    dispatch.Implementation("reference", lambda *args: None, modulate_reference),
+    dispatch.Implementation("reference", lambda call: None, modulate_reference),
 )

@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory, why_not_triton
-from ..focal_context.triton_plan import padded_map, why_too_large
+from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory
 
 Strides = tuple[int, int, int, int, int]  # (b, c, t, m, w), as kernels take them
-
-
-def why_not(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return why_not_triton(q) or why_too_large(q.shape[0], padded_map(q)[0], ())
 
 
 def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import dispatch
+from . import _calls
+from ._warnings import warn_once
 
 
 def _load(stem: str, kernels: str, needs: str) -> str | None:
@@ -18,7 +21,7 @@ def _load(stem: str, kernels: str, needs: str) -> str | None:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         reason = f"{files[0].name} does not load: {str(error.__cause__ or error).splitlines()[0]}"
-        dispatch.warn_once(f"focalnet_kernels falls back to other backends: {reason}")
+        warn_once(f"focalnet_kernels falls back to other backends: {reason}")
         return reason
     return None
 
@@ -34,7 +37,7 @@ def _load_cuda() -> str | None:
     if built.partition(".")[0] == major:
         return None
     reason = f"the CUDA C++ kernels were built by CUDA {built}, this torch is of CUDA {torch.version.cuda}"
-    dispatch.warn_once(f"focalnet_kernels falls back to other backends: {reason}")
+    warn_once(f"focalnet_kernels falls back to other backends: {reason}")
     return reason
 
 
@@ -64,5 +67,19 @@ torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
 torch.library.define("focalnet_kernels::cuda_build", "() -> str")
 cpu_missing = _load("_cpu", "C++", "a C++ compiler")
 _cpu_isa, _cpu_isa_fault = _ask_cpu_isa()
-cuda_device = "cuda"  # where the CUDA kernels take their tensors: tests run them on a CPU
+cuda_device = "cuda"  # where the CUDA kernels take their tensors
 cuda_missing = _load_cuda()
+
+
+@contextlib.contextmanager
+def cuda_kernels_on_cpu() -> Iterator[None]:
+    """Backend "cuda" takes CPU tensors meanwhile, by raw ops that somebody loaded: an emulation of the kernels."""
+    global cuda_device, cuda_missing
+    before = cuda_device, cuda_missing
+    cuda_device, cuda_missing = "cpu", None
+    _calls.forget()
+    try:
+        yield
+    finally:
+        cuda_device, cuda_missing = before
+        _calls.forget()
