@@ -24,7 +24,7 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops tests/test_learning.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops tests/benchmarks/test_learning.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -133,7 +133,7 @@ options = {}
 if BUILD == "none":
     say("FOCALNET_KERNELS_BUILD=none: no C++ kernels")
 else:
-    sys.path.insert(0, str(ROOT / "csrc"))
+    sys.path.insert(0, str(ROOT / "build_tools"))
     from toolkit import ARCHITECTURES, NVCC, find_toolkit
 
     modules = extensions()

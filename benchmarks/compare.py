@@ -85,7 +85,10 @@ def _built(tree: Path, name: str) -> Path:
 
 
 def _cases(variant, batch, size, dtypes, device) -> list[dict]:
-    from focalnet_kernels.models.layers import published_layers
+    try:
+        from focalnet_kernels.bench.layers import published_layers
+    except ModuleNotFoundError:  # an older revision
+        from focalnet_kernels.models.layers import published_layers
 
     shapes = [
         {"shape": (batch, *layer.spatial, layer.dim), "options": layer.options}

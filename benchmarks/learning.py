@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import focalnet_kernels as fk
-from focalnet_kernels.bench.machine import machine, machine_class
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels._machine import device_class
+from focalnet_kernels.bench import records
+from focalnet_kernels.bench.machine import machine
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]  # digits, cuda_shim
@@ -122,10 +124,8 @@ def train(
 
 def write(path: Path, run: dict, result: Result, about: dict) -> None:
     """The file with this run's rows in the place of those that it had of the same."""
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if any(row[key] != str(run[key]) for key in RUN)]
+    before = records.read(path) if path.exists() else []
+    rows = [row for row in before if any(row[key] != str(run[key]) for key in RUN)]
     new = [run | {"step": step, "loss": f"{loss:.10g}"} for step, loss in enumerate(result.losses, 1)]
     new[-1] |= {"accuracy": result.accuracy, **about}
     columns = [*RUN, "step", "loss", "accuracy", *about]
@@ -163,7 +163,7 @@ def run_every(output: Path) -> None:
 @click.option("--output", type=Path, help="The CSV file, if not that of this machine.")
 def main(backend, precision, epochs, steps, batch, seed, every, output) -> None:
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
-    output = output or ROOT / "benchmarks/results" / machine_class(device) / "learning.csv"
+    output = output or ROOT / "benchmarks/results" / str(device_class(torch.device(device))) / "learning.csv"
     if every:
         return run_every(output)
     rank, processes = 0, 1

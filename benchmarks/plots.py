@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import drift
+
+from focalnet_kernels.bench.records import read
 
 COLOURS = {
     "authors' form": "#9aa5b1", "timm": "#4c78a8", "timm channels_last": "#72a0d0", "transformers": "#b279a2",
@@ -34,16 +35,11 @@ def names(folder: Path) -> list[str]:
 def draw(folder: Path) -> None:
     for file, (image, column, unit, modes) in BARS.items():
         if (folder / file).exists():
-            _bars(_read(folder / file), column, unit, modes).savefig(folder / image, dpi=130)
+            _bars(read(folder / file), column, unit, modes).savefig(folder / image, dpi=130)
     if (folder / drift.FILE).exists():
-        _learning(_read(folder / drift.FILE)).savefig(folder / LEARNING, dpi=130)
+        _learning(read(folder / drift.FILE)).savefig(folder / LEARNING, dpi=130)
     if _ceilings(folder):
         _roofline(folder).savefig(folder / ROOFLINE[0], dpi=130)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _figure(*size):
@@ -101,7 +97,7 @@ def _ceilings(folder: Path) -> dict:
     best: dict = {}
     for file in ROOFLINE[1]:
         if (folder / file).exists():
-            for row in _read(folder / file):
+            for row in read(folder / file):
                 if row.get("level") == "ceiling":
                     rate = float(row["gbyte_per_s"] or row["gflop_per_s"])
                     key = (row["case"], row["dtype"])
@@ -113,7 +109,7 @@ def _roofline(folder: Path):
     """FLOPs per byte against GFLOP/s: the roofs as measured, our forward passes and the authors' form's below them."""
     ceilings = _ceilings(folder)
     dtypes = [dtype for kind, dtype in ceilings if kind == "product"]
-    rows = [row for file in ROOFLINE[1] if (folder / file).exists() for row in _read(folder / file)]
+    rows = [row for file in ROOFLINE[1] if (folder / file).exists() for row in read(folder / file)]
     rows = [row for row in rows if row.get("mode") == "forward" and row.get("gflop_per_s")]
     figure = _figure(6 * len(dtypes), 4.2)
     copy = ceilings["copy", "float32"]

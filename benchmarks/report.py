@@ -16,7 +16,6 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Iterable
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import drift
 import plots
+
+from focalnet_kernels.bench.records import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -37,11 +38,6 @@ COLUMNS = {
     "peak_bytes": ("memory needed at most beyond what was there, in bytes of x", 1),
     "saved_bytes": ("memory kept for backward, in bytes of x", 1),
 }
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def is_ours(provider: str) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from focalnet_kernels.bench.machine import machine_class
+from focalnet_kernels._machine import device_class
 
 RESULTS = Path(__file__).parent / "results"
 BOTH = "--mode forward --mode forward+backward"
@@ -57,7 +57,7 @@ TINY = "--batch 1 --size 32 --rounds 3"
 @click.option("--tiny", is_flag=True)
 def main(only, tiny) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(tempfile.mkdtemp()) if tiny else RESULTS / machine_class(device)
+    folder = Path(tempfile.mkdtemp()) if tiny else RESULTS / str(device_class(torch.device(device)))
     folder.mkdir(parents=True, exist_ok=True)
     commands = ON_A_CPU if device == "cpu" else ON_A_GPU
     for name in only or commands:

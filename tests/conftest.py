@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from focalnet_kernels import _libraries
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import fresh_seed
 
 settings.register_profile(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc/cuda"
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT / "csrc")
+    patch.syspath_prepend(ROOT / "build_tools")
     import toolkit
 
 needs_compiler = pytest.mark.skipif(
@@ -180,7 +180,7 @@ def test_pip_packages(bare):
 def tree(tmp_path):
     """setup.py over sources that compile in no time."""
     (tmp_path / "focalnet_kernels").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "csrc/toolkit.py", "focalnet_kernels/_version.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "build_tools/toolkit.py", "focalnet_kernels/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("csrc/cpu/nothing.cpp", "csrc/cuda/nothing.cu", "focalnet_kernels/__init__.py"):

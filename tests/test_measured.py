@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import focalnet_kernels as fk
 from focalnet_kernels import dispatch, measured
 from focalnet_kernels._calls import forget
+from focalnet_kernels.bench.records import read
 from focalnet_kernels.dispatch import Implementation, explain_call, select
 from focalnet_kernels.functional import _prepare_focal_context, _prepare_focal_modulation, _prepare_modulate
 from focalnet_kernels.ops._autograd import needs_grad
@@ -56,8 +57,7 @@ def table(tmp_path, monkeypatch):
             writer.writerows(rows)
         monkeypatch.setattr(measured, "FILE", tmp_path / "measured.csv")
         generator.main(["--results", str(folder.parent), "--output", str(measured.FILE)], standalone_mode=False)
-        with measured.FILE.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return read(measured.FILE)
 
     return install
 
@@ -244,8 +244,7 @@ def test_a_broken_table_is_said_once_and_left(tmp_path, monkeypatch, gpu, text):
 
 
 def test_the_committed_table_is_what_the_results_say():
-    with measured.FILE.open(newline="") as file:
-        assert list(csv.DictReader(file)) == generator.table(generator.RESULTS), "run benchmarks/dispatch_table.py"
+    assert read(measured.FILE) == generator.table(generator.RESULTS), "run benchmarks/dispatch_table.py"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measured._rows()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.layers import DETECTION, VIDEO, PublishedLayer, published_layers
 from ..models.variants import VARIANTS
+from .layers import DETECTION, VIDEO, PublishedLayer, published_layers
 
 LEVELS = ("op", "layer", "block", "model", "peers")
 OPS = ("focal_context", "modulate")

@@ -19,12 +19,12 @@ from .. import dispatch
 from ..functional import explain, focal_context, focal_modulation, modulate
 from ..integrations import accelerate
 from ..models.key_maps import convert_state_dict, rename_key
-from ..models.layers import published_layers
 from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation, FocalModulation3d
 from ..nn.block import FocalNetBlock
 from ..testing import make_context_inputs, make_modulate_inputs
 from .cases import PEERS, Case
+from .layers import published_layers
 
 AUTHORS = "authors' form"
 BACKENDS = dispatch.BACKENDS[2:]  # without "auto" and the reference, which is the authors' form

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..functional import modulate
-from ..models.layers import published_layers
 from ..models.variants import VARIANTS
 from ..nn.patch_embed import PatchEmbed
 from .cases import Case
+from .layers import published_layers
 from .timing import interleaved
 
 MLP_RATIO = 4

@@ -14,11 +14,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.layers import DETECTION, PublishedLayer, published_layers
 from ..dispatch import use_backend
 from ..functional import explain, focal_modulation
-from ..models.layers import DETECTION, PublishedLayer, published_layers
 from ..models.variants import VARIANTS
-from ..ops._triton import Launch, recorded_launches
+from ..ops.triton.launch import Launch, recorded_launches
 from ..testing import assert_op_accurate, make_layer_inputs
 from . import options
 from .info import info
@@ -32,7 +32,7 @@ def _check_targets(context: click.Context, parameter: click.Parameter, names: st
         return []
     if importlib.util.find_spec("triton") is None:
         raise click.BadParameter("the package triton is not installed")
-    from ..ops._triton_resources import why_not_target
+    from ..ops.triton.resources import why_not_target
 
     targets = names.split(",")
     for target in targets:
@@ -167,14 +167,14 @@ def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[L
 
 
 def _identity(launch: Launch) -> str:
-    from ..ops._triton_resources import specialization
+    from ..ops.triton.resources import specialization
 
     return repr((launch.kernel.__name__, specialization(launch)))
 
 
 def _resources(work):
     """In a process of its own, where the kernel goes by name: Triton's functions cannot be sent."""
-    from ..ops._triton_resources import compile_launch
+    from ..ops.triton.resources import compile_launch
 
     module, name, args, constants, target = work
     try:

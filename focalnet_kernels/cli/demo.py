@@ -15,8 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from .._machine import cpu_name
 from .._version import __version__
-from ..bench.machine import cpu_name
 from ..bench.timing import interleaved
 from ..functional import explain
 from ..integrations import accelerate, restore

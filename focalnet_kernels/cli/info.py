@@ -10,7 +10,7 @@ import torch
 
 from .. import _libraries, dispatch
 from .._version import __version__
-from ..ops._triton import INTERPRETED, MISSING
+from ..ops.triton.launch import INTERPRETED, MISSING
 
 
 @click.command()

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench.cases import Case, cases
+from focalnet_kernels.bench.layers import PublishedLayer
 from focalnet_kernels.bench.providers import providers
 from focalnet_kernels.bench.roofline import Ceilings, Work, ceilings, work
 from focalnet_kernels.bench.steps import calls
-from focalnet_kernels.models.layers import PublishedLayer
 
 LAYERS = [
     PublishedLayer(8, 9, 3, 2, width=11),

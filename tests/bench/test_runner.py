@@ -8,12 +8,12 @@ import torch
 from focalnet_kernels import _libraries
 from focalnet_kernels.bench import providers as module
 from focalnet_kernels.bench.cases import Case
+from focalnet_kernels.bench.layers import PublishedLayer
 from focalnet_kernels.bench.memory import HostMemory, saved_bytes
 from focalnet_kernels.bench.providers import AUTHORS, Provider, providers
 from focalnet_kernels.bench.roofline import Ceilings
 from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.steps import MODES, calls
-from focalnet_kernels.models.layers import PublishedLayer
 
 CASE = Case("layer", "layer", "small", 1, PublishedLayer(16, 9, 3, 2, width=7), 0, 2, torch.float32, "cpu")
 FIGURES = ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "share_of_bound")

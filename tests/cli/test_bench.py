@@ -1,7 +1,6 @@
 """`bench` lists, runs, checks what it times, and writes every row."""
 
 import contextlib
-import csv
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from click.testing import CliRunner
 
 from focalnet_kernels.bench import roofline
 from focalnet_kernels.bench.cases import LEVELS, PEERS
-from focalnet_kernels.bench.records import MEASURED
+from focalnet_kernels.bench.records import MEASURED, read
 from focalnet_kernels.cli import main
 from focalnet_kernels.models.variants import VARIANTS
 
@@ -33,7 +32,7 @@ def rows_of(tmp_path, *args):
     output = tmp_path / "bench.csv"
     quick = ["--batch", "1", "--size", "32", "--rounds", "3", "--no-roofline", "--no-memory", "--dtype", "float32"]
     invoke(*quick, "--output", str(output), *args)
-    return list(csv.DictReader(output.open())), json.loads(output.with_suffix(".json").read_text())
+    return read(output), json.loads(output.with_suffix(".json").read_text())
 
 
 def test_dry_run_lists_every_published_shape():
@@ -102,7 +101,7 @@ def test_ctrl_c_keeps_the_rows_of_an_unfinished_case(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["bench", "--no-roofline", "--no-memory", "--output", str(output)])
     assert result.exit_code == 1 and "Aborted!" in result.output
     assert f"wrote {output}" in result.output
-    assert len(list(csv.DictReader(output.open()))) == 2
+    assert len(read(output)) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only there it measures in other processes")

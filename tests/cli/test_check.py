@@ -10,9 +10,9 @@ from click.testing import CliRunner
 import focalnet_kernels
 from focalnet_kernels import _libraries, dispatch
 from focalnet_kernels._calls import forget
+from focalnet_kernels.bench.layers import published_layers
 from focalnet_kernels.cli import main
 from focalnet_kernels.models import list_models
-from focalnet_kernels.models.layers import published_layers
 from focalnet_kernels.testing import make_layer_inputs
 
 ONE_LAYER = ("--variant", "focalnet_tiny_iso", "--batch", 1, "--dtype", "float32", "--device", "cpu")

@@ -1,6 +1,5 @@
 """The demo command: a small run of it, and what it says to bad input."""
 
-import csv
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from focalnet_kernels.bench.records import read
 from focalnet_kernels.cli import main
 from focalnet_kernels.models import create_model
 
@@ -35,8 +35,7 @@ def test_bundled_photographs(tmp_path):
     assert "%" not in result.output  # random weights have no top 5
     with Image.open(output / "demo.png") as image:
         assert image.format == "PNG"
-    with (output / "demo.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(output / "demo.csv")
     things = {row["what"] for row in rows}
     assert things == {*(f"stage {i} layer" for i in (1, 2, 3, 4)), "whole model"}
     assert {row["provider"] for row in rows} == {"timm", "timm accelerated", "focalnet_kernels"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import LAYOUTS
 
 # Triton's interpreter computes bfloat16 wrongly

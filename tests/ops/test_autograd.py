@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import focalnet_kernels as fk
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import (
     LAYOUTS,
     assert_op_accurate,

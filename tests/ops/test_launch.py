@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 import torch
 
+from focalnet_kernels.bench.layers import DETECTION, published_layers
 from focalnet_kernels.cli.check import layer_launches
 from focalnet_kernels.models import list_models
-from focalnet_kernels.models.layers import DETECTION, published_layers
 from focalnet_kernels.ops import _triton
 from focalnet_kernels.ops.modulate import triton_launch
 
@@ -61,7 +61,7 @@ def test_every_launch_names_the_device_of_its_tensors(monkeypatch):
 @pytest.mark.parametrize("limit, target", [(65536, "sm_75"), (101376, "sm_86")])
 def test_tiles_fit_small_shared_memories(limit, target, monkeypatch):
     """By the compiler's count. The chain kernels need a few KiB whatever the map, and minutes to compile."""
-    from focalnet_kernels.ops._triton_resources import compile_launch
+    from focalnet_kernels.ops.triton.resources import compile_launch
 
     monkeypatch.setattr(triton_launch, "shared_memory", lambda device: limit)
     distinct = {}

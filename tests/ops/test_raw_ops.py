@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import (
     LAYOUTS,
     layer_tensors,

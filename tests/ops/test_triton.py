@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet_kernels as fk
+from focalnet_kernels.bench.layers import DETECTION, PublishedLayer, published_layers
 from focalnet_kernels.cli.check import layer_launches
-from focalnet_kernels.models.layers import DETECTION, PublishedLayer, published_layers
 from focalnet_kernels.models.variants import VARIANTS
-from focalnet_kernels.ops._triton import INTERPRETED, recorded_launches
+from focalnet_kernels.ops.triton.launch import INTERPRETED, recorded_launches
 from focalnet_kernels.testing import assert_op_accurate, make_context_inputs, make_layer_inputs, map_tensors
 
 LAYERS = list(dict.fromkeys(layer for name in VARIANTS for layer in published_layers(name))) + list(DETECTION)
@@ -24,7 +24,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.driver import DriverBase  # noqa: E402
 
-from focalnet_kernels.ops.focal_context.triton_chain import gelu, gelu_slope  # noqa: E402
+from focalnet_kernels.ops.triton.functions import gelu, gelu_slope  # noqa: E402
 
 # aten's views and allocations, which launch nothing
 FREE = {
@@ -73,7 +73,7 @@ def test_launches_per_layer(channels_first, forward, backward, batch, dtype):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_default_tiles_spill_nothing(backward):
-    from focalnet_kernels.ops._triton_resources import compile_launch
+    from focalnet_kernels.ops.triton.resources import compile_launch
 
     name = "context_bwd_kernel" if backward else "context_fwd_kernel"
     (launch,) = [
@@ -88,7 +88,7 @@ def test_default_tiles_spill_nothing(backward):
 
 
 def test_shapes_share_machine_code():
-    from focalnet_kernels.ops._triton_resources import specialization
+    from focalnet_kernels.ops.triton.resources import specialization
 
     layers = PublishedLayer(96, 56, 3, 2), PublishedLayer(192, 28, 3, 2)
     chain = [
@@ -107,7 +107,7 @@ def test_shapes_share_machine_code():
 )
 def test_token_axes_reach_every_token(shape, layouts):
     """However maps of (B, T, M, W) lie in memory: their axes in any order, with gaps or without."""
-    from focalnet_kernels.ops.modulate.triton_launch import token_axes
+    from focalnet_kernels.ops.triton.geometry import token_axes
 
     maps = []
     for order, gap in layouts:
@@ -240,10 +240,11 @@ def test_what_lies_below_a_strip_stays_there(interpreted, k, seed):
 
 
 def test_plans_differ():
-    from focalnet_kernels.ops.focal_context.triton_plan import make_plan, padded_kernel
+    from focalnet_kernels.ops.focal_context.triton_plan import make_plan
+    from focalnet_kernels.ops.triton.geometry import padded_size
 
     def plan(shape, kernels):
-        kernels = tuple(padded_kernel((k, k) if isinstance(k, int) else k) for k in kernels)
+        kernels = tuple(padded_size((k, k) if isinstance(k, int) else k) for k in kernels)
         size = (shape[2], 1, shape[3])
         return make_plan(shape[0], shape[1], size, kernels, torch.float16, torch.device("meta"))
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet_kernels as fk
-from focalnet_kernels.ops._triton import recorded_launches
 from focalnet_kernels.ops.focal_modulation import triton_launch
+from focalnet_kernels.ops.triton.launch import recorded_launches
 from focalnet_kernels.testing import layer_tensors, make_layer_inputs, map_tensors
 
 # indexing may be by a mask, and we have no need of any

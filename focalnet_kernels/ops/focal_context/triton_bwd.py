@@ -7,6 +7,7 @@ dz_l takes the place of. What crosses channels or images goes to partial sums (t
 import triton
 import triton.language as tl
 
+from ..triton.functions import gelu, gelu_slope, in_map, pixel
 from .triton_chain import (
     COUNTS,
     clear,
@@ -14,11 +15,7 @@ from .triton_chain import (
     convolve,
     copy_in,
     count_tiles,
-    gelu,
-    gelu_slope,
-    in_map,
     in_plane,
-    pixel,
     segments,
     tap_offset,
 )

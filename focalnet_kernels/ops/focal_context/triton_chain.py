@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: GELU, planes in scratch memory, and the depthwise convolution.
+"""What the forward and the backward kernel share: planes in scratch memory, and the depthwise convolution.
 
 A program owns NB channels of G images (or of a strip of one image). It keeps every level's map in a slot of global
 scratch memory of its own, small enough to stay in the caches, as planes padded by zeros, so that no later step knows
@@ -14,6 +14,8 @@ Segments of 8 columns are the unit of work: SEG of them at once, each over ROWS 
 import triton
 import triton.language as tl
 
+from ..triton.functions import gelu, in_map, pixel
+
 # Arguments of kernels whose divisors and ones Triton shall not compile for: one machine code for many shapes, for
 # compiling takes seconds.
 COUNTS = (
@@ -23,49 +25,10 @@ COUNTS = (
 
 
 @triton.jit
-def gelu(x, EXACT: tl.constexpr):
-    """x * Phi(x). Not EXACT: Phi as the logistic function of an odd quintic, 3e-5 off at most: a bfloat16's rounding
-    of values near 1 is 100 times that, and the exact form costs three times the instructions."""
-    if EXACT:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x * _logistic_phi(x)
-
-
-@triton.jit
-def gelu_slope(x, EXACT: tl.constexpr):
-    """The derivative of gelu: Phi(x) + x phi(x)."""
-    if EXACT:
-        bell = tl.exp2(x * x * -0.7213475204444817) * 0.3989422804014327
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * bell
-    phi = _logistic_phi(x)
-    s = tl.minimum(x * x, 42.25)
-    return phi + x * phi * (1.0 - phi) * (1.59501577 + s * (0.22203387 - s * 0.00351515))
-
-
-@triton.jit
-def _logistic_phi(x):
-    s = tl.minimum(x * x, 42.25)  # beyond |x| = 6.5 the polynomial would turn back
-    logit = x * (1.59501577 + s * (0.07401129 - s * 0.00070303))
-    return 1.0 / (1.0 + tl.exp2(logit * -1.4426950408889634))
-
-
-@triton.jit
-def pixel(i, t0, W, M):
-    """Pixel i of a map whose first row is t0."""
-    return t0 + i // (W * M), i // W % M, i % W
-
-
-@triton.jit
 def in_plane(t, m, w, frame):
     """Offset of a pixel in its plane."""
     top, RM, MP, WP, left = frame
     return ((t + top) * MP + m + RM) * WP + left + w
-
-
-@triton.jit
-def in_map(t, m, w, strides):
-    """Offset of a pixel in a tensor with strides (b, c, t, m, w), in 64 bits."""
-    return t.to(tl.int64) * strides[2] + m.to(tl.int64) * strides[3] + w.to(tl.int64) * strides[4]
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_chain import COUNTS, clear, compute_level, copy_in, gelu, in_map, in_plane, pixel
+from ..triton.functions import gelu, in_map, pixel
+from .triton_chain import COUNTS, clear, compute_level, copy_in, in_plane
 
 
 @triton.jit(do_not_specialize=COUNTS)

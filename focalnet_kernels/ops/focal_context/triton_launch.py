@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..._calls import Call
 from .._autograd import bit_mask
-from .._triton import cdiv, implement_triton, launch, why_not_triton
-from .triton_plan import make_plan, padded_map, padded_size, why_too_large
+from ..triton.geometry import padded_map, padded_size, strided_like
+from ..triton.launch import cdiv, implement_triton, launch, why_not_triton
+from .triton_plan import make_plan, why_too_large
 
 
 def why_not(call: Call) -> str | None:
@@ -134,9 +135,3 @@ def context_bwd(
         TAPS=taps if want_weights else (), BLOCK=BLOCK, ALL_TAPS=sum(taps), LEVELS=L + 1,
     )  # fmt: skip
     return list(grad_weights)
-
-
-def strided_like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """`gradient` with the strides of `tensor`, which gradient buckets (DDP) count on: mostly as it is."""
-    like = torch.empty_like(tensor)
-    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..._calls import Call
-from .._triton import cdiv, multiprocessors, next_power_of_2
+from ..triton.geometry import padded_size
+from ..triton.launch import cdiv, multiprocessors, next_power_of_2
 
 Kernel = tuple[int, int, int]  # a level's taps along (T, M, W)
 
@@ -49,21 +49,6 @@ class Plan:
             "NB": self.channels, "SEG": self.segments, "ROWS": self.rows, "RM": self.mid_pad, "PIXELS": self.pixels,
             "num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers,
         }  # fmt: skip
-
-
-def padded_size(spatial: Sequence[int]) -> tuple[int, int, int]:
-    """One to three spatial sizes as (T, M, W)."""
-    return {1: (1, 1, *spatial), 2: (spatial[0], 1, spatial[-1]), 3: tuple(spatial)}[len(spatial)]
-
-
-def padded_map(tensor: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
-    """The spatial sizes of a (B, C, *spatial) tensor as (T, M, W), and its strides (b, c, t, m, w)."""
-    (b, c, *strides), sizes = tensor.stride(), tensor.shape[2:]
-    if len(sizes) == 1:
-        return (1, 1, sizes[0]), (b, c, 0, 0, strides[0])
-    if len(sizes) == 2:
-        return (sizes[0], 1, sizes[1]), (b, c, strides[0], 0, strides[1])
-    return tuple(sizes), (b, c, *strides)
 
 
 def why_too_large(call: Call) -> str | None:

@@ -4,7 +4,8 @@ Every output is summed by one program in a fixed order, so results repeat bitwis
 import triton
 import triton.language as tl
 
-from .triton_chain import COUNTS, in_map, pixel
+from ..triton.functions import in_map, pixel
+from .triton_chain import COUNTS
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autograd import bit_mask
-from .._triton import cdiv, implement_triton, launch
-from ..focal_context.triton_launch import context_bwd, context_fwd, strided_like
+from ..focal_context.triton_launch import context_bwd, context_fwd
 from ..modulate.triton_launch import (
     LARGEST_LN,
     LARGEST_PROJ,
@@ -21,8 +20,9 @@ from ..modulate.triton_launch import (
     rows_bwd,
     rows_fwd,
     sum_programs,
-    token_axes,
 )
+from ..triton.geometry import strided_like, token_axes
+from ..triton.launch import cdiv, implement_triton, launch
 from .parameters import LayerParameters
 
 

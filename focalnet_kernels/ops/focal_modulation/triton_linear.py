@@ -6,7 +6,7 @@ cuBLAS adds a bias along the other axis only; this one adds it where the sums ar
 import triton
 import triton.language as tl
 
-from ..modulate.triton_fwd import token_offsets
+from ..triton.functions import token_offsets
 
 
 @triton.jit

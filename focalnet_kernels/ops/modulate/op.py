@@ -13,7 +13,7 @@ from ..._calls import Call
 from .._autograd import needs_grad
 from .._flops import linear
 from .._library import define
-from .._triton import why_not_triton
+from ..triton.launch import why_not_triton
 from . import native, triton_launch
 from .reference import modulate_reference
 

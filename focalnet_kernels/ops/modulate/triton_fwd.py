@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..focal_context.triton_chain import in_map, pixel
-
-
-@triton.jit
-def token_offsets(i, strides, size):
-    """Offsets of tokens i = (b, t, m, w) in a tensor with strides (b, c, t, m, w)."""
-    T, M, W = size
-    pixels = T * M * W
-    t, m, w = pixel(i % pixels, 0, W, M)
-    return (i // pixels).to(tl.int64) * strides[0] + in_map(t, m, w, strides)
+from ..triton.functions import layer_norm, token_offsets
 
 
 @triton.jit
@@ -60,21 +51,3 @@ def modulate_fwd_kernel(
         tl.store(to, y.to(DTYPE), mask=mask)
     else:
         tl.store(to, z.to(DTYPE), mask=mask)
-
-
-@triton.jit
-def layer_norm(z, row, C, weight, bias, eps):
-    """LayerNorm of every column of z [rows, tokens] over its first C rows."""
-    normal, _ = normalized(z, row, C, eps)
-    gamma = tl.load(weight + row, mask=row < C, other=0.0).to(tl.float32)
-    beta = tl.load(bias + row, mask=row < C, other=0.0).to(tl.float32)
-    return normal * gamma[:, None] + beta[:, None]
-
-
-@triton.jit
-def normalized(z, row, C, eps):
-    """Every column of z, over its first C rows, with mean 0 and variance 1; and what it was multiplied by for that."""
-    z = tl.where((row < C)[:, None], z, 0.0)
-    z = tl.where((row < C)[:, None], z - (tl.sum(z, 0) / C)[None, :], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 0) / C + eps)
-    return z * rstd[None, :], rstd

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._triton import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory
-
-Strides = tuple[int, int, int, int, int]  # (b, c, t, m, w), as kernels take them
+from ..triton.geometry import token_axes
+from ..triton.launch import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory
 
 
 def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,21 +66,6 @@ def modulate(
         PROJ=tail.proj_weight is not None, PROJ_BIAS=tail.proj_bias is not None, ROWS=rows, BN=BN, BK=BK,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-
-
-def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:
-    """The axes over which (B, C, *spatial) maps of one size count their tokens, as few as all the maps' strides allow:
-    the size of all but the outermost, which stands in the batch's place, and every map's strides. Mostly one axis is
-    left: without divisions in its indices the compiler sees which tokens are adjacent, and loads them together."""
-    axes: list[tuple[int, tuple[int, ...]]] = []  # size and the maps' strides, innermost first
-    sizes, strides = maps[0].shape, list(zip(*(m.stride() for m in maps), strict=True))
-    for dim in (*range(len(sizes) - 1, 1, -1), 0):
-        if axes and strides[dim] == tuple(axes[-1][0] * inner for inner in axes[-1][1]):
-            axes[-1] = axes[-1][0] * sizes[dim], axes[-1][1]
-        elif sizes[dim] != 1:
-            axes.append((sizes[dim], strides[dim]))
-    b, t, m, w = axes[-1:] + [(1, (0,) * len(maps))] * (4 - len(axes)) + axes[-2::-1]
-    return (t[0], m[0], w[0]), list(zip(b[1], strides[1], t[1], m[1], w[1], strict=True))
 
 
 # rows of a tile -> BN, BK, warps, stages; the first that fits the device's shared memory

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_fwd import layer_norm, normalized
+from ..triton.functions import layer_norm, normalized
 
 
 @triton.jit

@@ -1,18 +1,18 @@
 """One script for a GPU: first whether every backend is right there, then how fast, then which tiles are best.
 
-    PYTHONPATH=. python benchmarks/gpu_report.py                            everything, in less than 8 minutes
-    PYTHONPATH=. python benchmarks/gpu_report.py --parts correct,layers     some of it
+    PYTHONPATH=. python benchmarks/gpu/report.py                            everything, in less than 8 minutes
+    PYTHONPATH=. python benchmarks/gpu/report.py --parts correct,layers     some of it
 
 From a fresh checkout, on an H200:
 
     FOCALNET_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=16 python setup.py build_ext --inplace &&
-    PYTHONPATH=. python benchmarks/gpu_report.py
+    PYTHONPATH=. python benchmarks/gpu/report.py
 
 Each part writes benchmarks/results/<device>/gpu_<part>.csv as it goes, so that an interrupted run keeps what it found.
 Part "dispatch" has what benchmarks/dispatch_table.py wants, 128 images in bfloat16 first; all of it takes several runs,
 whose files are put beside one another there under names of their own:
 
-    PYTHONPATH=. python benchmarks/gpu_report.py --output gpu-report-float16 --parts dispatch --dtypes float16
+    PYTHONPATH=. python benchmarks/gpu/report.py --output gpu-report-float16 --parts dispatch --dtypes float16
 
 Every backend is checked, each check apart from the others; one that faults or hangs is not timed, and no figure is
 given where it is wrong. On a CPU, --tiny --device cpu walks the same way in small sizes: the Triton kernels under
@@ -29,15 +29,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import gpu_correctness
-import gpu_counters
-import gpu_measure
+import correctness
+import counters
+import measure
 import torch
-from gpu_processes import Fault, in_processes
+from processes import Fault, in_processes
 
 import focalnet_kernels as fk
+from focalnet_kernels._machine import device_class
 from focalnet_kernels.bench.machine import machine as about_machine
-from focalnet_kernels.bench.machine import machine_class
 from focalnet_kernels.bench.records import MEASURED
 from focalnet_kernels.testing import make_layer_inputs
 
@@ -73,12 +73,11 @@ def main() -> None:
 def report(options: argparse.Namespace) -> None:
     """Runs the parts; a CSV each."""
     if options.emulate:
-        gpu_correctness.act_out()
+        correctness.emulate_cuda()
     started = time.monotonic()
     toy = Path(tempfile.gettempdir()) / "gpu-report"  # no figures to be kept
-    output = options.output or (
-        toy if options.tiny else Path(__file__).parent / "results" / machine_class(options.device)
-    )
+    kept = Path(__file__).parents[1] / "results" / str(device_class(torch.device(options.device)))
+    output = options.output or (toy if options.tiny else kept)
     output.mkdir(parents=True, exist_ok=True)
     machine = about_machine(options.device) | {"date": datetime.date.today().isoformat()}
     machine["commit"] = options.commit or machine["commit"]
@@ -94,7 +93,7 @@ def report(options: argparse.Namespace) -> None:
         # one that runs alone may take all there is
         until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
         path = output / f"gpu_{part}.csv"
-        columns = gpu_counters.FIELDS if part == "counters" else (*MEASURED, "result")
+        columns = counters.FIELDS if part == "counters" else (*MEASURED, "result")
         for i, row in enumerate(_rows(part, backends, absent, options, until)):
             with path.open("a" if i else "w", newline="") as file:
                 writer = csv.DictWriter(file, ["part", *columns, *machine])
@@ -121,24 +120,24 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
     if part == "correct":
         yield from _correct(backends, absent, options, until)
     elif part == "ceilings":
-        yield from gpu_measure.ceilings(device, dtypes, tiny)
-    elif part in gpu_measure.BLOCKS:
+        yield from measure.ceilings(device, dtypes, tiny)
+    elif part in measure.BLOCKS:
         compiling = None if tiny else options.workers
-        for block in gpu_measure.BLOCKS[part](dtypes, device, tiny):
+        for block in measure.BLOCKS[part](dtypes, device, tiny):
             yield from block.rows(backends, not (tiny or options.no_compile), compiling, until)
     elif part == "latency":
-        yield from gpu_measure.latency(backends, device, tiny)
+        yield from measure.latency(backends, device, tiny)
     elif part == "kernels":
-        yield from gpu_measure.kernels(backends, device, tiny)
+        yield from measure.kernels(backends, device, tiny)
     elif part == "counters":
-        yield from gpu_counters.counters(backends, until)
+        yield from counters.counters(backends, until)
     elif part in ("experiments", "tiles") and "triton" not in backends:
         yield {"case": part, "provider": "triton", "skipped": absent.get("triton") or "it was not asked for, or faults"}
     else:
         rows = {
-            "experiments": gpu_measure.experiments,
-            "convolutions": gpu_measure.convolutions,
-            "tiles": gpu_measure.tiles,
+            "experiments": measure.experiments,
+            "convolutions": measure.convolutions,
+            "tiles": measure.tiles,
         }
         for row in rows[part](device, tiny):
             yield row
@@ -150,10 +149,10 @@ def _correct(backends: list[str], absent: dict[str, str | None], options, until:
     """Makes every check; takes a backend that faults off the list."""
     yield from ({"case": "all", "provider": b, "skipped": reason} for b, reason in absent.items() if reason)
     about = (options.device, options.tiny)
-    names = {backend: gpu_correctness.names(backend, *about) for backend in backends}
+    names = {backend: correctness.names(backend, *about) for backend in backends}
     tasks = sorted((i, b, *about, options.emulate) for b in backends for i in range(len(names[b])))
-    limits = {"workers": options.workers, "seconds": gpu_correctness.SANITIZER_SECONDS + 20, "until": until}
-    verdicts = in_processes(gpu_correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits)
+    limits = {"workers": options.workers, "seconds": correctness.SANITIZER_SECONDS + 20, "until": until}
+    verdicts = in_processes(correctness.verdict, tasks, chunk=5 if options.tiny else 1, **limits)
     for (index, backend, *_), said in verdicts:
         if isinstance(said, Fault) and backend in backends:
             backends.remove(backend)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from .._calls import Call
-from ._library import implement
-from ._limits import why_no_kernel
+from ..._calls import Call
+from .._library import implement
+from .._limits import why_no_kernel
 
 # Triton reads it when it is imported, and takes these words: no changing it later
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -13,19 +13,16 @@ import pytest
 import torch
 
 from focalnet_kernels import measured
+from focalnet_kernels.bench.records import read
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     """Processes take the path over."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/gpu"))
 
 
 def test_the_cuda_kernels_are_walked(tmp_path):
@@ -33,7 +30,7 @@ def test_the_cuda_kernels_are_walked(tmp_path):
         pytest.skip(f"backend cuda: {reason}")
     folder = tmp_path / "results" / "cpu"
     options = f"--tiny --device cpu --emulate --parts correct,dispatch --workers 2 --output {folder}"
-    command = [sys.executable, "benchmarks/gpu_report.py", *options.split()]
+    command = [sys.executable, "benchmarks/gpu/report.py", *options.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     found = read(folder / "gpu_correct.csv")
@@ -66,7 +63,7 @@ OUTCOMES = {
 
 
 def in_processes(*code, **options):
-    found = importlib.import_module("gpu_processes").in_processes(
+    found = importlib.import_module("processes").in_processes(
         eval, [(c,) for c in code], chunk=len(code), workers=2, **options
     )
     return {task: answer for (task,), answer in found}
@@ -85,6 +82,6 @@ def test_processes_end_with_the_time():
 
 
 def test_kernels_can_be_compiled_beforehand():
-    gpu_measure = importlib.import_module("gpu_measure")
-    block = next(gpu_measure.BLOCKS["dispatch"]([torch.float32], "cpu", True))
-    assert gpu_measure.compile_kernels(block.cases[0], "authors' form", ())
+    measure = importlib.import_module("measure")
+    block = next(measure.BLOCKS["dispatch"]([torch.float32], "cpu", True))
+    assert measure.compile_kernels(block.cases[0], "authors' form", ())

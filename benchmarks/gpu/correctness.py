@@ -69,7 +69,7 @@ def verdict(index: int, backend: str, device: str, tiny: bool, emulated: bool) -
 
 def emulate_cuda() -> None:
     """Let the CUDA kernels take CPU tensors from here on: see tests/cuda_shim."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
     import cuda_shim
 
     cuda_shim.emulate()

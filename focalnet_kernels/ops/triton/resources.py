@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ._triton import Launch
+from .launch import Launch
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",

@@ -1,6 +1,6 @@
 """What the GPU's own counters say of our kernels: instructions, bytes and stalls beside the time. Needs Nsight Compute.
 
-PYTHONPATH=. python benchmarks/gpu_report.py --parts counters
+PYTHONPATH=. python benchmarks/gpu/report.py --parts counters
 """
 
 from __future__ import annotations

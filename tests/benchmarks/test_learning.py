@@ -4,7 +4,6 @@ The rule is that of benchmarks/drift.py: rounding makes right trainings differ, 
 differs from float64.
 """
 
-import csv
 import functools
 import importlib
 import sys
@@ -14,10 +13,11 @@ import pytest
 import torch
 from distributed.launch import on_two_processes
 
-from focalnet_kernels.ops._triton import INTERPRETED
+from focalnet_kernels.bench.records import read
+from focalnet_kernels.ops.triton.launch import INTERPRETED
 
 pytest.importorskip("sklearn")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 drift = importlib.import_module("drift")
 learning = importlib.import_module("learning")
@@ -83,8 +83,7 @@ def on_two(path, backend, precision, **options):
     """The losses and the accuracy of a run shared out to two processes."""
     arguments = {"backend": backend, "precision": precision, **options, "output": path}
     on_two_processes(learning.__file__, *(word for name, value in arguments.items() for word in (f"--{name}", value)))
-    with path.open(newline="") as file:
-        (run,) = drift.runs(csv.DictReader(file))
+    (run,) = drift.runs(read(path))
     return run
 
 
@@ -115,8 +114,7 @@ FILES = sorted(ROOT.glob(f"benchmarks/results/*/{drift.FILE}"))
 @pytest.mark.parametrize("path", FILES, ids=[path.parent.name for path in FILES])
 def test_committed_trainings(path):
     """Every backend knows 97 of 100 scans in the end, and none is further from float64 than allowed."""
-    with path.open(newline="") as file:
-        runs = drift.runs(csv.DictReader(file))
+    runs = drift.runs(read(path))
     assert {run.backend for run in runs} >= {"reference", "triton", "cuda"} | ({"cpu"} & {path.parent.name[:3]})
     assert {run.precision for run in runs} >= {*PRECISIONS} and {run.processes for run in runs} == {"1", "2"}
     for run in runs:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..models.variants import VARIANTS
 from ..ops.focal_modulation.parameters import LayerParameters
-from .variants import VARIANTS
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from gpu_processes import in_processes
+from processes import in_processes
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench import roofline
 from focalnet_kernels.bench.cases import OPS, Case, cases
+from focalnet_kernels.bench.layers import PublishedLayer
 from focalnet_kernels.bench.providers import AUTHORS, providers
 from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.steps import calls, results
 from focalnet_kernels.bench.timing import interleaved
-from focalnet_kernels.models.layers import PublishedLayer
 from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, map_tensors
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))

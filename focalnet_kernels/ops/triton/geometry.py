@@ -1,0 +1,46 @@
+"""Tensors as the kernels take them: sizes (T, M, W), strides (b, c, t, m, w), of one to three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Strides = tuple[int, int, int, int, int]  # (b, c, t, m, w)
+
+
+def padded_size(spatial: Sequence[int]) -> tuple[int, int, int]:
+    """One to three spatial sizes as (T, M, W)."""
+    return {1: (1, 1, *spatial), 2: (spatial[0], 1, spatial[-1]), 3: tuple(spatial)}[len(spatial)]
+
+
+def padded_map(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
+    """The spatial sizes of a (B, C, *spatial) tensor as (T, M, W), and its strides (b, c, t, m, w)."""
+    (b, c, *strides), sizes = tensor.stride(), tensor.shape[2:]
+    if len(sizes) == 1:
+        return (1, 1, sizes[0]), (b, c, 0, 0, strides[0])
+    if len(sizes) == 2:
+        return (sizes[0], 1, sizes[1]), (b, c, strides[0], 0, strides[1])
+    return tuple(sizes), (b, c, *strides)
+
+
+def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:
+    """The axes over which (B, C, *spatial) maps of one size count their tokens, as few as all the maps' strides allow:
+    the size of all but the outermost, which stands in the batch's place, and every map's strides. Mostly one axis is
+    left: without divisions in its indices the compiler sees which tokens are adjacent, and loads them together."""
+    axes: list[tuple[int, tuple[int, ...]]] = []  # size and the maps' strides, innermost first
+    sizes, strides = maps[0].shape, list(zip(*(m.stride() for m in maps), strict=True))
+    for dim in (*range(len(sizes) - 1, 1, -1), 0):
+        if axes and strides[dim] == tuple(axes[-1][0] * inner for inner in axes[-1][1]):
+            axes[-1] = axes[-1][0] * sizes[dim], axes[-1][1]
+        elif sizes[dim] != 1:
+            axes.append((sizes[dim], strides[dim]))
+    b, t, m, w = axes[-1:] + [(1, (0,) * len(maps))] * (4 - len(axes)) + axes[-2::-1]
+    return (t[0], m[0], w[0]), list(zip(b[1], strides[1], t[1], m[1], w[1], strict=True))
+
+
+def strided_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """`gradient` with the strides of `tensor`, which gradient buckets (DDP) count on: mostly as it is."""
+    like = torch.empty_like(tensor)
+    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
