@@ -32,6 +32,7 @@ import focalnet_kernels as fk
 from focalnet_kernels._machine import device_class
 from focalnet_kernels.bench import records
 from focalnet_kernels.bench.machine import machine
+from focalnet_kernels.ops.focal_context.triton_plan import tap_tiles
 from focalnet_kernels.ops.triton.launch import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
@@ -136,13 +137,6 @@ def write(path: Path, run: dict, result: Result, about: dict) -> None:
         writer.writerows(rows + new)
 
 
-def enlarge_tiles() -> None:
-    """The same Triton kernels in larger tiles: its interpreter takes as long for small ones."""
-    from focalnet_kernels.ops.focal_context import triton_plan
-
-    triton_plan._TAPS = dict.fromkeys(triton_plan._TAPS, (64, 256, 1, 4, 255))
-
-
 def run_every(output: Path) -> None:
     for processes, arguments in EVERY_RUN:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -170,17 +164,17 @@ def main(backend, precision, epochs, steps, batch, seed, every, output) -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
-    runs_on = device
+    runs_on, tiles = device, nullcontext()
     if backend == "triton" and INTERPRETED:
-        enlarge_tiles()
-        runs_on = "Triton's interpreter"
+        runs_on, tiles = "Triton's interpreter", tap_tiles(channels=64, segments=256)
     if backend == "cuda" and device == "cpu":
         import cuda_shim
 
         cuda_shim.emulate()
         runs_on = "CUDA emulated on a CPU"
     start = time.perf_counter()
-    result = train(backend, precision, epochs, steps, batch, seed, device, rank, processes)
+    with tiles:
+        result = train(backend, precision, epochs, steps, batch, seed, device, rank, processes)
     if rank == 0:
         run = {"backend": backend, "precision": precision, "processes": processes, "batch": batch}
         write(output, run, result, {"runs_on": runs_on, "epochs": epochs, "seed": seed, **machine(device)})

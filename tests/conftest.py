@@ -1,7 +1,7 @@
 """Fixtures of all tests: poisoned memory, backends, instruction sets, seeds."""
 
+import contextlib
 import os
-from importlib import import_module
 
 import cuda_shim
 import pytest
@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from focalnet_kernels import _libraries
+from focalnet_kernels.ops.focal_context.triton_plan import tap_tiles
 from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import fresh_seed
 
@@ -23,21 +24,12 @@ settings.register_profile(
 settings.load_profile("focalnet_kernels")
 
 
-PLAN = "focalnet_kernels.ops.focal_context.triton_plan"
-TAPS = pytest.StashKey[dict]()
-_SLOW_INTERPRETED = ("detection-float32", "odd-channels", "tiny-model-stage", "detection-float16")
-
-
 def pytest_collection_modifyitems(config, items):
     """Under TRITON_INTERPRET=1 only what runs on the Triton kernels, once per op: the rest has its own run."""
     if not INTERPRETED:
         return
-    # an interpreter takes its time for every tile, whatever its size
-    plan = import_module(PLAN)
-    config.stash[TAPS] = plan._TAPS
-    plan._TAPS = dict.fromkeys((False, True), (16, 64, 1, 4, 255))
     for item in items:
-        if any(part in item.name for part in _SLOW_INTERPRETED):
+        if item.get_closest_marker("slow_interpreted"):
             item.add_marker(pytest.mark.slow)
     chosen = [item for item in items if {"backend", "kernels", "interpreted"} & set(item.fixturenames)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -102,10 +94,18 @@ def interpreted():
         pytest.skip("needs TRITON_INTERPRET=1: see `make test`")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tiles_of_an_interpreter():
+    """Larger ones, for the form tap by tap."""
+    with tap_tiles(channels=16, segments=64) if INTERPRETED else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
-def tiles_of_a_gpu(interpreted, pytestconfig, monkeypatch):
-    """The form tap by tap in its own tiles, not in the interpreter's larger ones."""
-    monkeypatch.setattr(import_module(PLAN), "_TAPS", pytestconfig.stash[TAPS])
+def tiles_of_a_gpu(interpreted):
+    """The form tap by tap in its own tiles."""
+    with tap_tiles():
+        yield
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])

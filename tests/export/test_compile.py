@@ -46,8 +46,17 @@ def assert_close(results, expected):
 
 @for_every_model
 @pytest.mark.parametrize("mark", [True, False], ids=["marked", "automatic"])
-def test_batch_sizes_share_a_graph(build, mark, backend, seed):
+def test_batch_sizes_share_a_graph(build, mark, cpu_kernels, seed):
     """Marked dynamic: one graph for all. By itself PyTorch first takes the size for a constant: two graphs."""
+    share_a_graph(build, mark, "cpu", seed)
+
+
+@pytest.mark.parametrize("mark", [True, False], ids=["marked", "automatic"])
+def test_batch_sizes_share_a_graph_on_every_backend(mark, backend, seed):
+    share_a_graph(MODELS["ours"], mark, backend, seed)
+
+
+def share_a_graph(build, mark, backend, seed):
     torch.manual_seed(seed)
     counter = CompileCounterWithBackend("aot_eager")
     with fk.use_backend(backend):

@@ -33,6 +33,14 @@ def dtype_name(value):
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
+def by_name(cases, slow_interpreted=()):
+    """Named cases for `parametrize`; those in `slow_interpreted` take long in Triton's interpreter."""
+    return [
+        pytest.param(*case, id=name, marks=pytest.mark.slow_interpreted if name in slow_interpreted else ())
+        for name, case in cases.items()
+    ]
+
+
 @st.composite
 def _spatial(draw):
     ndim = draw(st.integers(1, 3))

@@ -101,7 +101,7 @@ def context_bwd(
     taps = tuple(k[0] * k[1] * k[2] for k in kernels)
     plan = make_plan(B, C, size, kernels, ctx.dtype, device, backward=True)
     groups = cdiv(B, plan.images) * plan.strips
-    blocks = cdiv(cdiv(C, plan.channels), plan.blocks_per_task)
+    blocks = cdiv(cdiv(C, plan.tile.channels), plan.blocks_per_task)
 
     def part(wanted, *shape):
         return torch.empty(shape if wanted else (1,), dtype=torch.float32, device=device)
@@ -112,7 +112,7 @@ def context_bwd(
         tensor = nothing if tensor is None else tensor
         return tensor, padded_map(tensor)[1]
 
-    grad_means = part(True, plan.slots, plan.channels * (plan.images + plan.window * 8))
+    grad_means = part(True, plan.slots, plan.tile.channels * (plan.images + plan.window * 8))
     gates_parts = part(grad_gates is not None, blocks, B, L + 1, pixels)
     weights_parts = part(want_weights, groups, C, sum(taps))
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
