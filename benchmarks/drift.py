@@ -62,7 +62,7 @@ def runs(rows: Iterable[dict[str, str]]) -> list[Run]:
     return list(found.values())
 
 
-def yardstick(found: Iterable[Run], run: Run, precision: str) -> Run:
+def baseline(found: Iterable[Run], run: Run, precision: str) -> Run:
     """Eager PyTorch's run, in one process, on the same batches as `run`."""
     return next(
         r for r in found if (r.backend, r.precision, r.processes, r.batch) == ("reference", precision, "1", run.batch)

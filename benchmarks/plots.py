@@ -151,7 +151,7 @@ def _learning(rows):
         if complete:
             whole.plot(steps, run.losses, label=f"{label}, {run.precision}", **style)
         if run.precision in precisions:
-            exact = drift.yardstick(runs, run, "fp64").losses
+            exact = drift.baseline(runs, run, "fp64").losses
             tens = [slice(max(0, i - 10), i) for i in steps]  # a single difference may be 0 by chance
             apart = [drift.distance(run.losses[ten], exact[ten]) for ten in tens]
             panels[precisions.index(run.precision)].plot(steps, apart, label=label, **style)

@@ -125,7 +125,7 @@ def learning(rows: list[dict[str, str]]) -> str:
     windows = [f"{first + 1}-{last or ''}" for first, last in drift.WINDOWS]
     lines = [["backend", "precision", "processes", "batch", "steps", "test accuracy", *windows]]
     for run in found:
-        exact, eager = (drift.yardstick(found, run, precision) for precision in ("fp64", run.precision))
+        exact, eager = (drift.baseline(found, run, precision) for precision in ("fp64", run.precision))
         cells = []
         if run is not exact:
             both = zip(*(drift.drift(r.losses, exact.losses) for r in (run, eager)), strict=False)

@@ -89,7 +89,7 @@ def why_call_any(layer: nn.Module, parts: Parts, why_call_these: Callable[[Parts
     reason = why_call_all()
     if reason is not None:
         return reason
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which want to see the same steps in every call
         return why_call_these(parts)
     last = _snapshots.get(layer)
     if last is not None and last.still_true(parts):

@@ -213,16 +213,16 @@ def _candidates(
 ) -> tuple[list[tuple[Implementation, str | None]], bool]:
     """All implementations in the order in which they are asked, each with the reason why it cannot run this call or,
     on "auto", is not to; and whether the order was measured on this device."""
-    everybody, order = _implementations[call.op], None
+    known, order = _implementations[call.op], None
     if name == "auto" and call.sizes_are_known():
         order = measured.backends(
             call.op, call.device, call.dtype, training, call.channels, call.kernels, call.shape
         )  # not slower than eager
     if order is None:
-        found = list(everybody)
+        found = list(known)
     else:
-        fast = [i for backend in order for i in everybody if i.backend == backend]
-        found = fast + [i for i in everybody if i not in fast]
+        fast = [i for backend in order for i in known if i.backend == backend]
+        found = fast + [i for i in known if i not in fast]
 
     def why_not(candidate: Implementation) -> str | None:
         if candidate.backend != "reference" and plain is not None:

@@ -1,4 +1,4 @@
-"""How a backend is held to its word: fresh random inputs in any memory layout, and the error rule.
+"""Test inputs, fresh and random, in any memory layout, and the accuracy criterion that every backend is held to.
 
 The error rule: against the float64 result, a backend's error is at most 2 (forward) or 3 (backward) times that of
 eager PyTorch in the same dtype, in the maximum and in the root mean square, plus what rounding the result alone
@@ -217,7 +217,7 @@ def assert_accurate(
         exact: the float64 result, of the same inputs.
         factor: `FORWARD_FACTOR` or `BACKWARD_FACTOR`.
         neighbours: (eager, exact) of other inputs nearby. Eager's error is the largest it makes among them: in a
-            tensor of few elements one lucky hit is no yardstick.
+            tensor of few elements one lucky hit is no baseline.
 
     Raises:
         AssertionError: the result is less accurate, not finite, or has the wrong shape or dtype.
@@ -231,7 +231,7 @@ def assert_accurate(
 
     error = result.double() - exact
     eager_errors = [e.double() - x for e, x in [(eager, exact), *neighbours]]
-    assert all(e.isfinite().all() for e in eager_errors), f"{name}: the yardstick, eager PyTorch, is not finite"
+    assert all(e.isfinite().all() for e in eager_errors), f"{name}: the baseline, eager PyTorch, is not finite"
     info = torch.finfo(result.dtype)
     slack = SLACK * torch.finfo(torch.float32).eps * _largest(exact)
     for measure, size, share in (("max", _largest, 1), ("rms", _rms, result.numel() ** -0.5)):
@@ -256,7 +256,7 @@ def assert_op_accurate(
     """Assert the error rule for an op's output and, given `grad_output`, for its gradients.
 
     Args:
-        op: `focal_context`, `modulate` or `focal_modulation`; its reference backend is the yardstick.
+        op: `focal_context`, `modulate` or `focal_modulation`; its reference backend is the baseline.
         inputs: its arguments by name; lists of tensors and values that are no tensors are welcome.
         backend: the one on trial.
         grad_output: the gradient of the output, its shape and dtype.

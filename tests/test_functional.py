@@ -185,11 +185,11 @@ def test_autocast(backend, dtype, input_dtype, seed):
         loss.backward()
         return {"y": y.detach(), "x": leaf.grad} | {k: p.grad for k, p in twin.named_parameters()}
 
-    def yardstick(x):
+    def baseline(x):
         return eager_autocast(layer, x, dtype), eager_autocast(copy.deepcopy(layer).double(), x.double(), None)
 
-    results, (eager, exact) = autocast(backend), yardstick(x)
-    others = [yardstick(x * (1 + torch.rand_like(x) / 64)) for _ in range(3)]
+    results, (eager, exact) = autocast(backend), baseline(x)
+    others = [baseline(x * (1 + torch.rand_like(x) / 64)) for _ in range(3)]
     for name, result in results.items():
         assert result.dtype == eager[name].dtype, name
         # parameters' gradients are float32 but come of 16-bit sums

@@ -43,12 +43,12 @@ class Block:
     """Cases of `bench` that are prepared together and then timed one after the other.
 
     Args:
-        everybody: also the providers that are neither eager PyTorch as dispatch knows it nor ours.
+        all_providers: also the providers that are neither eager PyTorch as dispatch knows it nor ours.
         compiled: also torch.compile's forms.
     """
 
     cases: list[Case]
-    everybody: bool = False
+    all_providers: bool = False
     compiled: bool = False
 
     def rows(self, backends, compile: bool, workers: int | None, until: float) -> Iterator[dict]:
@@ -63,7 +63,7 @@ class Block:
         for case in self.cases:
             of_case = [p for p in providers(case, modes) if p.backend is None or p.backend in backends]
             plain = (AUTHORS, *(f"{AUTHORS} compiled" for _ in modes))
-            todo.append((case, [p for p in of_case if self.everybody or p.backend or p.name in plain]))
+            todo.append((case, [p for p in of_case if self.all_providers or p.backend or p.name in plain]))
         late = set()
         if workers:
             tasks = [(case, p.name, modes) for case, who in todo for p in who if p.backend == "triton" or p.compiled]
@@ -82,7 +82,7 @@ class Block:
 
 
 def _layers(dtypes, device, tiny) -> Iterator[Block]:
-    """The headline: FocalNet-T's layers beside everybody's."""
+    """The headline: FocalNet-T's layers beside all others'."""
     for batch in _batches((128, 1), tiny):
         yield Block(_cases(["layer"], ["focalnet_tiny_lrf"], batch, dtypes[:1], device, tiny), True, True)
 

@@ -1,7 +1,7 @@
-"""By whom a case is computed: the authors' form, timm, transformers, their compiled forms, and each backend of ours.
+"""The implementations under comparison: the authors' form, timm, transformers, their compiled forms, our backends.
 
 Every provider of a case computes the same function of the same numbers, drawn once in the case's dtype, and is held
-to its yardstick: the eager form of that function.
+to its baseline: the eager form of that function.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Provider:
     Args:
         name: as in tables.
         build: takes the case and whether to compute exactly, on the numbers of the case's dtype all the same.
-        yardstick: the name of the eager provider of the same function; its own for that one.
+        baseline: the name of the eager provider of the same function; its own for that one.
         backend: of ours that it runs on; None for everything else.
         compiled: the mode of torch.compile, or None.
         needs: packages.
@@ -83,7 +83,7 @@ class Provider:
 
     name: str
     build: Callable[[Case, bool], Subject]
-    yardstick: str = AUTHORS
+    baseline: str = AUTHORS
     backend: str | None = None
     compiled: str | None = None
     needs: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Provider:
 
 
 def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
-    """Everybody who computes this case, whether or not this machine can.
+    """All that compute this case, whether or not this machine can.
 
     Args:
         compile_modes: of torch.compile, for a compiled form of each eager provider and of our best model.
@@ -226,7 +226,7 @@ def _exact_dtype(case: Case) -> torch.dtype:
     return torch.float32 if case.dtype.itemsize == 2 else torch.float64
 
 
-def _lively(module: nn.Module) -> nn.Module:
+def randomize_weights(module: nn.Module) -> nn.Module:
     """Weights under which every part shows in the result: a layer scale of 1e-4 would hide the layer."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -263,7 +263,7 @@ def _op(case: Case, exact: bool, layout: str = "contiguous") -> Subject:
 def _layer_module(case: Case) -> nn.Module:
     layer = case.layer
     Layer = FocalModulation if layer.frames is None else FocalModulation3d
-    return _lively(Layer(layer.dim, **layer.options))
+    return randomize_weights(Layer(layer.dim, **layer.options))
 
 
 def _block_options(case: Case) -> dict:
@@ -272,11 +272,11 @@ def _block_options(case: Case) -> dict:
 
 
 def _block_module(case: Case) -> nn.Module:
-    return _lively(FocalNetBlock(case.layer.dim, **case.layer.options, **_block_options(case)))
+    return randomize_weights(FocalNetBlock(case.layer.dim, **case.layer.options, **_block_options(case)))
 
 
 def _model_module(case: Case) -> nn.Module:
-    return _lively(create_model(case.target, drop_path_rate=0.0))
+    return randomize_weights(create_model(case.target, drop_path_rate=0.0))
 
 
 _module = {"layer": _layer_module, "block": _block_module, "model": _model_module}

@@ -1,4 +1,4 @@
-"""Checks a case's providers, then times them in turns; whoever is wrong or absent gets a reason and no figure."""
+"""Checks a case's providers, then times them in turns; unavailable or inaccurate providers are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..testing import BACKWARD_FACTOR, FORWARD_FACTOR, SLACK
 from .cases import Case
 from .memory import HostMemory, cuda_peak_bytes, saved_bytes
 from .providers import Provider, Subject
-from .providers import providers as everybody
+from .providers import providers as all_providers
 from .roofline import Ceilings, work
 from .steps import MODES, calls, results
 from .timing import interleaved, ready
@@ -44,7 +44,7 @@ def run_case(
     torch._dynamo.reset()  # else the stages before count as recompilations, after eight of which all is eager
     reasons: dict[str, str] = {}
     subjects: dict[str, Subject] = {}
-    yardsticks: dict[str, tuple[dict, dict]] = {}
+    baselines: dict[str, tuple[dict, dict]] = {}
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         for provider in providers:
             try:
@@ -52,17 +52,17 @@ def run_case(
                     reasons[provider.name] = reason
                     continue
                 subject = provider.build(case, False)
-                if provider.yardstick not in yardsticks:
-                    known = (*providers, *everybody(case))  # it may not be one of those to time
-                    eager = next(p for p in known if p.name == provider.yardstick)
-                    with torch.backends.cudnn.flags(allow_tf32=False):  # or float32 would be no yardstick on a GPU
+                if provider.baseline not in baselines:
+                    known = (*providers, *all_providers(case))  # it may not be one of those to time
+                    eager = next(p for p in known if p.name == provider.baseline)
+                    with torch.backends.cudnn.flags(allow_tf32=False):  # or float32 would be no baseline on a GPU
                         exact = results(eager.build(case, True))
-                    yardsticks[provider.yardstick] = results(eager.build(case, False)), exact
-                check(subject, *yardsticks[provider.yardstick], ours=provider.backend is not None)
+                    baselines[provider.baseline] = results(eager.build(case, False)), exact
+                check(subject, *baselines[provider.baseline], ours=provider.backend is not None)
                 subjects[provider.name] = subject
             except Exception as error:
                 reasons[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        yardsticks.clear()
+        baselines.clear()
         saved = {name: saved_bytes(subject) for name, subject in subjects.items()}
         peaks: dict[str, dict[str, int]] = {}
         for mode in modes:
@@ -93,7 +93,7 @@ def check(subject: Subject, eager: dict[str, Tensor], exact: dict[str, Tensor], 
     """Hold a subject's output and gradients to the error rule, in the root mean square over each tensor.
 
     Args:
-        eager: `results` of the yardstick in the case's dtype.
+        eager: `results` of the baseline in the case's dtype.
         exact: the same in float64, or in float32 for 16 bits.
 
     Raises:

@@ -49,13 +49,13 @@ def convert(source: Path, target: Path, library: str, postln: bool | None, parti
     new_layout = _LAYOUTS[library]
     if library == "timm":
         new_layout += "_postln" * _has_postln(state, layout, source, postln)
-    homeless = dict.fromkeys(key for key in state if not has_name(key, layout, new_layout))
-    if homeless and not partial:
+    unmapped = dict.fromkeys(key for key in state if not has_name(key, layout, new_layout))
+    if unmapped and not partial:
         raise click.BadParameter(
-            f"{source}: {_listed(homeless)} no name in the {library} layout; --partial leaves out such tensors",
+            f"{source}: {_listed(unmapped)} no name in the {library} layout; --partial leaves out such tensors",
             param_hint="IN",
         )
-    state = {key: tensor for key, tensor in state.items() if key not in homeless}
+    state = {key: tensor for key, tensor in state.items() if key not in unmapped}
     try:
         converted = convert_state_dict(state, layout, new_layout)
     except ValueError as error:
@@ -66,8 +66,8 @@ def convert(source: Path, target: Path, library: str, postln: bool | None, parti
         raise click.BadParameter(f"{target}: cannot be written: {error}", param_hint="OUT") from error
 
     click.echo(f"{target}: {len(converted)} tensors, from the {layout} to the {new_layout} layout")
-    if homeless:
-        click.echo(f"left out: {_listed(homeless)} no name there")
+    if unmapped:
+        click.echo(f"left out: {_listed(unmapped)} no name there")
 
 
 def _writer(target: Path, library: str, force: bool) -> Callable[[Mapping[str, Tensor], Path], None]:

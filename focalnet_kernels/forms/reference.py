@@ -1,4 +1,4 @@
-"""The sequence form as the pseudo-code writes it, step by step: the tests' and the benchmark's yardstick."""
+"""The sequence form as the pseudo-code writes it, step by step: the tests' and the benchmark's baseline."""
 
 from __future__ import annotations
 

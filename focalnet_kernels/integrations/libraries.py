@@ -1,4 +1,4 @@
-"""Patching a library before its models are built, so that they are born accelerated; and taking that back."""
+"""Patching a library before its models are built, so that they are created accelerated; and taking that back."""
 
 from __future__ import annotations
 

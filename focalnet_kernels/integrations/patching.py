@@ -228,18 +228,20 @@ def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: 
     _check_model(model, "accelerate")
     if backend is not None:
         dispatch.check_backend(backend, "accelerate(backend)")
-    report, verdicts, forgetful = Report(), {}, 0
+    report, verdicts, layers_without_state = Report(), {}, 0
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
         adapter, verdict = accelerate_layer(module, backend, keep_modulator, verdicts)
         if verdict.why_not is None:
             report.replaced.append((name, adapter.form))
-            forgetful += bool(verdict.stores) and not keep_modulator
+            layers_without_state += bool(verdict.stores) and not keep_modulator
         else:
             report.kept.append((name, verdict.why_not))
-    if forgetful:
-        report.notes.append(f"{forgetful} layers no longer store gates and modulator: keep_modulator=True keeps that")
+    if layers_without_state:
+        report.notes.append(
+            f"{layers_without_state} layers no longer store gates and modulator: keep_modulator=True keeps that"
+        )
     if not report.replaced and (_ALREADY_OURS not in dict(report.kept).values()):
         warnings.warn(f"accelerate: nothing was replaced\n{report}", RuntimeWarning, stacklevel=2)
     return report

@@ -28,7 +28,7 @@ def rows_of(found, **options):
     return {(row["provider"], row["mode"]): row for row in run_case(CASE, found, rounds=3, **options)}
 
 
-def test_whoever_is_wrong_gets_no_figure():
+def test_inaccurate_providers_get_no_figure():
     def slightly_wrong(build):
         def built(case, exact):
             subject = build(case, exact)
@@ -76,7 +76,7 @@ def test_one_alone_is_held_to_the_eager_form_all_the_same(factor, right):
     assert ("output: error" in row.get("skipped", "")) != right
 
 
-def test_whoever_is_absent_says_why(monkeypatch):
+def test_unavailable_providers_say_why(monkeypatch):
     def fails(build):
         def built(case, exact):
             raise RuntimeError("no such compiler")

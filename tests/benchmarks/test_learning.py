@@ -119,7 +119,7 @@ def test_committed_trainings(path):
     assert {run.precision for run in runs} >= {*PRECISIONS} and {run.processes for run in runs} == {"1", "2"}
     for run in runs:
         assert float(run.about["accuracy"]) >= 0.97
-        exact, eager = (drift.yardstick(runs, run, precision).losses for precision in ("fp64", run.precision))
+        exact, eager = (drift.baseline(runs, run, precision).losses for precision in ("fp64", run.precision))
         for first, last in drift.WINDOWS:
             window = slice(first, min(last or len(exact), len(run.losses)))
             if window.start < window.stop:

@@ -88,6 +88,6 @@ def layer_cases(draw):
     """Keyword arguments of a focal_modulation test."""
     case = draw(context_cases())
     B, C, *spatial = case["shape"]
-    # LayerNorm over few channels amplifies rounding without bound: no yardstick there
+    # LayerNorm over few channels amplifies rounding without bound: no baseline there
     postln = draw(st.booleans()) and C >= 8
     return case | {"shape": (B, *spatial, C), "bias": draw(st.booleans()), "postln": postln}

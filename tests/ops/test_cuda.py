@@ -14,7 +14,7 @@ from focalnet_kernels.testing import assert_op_accurate, layer_tensors, make_con
 from ops.strategies import DTYPES, dtype_name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def checks(cuda_on_cpu):
     return cuda_shim.load_checks()
 

@@ -6,9 +6,14 @@ the strides of the user's tensors, masks a border or waits for another program:
 
     plane[row t][mid m][column w]   at ((t + top) * MP + m + RM) * WP + left + w
 
-where `frame` = (top, RM, MP, WP, left). One to three spatial axes are `size` = (T, M, W): a sequence is (1, 1, N), an
-image (H, 1, W), a volume (D, H, W). Strides of the user's tensors are tuples (b, c, t, m, w).
-Segments of 8 columns are the unit of work: SEG of them at once, each over ROWS rows.
+One to three spatial axes are (T, M, W): a sequence is (1, 1, N), an image (H, 1, W), a volume (D, H, W). Segments of 8
+columns are the unit of work: SEG of them at once, each over ROWS rows. What many functions take goes in tuples:
+
+    a view    (pointer, strides) of a user's tensor, strides (b, c, t, m, w)
+    block     (b, n_images, channel, channels_inside): the images from b on, and the channels [NB] and which exist
+    rows      (lo, hi): rows lo..hi of the map
+    layout    (size, frame, plane_size): size = (T, M, W), frame = (top, RM, MP, WP, left)
+    TILE      (NB, SEG, ROWS, WINDOW), constants
 """
 
 import triton
@@ -32,14 +37,22 @@ def in_plane(t, m, w, frame):
 
 
 @triton.jit
-def count_tiles(lo, hi, n_images, M, W, SEG: tl.constexpr, ROWS: tl.constexpr):
-    """How many tiles of SEG segments cover rows lo..hi of n_images images."""
+def count_tiles(rows, n_images, size, TILE: tl.constexpr):
+    """How many tiles of SEG segments cover these rows of n_images images."""
+    _, M, W = size
+    lo, hi = rows
+    SEG: tl.constexpr = TILE[1]
+    ROWS: tl.constexpr = TILE[2]
     return (n_images * ((hi - lo + ROWS - 1) // ROWS) * M * ((W + 7) // 8) + SEG - 1) // SEG
 
 
 @triton.jit
-def segments(tile, lo, hi, n_images, M, W, SEG: tl.constexpr, ROWS: tl.constexpr):
+def segments(tile, rows, n_images, size, TILE: tl.constexpr):
     """A tile's segments: image, first row, mid, first column, and whether there is such a segment at all."""
+    _, M, W = size
+    lo, hi = rows
+    SEG: tl.constexpr = TILE[1]
+    ROWS: tl.constexpr = TILE[2]
     i = tile * SEG + tl.arange(0, SEG)
     n_w = (W + 7) // 8
     w = i % n_w * 8
@@ -62,34 +75,30 @@ def clear(slot, size):
 
 
 @triton.jit
-def convolve(
-    source, center, weight, channel, channels_inside, frame,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
-    NB: tl.constexpr,
-):  # fmt: skip
+def convolve(source, center, weight, block, frame, KERNEL: tl.constexpr, FLIP: tl.constexpr, TILE: tl.constexpr):
     """Depthwise convolution (FLIP: its transpose) of segments: a tuple of ROWS float32 tiles [NB, SEG, 8].
 
     Args:
         source: pointers to the planes' channels, [NB, 1, 1].
         center: offset of each segment's first output, [SEG].
-        channel, channels_inside: [NB].
+        weight: (C, 1, *k), contiguous.
     """
-    if WINDOW:
-        return _convolve_by_bands(
-            source, center, weight, channel, channels_inside, frame, KERNEL, FLIP, WINDOW, SEG, ROWS, NB
-        )
+    if TILE[3]:
+        return _convolve_by_bands(source, center, weight, block, frame, KERNEL, FLIP, TILE)
     else:
-        return _convolve_by_taps(source, center, weight, channel, channels_inside, frame, KERNEL, FLIP, SEG, NB)
+        return _convolve_by_taps(source, center, weight, block, frame, KERNEL, FLIP, TILE)
 
 
 @triton.jit
 def _convolve_by_taps(
-    source, center, weight, channel, channels_inside, frame,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, SEG: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
+    source, center, weight, block, frame, KERNEL: tl.constexpr, FLIP: tl.constexpr, TILE: tl.constexpr
+):
     """For any kernel, one row at a time."""
+    NB: tl.constexpr = TILE[0]
+    SEG: tl.constexpr = TILE[1]
     KW: tl.constexpr = KERNEL[2]
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KW
+    _, _, channel, channels_inside = block
     sums = tl.zeros([NB, SEG, 8], tl.float32)
     at = source + center[None, :, None] + tl.arange(0, 8)[None, None, :]
     first = tl.minimum(frame[3], 0)  # is 0, but compilers who know that unroll all rows, more than registers hold
@@ -115,17 +124,20 @@ def tap_offset(tap, frame, KERNEL: tl.constexpr):
 
 @triton.jit
 def _convolve_by_bands(
-    source, center, weight, channel, channels_inside, frame,
-    KERNEL: tl.constexpr, FLIP: tl.constexpr, WINDOW: tl.constexpr, SEG: tl.constexpr, ROWS: tl.constexpr,
-    NB: tl.constexpr,
-):  # fmt: skip
+    source, center, weight, block, frame, KERNEL: tl.constexpr, FLIP: tl.constexpr, TILE: tl.constexpr
+):
     """As matrix products, for tensor cores. The 8 outputs of a segment's row read a window of WINDOW inputs around
     them; windows [SEG, WINDOW] times one kernel row as a band [WINDOW, 8] are those outputs. A row of narrow windows is
     loaded once and used by every output row it reaches."""
-    pitch = frame[2] * frame[3]
+    NB: tl.constexpr = TILE[0]
+    SEG: tl.constexpr = TILE[1]
+    ROWS: tl.constexpr = TILE[2]
+    WINDOW: tl.constexpr = TILE[3]
     KT: tl.constexpr = KERNEL[0]
     KW: tl.constexpr = KERNEL[2]
     LEFT: tl.constexpr = WINDOW // 4  # inputs of the window before its first output
+    _, _, channel, channels_inside = block
+    pitch = frame[2] * frame[3]
     i = tl.arange(0, WINDOW)
     tap = i[:, None] - tl.arange(0, 8)[None, :] - (LEFT - KW // 2)
     in_band = (tap >= 0) & (tap < KW)
@@ -163,15 +175,17 @@ def _convolve_by_bands(
 
 
 @triton.jit
-def copy_in(
-    ctx, strides, b, n_images, channel, channels_inside, plane, plane_size, lo, hi, size, frame,
-    NB: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Rows lo..hi of the user's map into planes [image][NB], rows outside the map as zeros."""
+def copy_in(ctx, plane, block, rows, layout, PIXELS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of the user's map, a view, into planes [image][NB]; rows outside the map as zeros."""
+    NB: tl.constexpr = TILE[0]
+    pointer, strides = ctx
+    b, n_images, channel, channels_inside = block
+    lo, hi = rows
+    size, frame, plane_size = layout
     T, M, W = size
     n = (hi - lo) * M * W
     for g in range(0, n_images):
-        from_image = ctx + (b + g) * strides[0] + channel[:, None] * strides[1]
+        from_image = pointer + (b + g) * strides[0] + channel[:, None] * strides[1]
         to_image = plane + (g * NB + tl.arange(0, NB))[:, None] * plane_size
         for start in range(0, n, PIXELS):
             i = start + tl.arange(0, PIXELS)
@@ -184,19 +198,23 @@ def copy_in(
 
 @triton.jit
 def compute_level(
-    source, to_next, to_z, weight, channel, channels_inside, n_images, lo, hi, size, frame, plane_size,
-    KERNEL: tl.constexpr, WANT_NEXT: tl.constexpr, WANT_Z: tl.constexpr, EXACT: tl.constexpr, WINDOW: tl.constexpr,
-    SEG: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
+    source, to_next, to_z, weight, block, rows, layout,
+    KERNEL: tl.constexpr, WANT_NEXT: tl.constexpr, WANT_Z: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rows lo..hi of a level from the planes of its input at `source`: GELU(z) `to_next` further on, z `to_z`."""
-    T, M, W = size
+    """Rows of a level from the planes of its input at `source`: GELU(z) `to_next` further on, z `to_z`."""
+    NB: tl.constexpr = TILE[0]
+    ROWS: tl.constexpr = TILE[2]
+    _, n_images, _, _ = block
+    _, hi = rows
+    size, frame, plane_size = layout
+    T, _, W = size
     pitch = frame[2] * frame[3]
     source += tl.arange(0, NB)[:, None, None] * plane_size
     column = tl.arange(0, 8)
-    for tile in range(0, count_tiles(lo, hi, n_images, M, W, SEG, ROWS)):
-        g, t, m, w, live = segments(tile, lo, hi, n_images, M, W, SEG, ROWS)
+    for tile in range(0, count_tiles(rows, n_images, size, TILE)):
+        g, t, m, w, live = segments(tile, rows, n_images, size, TILE)
         center = g * (NB * plane_size) + in_plane(t, m, w, frame)
-        sums = convolve(source, center, weight, channel, channels_inside, frame, KERNEL, False, WINDOW, SEG, ROWS, NB)
+        sums = convolve(source, center, weight, block, frame, KERNEL, False, TILE)
         to = source + center[None, :, None] + column[None, None, :]
         in_columns = w[:, None] + column[None, :] < W
         for r in tl.static_range(ROWS):

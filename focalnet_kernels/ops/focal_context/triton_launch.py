@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._calls import Call
 from .._autograd import bit_mask
-from ..triton.geometry import padded_map, padded_size, strided_like
+from ..triton.geometry import padded_size, strided_like, view
 from ..triton.launch import cdiv, implement_triton, launch, why_not_triton
 from .triton_plan import make_plan, why_too_large
 
@@ -62,25 +62,23 @@ def context_fwd(
     """Writes ctx_all into `out`; returns the mean (B, C) of the last level. `whole`: in one launch in any case."""
     from .triton_fwd import context_finish_kernel, context_fwd_kernel
 
-    (B, C), (size, ctx_strides) = ctx.shape[:2], padded_map(ctx)
-    gates_strides, out_strides = padded_map(gates)[1], padded_map(out)[1]
+    (B, C), size = ctx.shape[:2], padded_size(ctx.shape[2:])
     kernels = tuple(padded_size(w.shape[2:]) for w in weights)
     plan = make_plan(B, C, size, kernels, ctx.dtype, ctx.device, whole=whole)
-    shares = torch.empty((plan.strips, B, C), dtype=torch.float32, device=ctx.device)
+    mean_parts = torch.empty((plan.strips, B, C), dtype=torch.float32, device=ctx.device)
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
     launch(
         context_fwd_kernel, plan.slots, ctx.device,
-        ctx, ctx_strides, gates, gates_strides, out, out_strides, shares, tuple(w.contiguous() for w in weights),
-        scratch, B, C, *size, *plan.arguments(),
+        view(ctx), view(gates), view(out), mean_parts, tuple(w.contiguous() for w in weights), scratch, B, C, *size, *plan.arguments(),
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), **plan.constants(),
     )  # fmt: skip
     if plan.strips == 1:
-        return shares[0]
-    mean = torch.empty_like(shares[0])
+        return mean_parts[0]
+    mean = torch.empty_like(mean_parts[0])
     channels, pixels = 8, 256
     launch(
         context_finish_kernel, B * cdiv(C, channels) * cdiv(size[0] * size[1] * size[2], pixels), ctx.device,
-        gates, gates_strides, out, out_strides, shares, mean, B, C, *size, plan.strips,
+        view(gates), view(out), mean_parts, mean, B, C, *size, plan.strips,
         DIVISOR=len(weights) + 1.0 if normalize else 1.0, LAST=len(weights), NB=channels, PIXELS=pixels,
     )  # fmt: skip
     return mean
@@ -95,7 +93,7 @@ def context_bwd(
     from .triton_reduce import reduce_partials_kernel
 
     (B, C), L, device = ctx.shape[:2], len(weights), ctx.device
-    size, ctx_strides = padded_map(ctx)
+    size = padded_size(ctx.shape[2:])
     pixels = size[0] * size[1] * size[2]
     kernels = tuple(padded_size(w.shape[2:]) for w in weights)
     taps = tuple(k[0] * k[1] * k[2] for k in kernels)
@@ -108,9 +106,8 @@ def context_bwd(
 
     nothing = ctx.new_empty((1,) * ctx.ndim)  # in the place of what is not wanted
 
-    def with_strides(tensor):
-        tensor = nothing if tensor is None else tensor
-        return tensor, padded_map(tensor)[1]
+    def wanted_view(tensor):
+        return view(nothing if tensor is None else tensor)
 
     grad_means = part(True, plan.slots, plan.tile.channels * (plan.images + plan.window * 8))
     gates_parts = part(grad_gates is not None, blocks, B, L + 1, pixels)
@@ -118,12 +115,12 @@ def context_bwd(
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
     launch(
         context_bwd_kernel, plan.slots, device,
-        *with_strides(grad_out), ctx, ctx_strides, *with_strides(gates), mean, tuple(w.contiguous() for w in weights),
-        scratch, grad_means, *with_strides(grad_ctx), *with_strides(ctx_all), gates_parts, weights_parts,
+        view(grad_out), view(ctx), view(gates), mean, tuple(w.contiguous() for w in weights), scratch, grad_means,
+        wanted_view(grad_ctx), wanted_view(ctx_all), gates_parts, weights_parts,
         B, C, *size, *plan.arguments(), plan.blocks_per_task,
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), REACH=sum(k[0] // 2 for k in kernels),
-        ALL_TAPS=sum(taps), WANT_CTX=grad_ctx is not None, WANT_GATES=grad_gates is not None,
-        WANT_WEIGHTS=want_weights, WANT_ALL=ctx_all is not None, **plan.constants(),
+        ALL_TAPS=sum(taps), **plan.constants(),
+        WANT=(grad_ctx is not None, grad_gates is not None, want_weights, ctx_all is not None),
     )  # fmt: skip
     grad_weights = tuple(torch.empty(w.shape, dtype=w.dtype, device=device) for w in weights) if want_weights else ()
     BLOCK = 256
@@ -131,7 +128,7 @@ def context_bwd(
     weight_programs = cdiv(C * sum(taps), BLOCK) if want_weights else 0
     launch(
         reduce_partials_kernel, gate_programs + weight_programs, device,
-        gates_parts, *with_strides(grad_gates), weights_parts, grad_weights, gate_programs, blocks, groups, B, C, *size,
+        gates_parts, wanted_view(grad_gates), weights_parts, grad_weights, gate_programs, blocks, groups, B, C, *size,
         TAPS=taps if want_weights else (), BLOCK=BLOCK, ALL_TAPS=sum(taps), LEVELS=L + 1,
     )  # fmt: skip
     return list(grad_weights)

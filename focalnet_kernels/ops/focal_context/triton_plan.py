@@ -99,9 +99,9 @@ class Plan:
     def constants(self) -> dict:
         """The kernels' compile-time arguments."""
         return {
-            "KERNELS": self.kernels, "LEFT_PAD": self.left_pad, "RIGHT_PAD": self.right_pad, "WINDOW": self.window,
-            "NB": self.tile.channels, "SEG": self.tile.segments, "ROWS": self.tile.rows, "RM": self.mid_pad,
-            "PIXELS": self.pixels, "num_warps": self.tile.warps, "num_stages": 1, "maxnreg": self.tile.registers,
+            "KERNELS": self.kernels, "PADDING": (self.left_pad, self.right_pad, self.mid_pad), "PIXELS": self.pixels,
+            "TILE": (self.tile.channels, self.tile.segments, self.tile.rows, self.window),
+            "num_warps": self.tile.warps, "num_stages": 1, "maxnreg": self.tile.registers,
         }  # fmt: skip
 
 

@@ -10,22 +10,22 @@ from .triton_chain import COUNTS
 
 @triton.jit(do_not_specialize=COUNTS)
 def reduce_partials_kernel(
-    gates_parts, grad_gates, strides, weights_parts, grad_weights, gate_programs, blocks, groups, B, C, T, M, W,
+    gates_parts, grad_gates,  # (blocks, B, LEVELS, T*M*W) float32; a view of (B, LEVELS, *spatial)
+    weights_parts, grad_weights,  # (groups, C, ALL_TAPS) float32; per level (C, taps)
+    gate_programs, blocks, groups, B, C, T, M, W,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, ALL_TAPS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """gates_parts (blocks, B, LEVELS, T*M*W) -> grad_gates; weights_parts (groups, C, ALL_TAPS) -> (C, taps) per level.
-
-    The first `gate_programs` programs do gates, the others weights.
-    """
+    """Sums over the first axes. The first `gate_programs` programs do gates, the others weights."""
     pid = tl.program_id(0).to(tl.int64)
     if pid < gate_programs:
-        _reduce_gates(pid, gates_parts, grad_gates, strides, blocks, B, (T, M, W), BLOCK, LEVELS)
+        _reduce_gates(pid, gates_parts, grad_gates, blocks, B, (T, M, W), BLOCK, LEVELS)
     else:
         _reduce_weights(pid - gate_programs, weights_parts, grad_weights, groups, C, TAPS, BLOCK, ALL_TAPS)
 
 
 @triton.jit
-def _reduce_gates(pid, parts, grad_gates, strides, blocks, B, size, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+def _reduce_gates(pid, parts, grad_gates, blocks, B, size, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    pointer, strides = grad_gates
     T, M, W = size
     pixels = T * M * W
     n = tl.full((), LEVELS, tl.int64) * B * pixels
@@ -35,7 +35,7 @@ def _reduce_gates(pid, parts, grad_gates, strides, blocks, B, size, BLOCK: tl.co
         total += tl.load(parts + block * n + i, mask=i < n, other=0.0)
     t, m, w = pixel(i % pixels, 0, W, M)
     to = i // (pixels * LEVELS) * strides[0] + i // pixels % LEVELS * strides[1] + in_map(t, m, w, strides)
-    tl.store(grad_gates + to, total.to(grad_gates.dtype.element_ty), mask=i < n)
+    tl.store(pointer + to, total.to(pointer.dtype.element_ty), mask=i < n)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ def rows_bwd_kernel(
 ):  # fmt: skip
     """Gradients of q and modulator from that of z = LN?(q * modulator); z itself over `grad`.
 
-    sums (token_programs, 3, C): each program's shares of the sums over tokens of grad_modulator (the gradient of h's
+    sums (token_programs, 3, C): each program's partial sums over tokens of grad_modulator (the gradient of h's
     bias) and, with LN, of the gradients of LN's weight and bias.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty

@@ -15,14 +15,11 @@ def padded_size(spatial: Sequence[int]) -> tuple[int, int, int]:
     return {1: (1, 1, *spatial), 2: (spatial[0], 1, spatial[-1]), 3: tuple(spatial)}[len(spatial)]
 
 
-def padded_map(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
-    """The spatial sizes of a (B, C, *spatial) tensor as (T, M, W), and its strides (b, c, t, m, w)."""
-    (b, c, *strides), sizes = tensor.stride(), tensor.shape[2:]
-    if len(sizes) == 1:
-        return (1, 1, sizes[0]), (b, c, 0, 0, strides[0])
-    if len(sizes) == 2:
-        return (sizes[0], 1, sizes[1]), (b, c, strides[0], 0, strides[1])
-    return tuple(sizes), (b, c, *strides)
+def view(tensor: Tensor) -> tuple[Tensor, Strides]:
+    """A (B, C, *spatial) tensor and its strides (b, c, t, m, w): how the chain's kernels take what users hand over."""
+    (b, c, *strides), ndim = tensor.stride(), tensor.ndim - 2
+    t, m, w = {1: (0, 0, *strides), 2: (strides[0], 0, strides[-1]), 3: tuple(strides)}[ndim]
+    return tensor, (b, c, t, m, w)
 
 
 def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:
