@@ -35,8 +35,8 @@ def context_bwd_kernel(
     TILE: tl.constexpr, REACH: tl.constexpr, ALL_TAPS: tl.constexpr, WANT: tl.constexpr,
 ):  # fmt: skip
     """Tasks and slots as in context_fwd_kernel, but a task is `blocks_per_task` blocks of channels, one by one, which
-    adds their partial sums of the gates' gradients up. REACH is the sum of all radii along T; WANT: whether the gradients
-    of ctx, gates and weights and ctx_all again are wanted.
+    adds their partial sums of the gates' gradients up. REACH is the sum of all radii along T; WANT: whether the
+    gradients of ctx, gates and weights, and ctx_all again, are wanted.
     """
     L: tl.constexpr = len(KERNELS)
     PLANES: tl.constexpr = 2 * L if L > 0 else 1
@@ -293,8 +293,8 @@ def _weight_gradient(source, dz_planes, to, diagonals, block, rows, layout, KERN
 def _weight_gradient_by_windows(
     source, dz_planes, to, diagonals, block, rows, layout, KERNEL: tl.constexpr, TILE: tl.constexpr
 ):
-    """windows^T [WINDOW, SEG] times dz [SEG, 8] holds every product of a kernel row; what belongs to one tap lies on one
-    diagonal, summed when all tiles are done on a way through `diagonals` (NB, WINDOW, 8)."""
+    """windows^T [WINDOW, SEG] times dz [SEG, 8] holds every product of a kernel row; what belongs to one tap lies on
+    one diagonal, summed when all tiles are done on a way through `diagonals` (NB, WINDOW, 8)."""
     NB: tl.constexpr = TILE[0]
     ROWS: tl.constexpr = TILE[2]
     WINDOW: tl.constexpr = TILE[3]

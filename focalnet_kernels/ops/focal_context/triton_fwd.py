@@ -60,8 +60,9 @@ def context_fwd_kernel(
                     slot + k * level_size, level_size, 0, weights[k], block, rows, layout,
                     tl.constexpr(KERNELS[k]), True, False, EXACT, TILE,
                 )  # fmt: skip
+        mean_part = mean_parts + strip.to(tl.int64) * B * C
         _mix_levels(
-            slot, level_size, gates, out, mean_parts + strip.to(tl.int64) * B * C, C, block, (t0, t1), layout, strips == 1,
+            slot, level_size, gates, out, mean_part, C, block, (t0, t1), layout, strips == 1,
             L, NORMALIZE, PIXELS, TILE,
         )  # fmt: skip
         tl.debug_barrier()

@@ -69,7 +69,8 @@ def context_fwd(
     scratch = ctx.new_empty(plan.slots * plan.slot_size)
     launch(
         context_fwd_kernel, plan.slots, ctx.device,
-        view(ctx), view(gates), view(out), mean_parts, tuple(w.contiguous() for w in weights), scratch, B, C, *size, *plan.arguments(),
+        view(ctx), view(gates), view(out), mean_parts, tuple(w.contiguous() for w in weights), scratch,
+        B, C, *size, *plan.arguments(),
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), **plan.constants(),
     )  # fmt: skip
     if plan.strips == 1:

@@ -37,8 +37,8 @@ class Match(NamedTuple):
 
 
 # The tensor-core form: the first line that fits counts. None spills registers under Triton 3.6 or 3.9 on sm_80, sm_90,
-# or sm_100 (`check --compile`); without a limit the compiler spills for the sake of one more program on a multiprocessor.
-# What depends on channels and map is computed below; nothing measured yet tells compute capabilities apart.
+# or sm_100 (`check --compile`); without a limit the compiler spills for the sake of one more program on a
+# multiprocessor. What depends on channels and map is computed below; nothing measured yet tells capabilities apart.
 _TENSOR_CORES = {
     # erf wants more registers than bfloat16's GELU
     Match(False, torch.float16, 7, 3): Tile(channels=4, segments=16, rows=4, warps=4, registers=192),

@@ -11,10 +11,13 @@ from ..triton.functions import token_offsets
 
 @triton.jit
 def linear_planes_kernel(
-    x, x_strides, weight, weight_strides, bias, out, tokens, F, K, size,
+    x, x_strides,  # (B, K, *spatial), (b, c, t, m, w) as `size` has t, m, w
+    weight, weight_strides, bias,  # (F, K), (out, in); (F,), adjacent
+    out,  # (F, tokens), adjacent; written
+    tokens, F, K, size,
     HAS_BIAS: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x has strides (b, c, t, m, w); out (F, tokens) is contiguous. Tiles of the same tokens are neighbours: x is read
+    """Tiles of the same tokens are neighbours: x is read
     once from memory."""
     f_tiles = (F + BF - 1) // BF
     pid = tl.program_id(0)

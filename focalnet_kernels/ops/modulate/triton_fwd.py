@@ -8,8 +8,13 @@ from ..triton.functions import layer_norm, token_offsets
 
 @triton.jit
 def modulate_fwd_kernel(
-    q, q_strides, ctx_all, ctx_all_strides, h, h_strides, h_bias, modulator, modulator_strides,
-    ln_weight, ln_bias, ln_eps, proj, proj_strides, proj_bias, out, out_strides, tokens, C, size,
+    q, q_strides, ctx_all, ctx_all_strides,  # (B, C, *spatial), (b, c, t, m, w) as `size` has t, m, w
+    h, h_strides, h_bias,  # (C, C), (out, in); (C,), adjacent
+    modulator, modulator_strides,  # as q; written if SAVE
+    ln_weight, ln_bias, ln_eps,  # (C,), adjacent
+    proj, proj_strides, proj_bias,  # as h
+    out, out_strides,  # as q; written
+    tokens, C, size,
     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, LN: tl.constexpr, PROJ: tl.constexpr, PROJ_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip

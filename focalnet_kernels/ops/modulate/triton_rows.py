@@ -8,10 +8,13 @@ from ..triton.functions import layer_norm, normalized
 
 @triton.jit
 def rows_fwd_kernel(
-    q, q_strides, modulator, modulator_strides, ln_weight, ln_bias, ln_eps, out, out_strides, tokens, C,
+    q, q_strides, modulator, modulator_strides,  # (C, tokens), (channel, token)
+    ln_weight, ln_bias, ln_eps,  # (C,), adjacent
+    out, out_strides,  # as q; written
+    tokens, C,
     LN: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = LN?(q * modulator), all three (C, tokens) matrices with strides (channel, token). LN: ROWS >= C."""
+    """out = LN?(q * modulator). LN: ROWS >= C."""
     row_tiles = (C + ROWS - 1) // ROWS
     pid = tl.program_id(0)
     row = pid % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -26,8 +29,12 @@ def rows_fwd_kernel(
 
 @triton.jit
 def rows_bwd_kernel(
-    q, q_strides, modulator, modulator_strides, grad, grad_strides, ln_weight, ln_bias, ln_eps,
-    grad_q, grad_q_strides, grad_modulator, grad_modulator_strides, sums, tokens, C, token_programs,
+    q, q_strides, modulator, modulator_strides,  # (C, tokens), (channel, token)
+    grad, grad_strides,  # as q; z is written over it
+    ln_weight, ln_bias, ln_eps,  # (C,), adjacent
+    grad_q, grad_q_strides, grad_modulator, grad_modulator_strides,  # as q; written
+    sums,  # (token_programs, 3, C) float32, adjacent; written
+    tokens, C, token_programs,
     LN: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and modulator from that of z = LN?(q * modulator); z itself over `grad`.
