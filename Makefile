@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 QUIET = --quiet --quiet --disable-pip-version-check  # errors alone: among pip's warnings nobody finds what matters
 SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-PYTHON_FILES = setup.py focalnet_kernels benchmarks examples tests
+PYTHON_FILES = setup.py build_tools focalnet_kernels benchmarks examples tests
 
 .PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format bench bench-results bench-report bench-compare clean
 
@@ -22,9 +22,13 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/python -m focalnet_kernels demo $(ARGS)
 
+# a process per core, of two threads each, for kernels share their work out: who waits sleeps, or it would take the others' time
+JOBS ?= auto
+PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow' tests/ops tests/benchmarks/test_learning.py
+	$(PYTEST) -m 'not slow' $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow' tests/ops tests/benchmarks/test_learning.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -62,6 +66,7 @@ lint: install
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix $(PYTHON_FILES)

@@ -32,7 +32,7 @@ def run(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:accelerate. nothing:RuntimeWarning")
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "after a call"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_parts_act(change, when):
     layer, x = build("authors", C, postln=True).double(), example("authors", C, dtype=torch.float64)
@@ -40,7 +40,9 @@ def test_changed_parts_act(change, when):
     if when == "before":
         change(layer)
     accelerate(layer)
-    if when == "after":
+    if when == "after a call":
+        layer(x)
+    if when != "before":
         assert "forward" in vars(layer)
         change(layer)
     for _ in range(2):

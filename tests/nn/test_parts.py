@@ -1,5 +1,7 @@
 """Inner modules that somebody hooked, wrapped, replaced or parametrised act in our own layers as in any module."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 
 import focalnet_kernels as fk
+from focalnet_kernels._parts import _snapshots
 from focalnet_kernels.nn.block import FocalNetBlock, Mlp
 
 MODULES = {1: fk.FocalModulation1d, 2: fk.FocalModulation, 3: fk.FocalModulation3d}
@@ -56,9 +59,13 @@ def gradients(y, layer):
 
 
 @marked
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
 @pytest.mark.parametrize("ndim", MODULES)
-def test_changed_parts_act(ndim, change, seed):
+def test_changed_parts_act(ndim, called, change, seed):
+    """Also after a call, which remembers that it found nothing changed."""
     layer, x = build(MODULES[ndim], seed), torch.randn(2, *(5, 4, 3)[:ndim], C, dtype=torch.float64)
+    if called:
+        layer(x)
     change(layer)
     assert layer.why_by_parts() is not None
     for _ in range(2):  # some weights are made anew for every step
@@ -130,6 +137,57 @@ def test_hooks_on_all_modules_fire(register, build):
     finally:
         handle.remove()
     assert {type(part) for part in layer.modules()} - {nn.ModuleList} == {type(part) for part in seen}
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.h.weight.mul_(3)
+
+
+def another_parameter(layer):
+    layer.h.weight = nn.Parameter(3 * layer.h.weight.detach())
+
+
+def other_data(layer):
+    layer.focal_layers[0][0].weight.data = layer.focal_layers[0][0].weight.data * 3
+
+
+def loaded(layer):
+    layer.load_state_dict({name: 3 * value for name, value in layer.state_dict().items()}, assign=True)
+
+
+def hooked_through_a_new_table(layer):
+    layer.f._forward_hooks = type(layer.f._forward_hooks)()
+    assert layer.why_by_parts() is None
+    layer.f.register_forward_hook(lambda module, args, y: 3 * y)
+
+
+@pytest.mark.parametrize("change", [in_place, another_parameter, other_data, loaded, hooked_through_a_new_table])
+def test_changes_between_calls_act(change, seed):
+    layer, x = build(fk.FocalModulation, seed), torch.randn(2, 5, 4, C, dtype=torch.float64)
+    before = layer(x)
+    change(layer)
+    assert relative_error(layer(x), Eager(layer)(x)[0]) <= 1e-12
+    assert relative_error(layer(x), before) > 1e-3
+
+
+def test_weights_of_a_call_alone(seed):
+    """functional_call puts tensors in the parameters' place, and takes them back."""
+    layer, x = build(fk.FocalModulation, seed), torch.randn(2, 5, 4, C, dtype=torch.float64)
+    before = layer(x)
+    changed = {name: 2 * value for name, value in layer.named_parameters()}
+    y = torch.func.functional_call(layer, changed, (x,))
+    assert relative_error(y, torch.func.functional_call(Eager(layer), changed, (x,))[0]) <= 1e-12
+    assert torch.equal(layer(x), before)
+
+
+def test_what_is_remembered_goes_with_the_layer(seed):
+    layer = build(fk.FocalModulation, seed)
+    layer(torch.randn(2, 5, 4, C, dtype=torch.float64))
+    assert layer in _snapshots
+    parts = [weakref.ref(part) for part in layer.modules()]
+    del layer
+    assert not any(part() for part in parts)
 
 
 def test_plain_levels_stay_one_op(seed):
