@@ -207,9 +207,9 @@ def _level_gradient(
     grad_pointer, grad_strides = grad_out
     gates_pointer, gates_strides = gates
     b, n_images, channel, channels_inside = block
-    _, hi = rows
+    hi = rows[1]
     size, frame, plane_size = layout
-    T, _, W = size
+    T, W = size[0], size[2]
     pitch = frame[2] * frame[3]
     column = tl.arange(0, 8)
     gate = gates_pointer + LEVEL * gates_strides[1]
@@ -260,7 +260,7 @@ def _write_gradient(
     NB: tl.constexpr = TILE[0]
     pointer, strides = grad_ctx
     b, n_images, channel, channels_inside = block
-    _, t1 = rows
+    t1 = rows[1]
     size, frame, plane_size = layout
     W = size[2]
     dz_planes += tl.arange(0, NB)[:, None, None] * plane_size
@@ -302,8 +302,7 @@ def _weight_gradient_by_windows(
     KW: tl.constexpr = KERNEL[2]
     LEFT: tl.constexpr = WINDOW // 4
     AT_ONCE: tl.constexpr = KT if WINDOW == 16 and KT <= 9 else 1  # kernel rows whose products registers hold
-    _, n_images, _, channels_inside = block
-    _, t1 = rows
+    n_images, channels_inside, t1 = block[1], block[3], rows[1]
     size, frame, plane_size = layout
     pitch = frame[2] * frame[3]
     column = tl.arange(0, 8)
@@ -352,8 +351,7 @@ def _weight_gradient_by_taps(source, dz_planes, to, block, rows, layout, KERNEL:
     """For any kernel, one tap at a time."""
     NB: tl.constexpr = TILE[0]
     SEG: tl.constexpr = TILE[1]
-    _, n_images, _, channels_inside = block
-    _, t1 = rows
+    n_images, channels_inside, t1 = block[1], block[3], rows[1]
     size, frame, plane_size = layout
     plane = tl.arange(0, NB)[:, None, None] * plane_size
     tiles = count_tiles(rows, n_images, size, TILE)

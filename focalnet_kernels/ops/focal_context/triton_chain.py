@@ -39,7 +39,7 @@ def in_plane(t, m, w, frame):
 @triton.jit
 def count_tiles(rows, n_images, size, TILE: tl.constexpr):
     """How many tiles of SEG segments cover these rows of n_images images."""
-    _, M, W = size
+    M, W = size[1], size[2]
     lo, hi = rows
     SEG: tl.constexpr = TILE[1]
     ROWS: tl.constexpr = TILE[2]
@@ -49,7 +49,7 @@ def count_tiles(rows, n_images, size, TILE: tl.constexpr):
 @triton.jit
 def segments(tile, rows, n_images, size, TILE: tl.constexpr):
     """A tile's segments: image, first row, mid, first column, and whether there is such a segment at all."""
-    _, M, W = size
+    M, W = size[1], size[2]
     lo, hi = rows
     SEG: tl.constexpr = TILE[1]
     ROWS: tl.constexpr = TILE[2]
@@ -98,7 +98,7 @@ def _convolve_by_taps(
     SEG: tl.constexpr = TILE[1]
     KW: tl.constexpr = KERNEL[2]
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KW
-    _, _, channel, channels_inside = block
+    channel, channels_inside = block[2], block[3]
     sums = tl.zeros([NB, SEG, 8], tl.float32)
     at = source + center[None, :, None] + tl.arange(0, 8)[None, None, :]
     first = tl.minimum(frame[3], 0)  # is 0, but compilers who know that unroll all rows, more than registers hold
@@ -136,7 +136,7 @@ def _convolve_by_bands(
     KT: tl.constexpr = KERNEL[0]
     KW: tl.constexpr = KERNEL[2]
     LEFT: tl.constexpr = WINDOW // 4  # inputs of the window before its first output
-    _, _, channel, channels_inside = block
+    channel, channels_inside = block[2], block[3]
     pitch = frame[2] * frame[3]
     i = tl.arange(0, WINDOW)
     tap = i[:, None] - tl.arange(0, 8)[None, :] - (LEFT - KW // 2)
@@ -204,10 +204,9 @@ def compute_level(
     """Rows of a level from the planes of its input at `source`: GELU(z) `to_next` further on, z `to_z`."""
     NB: tl.constexpr = TILE[0]
     ROWS: tl.constexpr = TILE[2]
-    _, n_images, _, _ = block
-    _, hi = rows
+    n_images, hi = block[1], rows[1]
     size, frame, plane_size = layout
-    T, _, W = size
+    T, W = size[0], size[2]
     pitch = frame[2] * frame[3]
     source += tl.arange(0, NB)[:, None, None] * plane_size
     column = tl.arange(0, 8)

@@ -81,7 +81,7 @@ def _mix_levels(
     t0, t1 = rows
     size, frame, plane_size = layout
     T, M, W = size
-    top, _, MP, WP, _ = frame
+    top, MP, WP = frame[0], frame[2], frame[3]
     for g in range(0, n_images):
         planes = slot + (g * NB + tl.arange(0, NB))[:, None] * plane_size
         total = tl.zeros([NB, PIXELS], tl.float32)
