@@ -8,7 +8,7 @@ where its weights may be read. A part may change at any time, so every call asks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,19 +29,22 @@ _TENSORS = {nn.Parameter, Tensor, FakeTensor}  # functional_call puts tensors in
 _NONE: Mapping[type, Callable] = {}
 
 
+Module = Any  # an nn.Module of somebody's, whose attributes are known by name alone
+
+
 class Parts(NamedTuple):
     """The inner modules of a layer, by role. A fused forward does not call them, but reads their weights.
 
     `extra`: what a form has beyond the common roles, by name; `norm_is_on`: what the layer's flag says of its norm.
     """
 
-    f: nn.Module
-    h: nn.Module
-    proj: nn.Module
-    focal_layers: nn.Module
-    norm: nn.Module | None = None
-    act: nn.Module | None = None
-    extra: tuple[tuple[str, nn.Module], ...] = ()
+    f: Module
+    h: Module
+    proj: Module
+    focal_layers: Module
+    norm: Module | None = None
+    act: Module | None = None
+    extra: tuple[tuple[str, Module], ...] = ()
     norm_is_on: bool = False
 
     def weights(self) -> tuple[tuple, dict]:
@@ -193,7 +196,7 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
     return None
 
 
-def why_call_gelu(part: nn.Module) -> str | None:
+def why_call_gelu(part: Module) -> str | None:
     """As `why_call`, for what is to be the exact GELU."""
     reason = why_call(part)
     exact = type(part) is nn.GELU and part.approximate == "none"

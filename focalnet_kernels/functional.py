@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,8 @@ def modulate(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    call, tensors = _prepare_modulate(q, ctx_all, weight, bias)
-    return ops.modulate(call, *tensors, backend)
+    call, (q, ctx_all, weight, bias) = _prepare_modulate(q, ctx_all, weight, bias)
+    return ops.modulate(call, q, ctx_all, weight, bias, backend)
 
 
 def focal_modulation(
@@ -209,7 +210,7 @@ def _context_of(target: Tensor, p: LayerParameters) -> tuple[Tensor, Tensor]:
     return projected.split((C, len(p.focal_weights) + 1), 1)
 
 
-def explain(op, *args, **kwargs) -> Explanation:
+def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `op` for these tensors, and for each other backend the reason why not.
 
     Args:
@@ -225,14 +226,15 @@ def explain(op, *args, **kwargs) -> Explanation:
         TypeError: `op` is none of these, or cannot be called so; and what the call itself would raise.
     """
     if isinstance(op, torch.nn.Module) and hasattr(op, "functional_arguments"):
-        args, kwargs = _bound(op.forward, type(op).__name__, args, kwargs).args, {}
-        args = args[: len(inspect.signature(op.functional_arguments).parameters)]  # the inputs, without options
-        reason = op.why_by_parts()
+        layer: Any = op
+        args, kwargs = _bound(layer.forward, type(layer).__name__, args, kwargs).args, {}
+        args = args[: len(inspect.signature(layer.functional_arguments).parameters)]  # the inputs, without options
+        reason = layer.why_by_parts()
         if reason is not None:
             kernels = dict.fromkeys(("cpu", "triton", "cuda"), f"the layer runs part by part: {reason}")
-            return Explanation(op.functional.__name__, "reference", kernels)
-        args, kwargs = op.functional_arguments(*args)
-        op = op.functional
+            return Explanation(layer.functional.__name__, "reference", kernels)
+        args, kwargs = layer.functional_arguments(*args)
+        op = layer.functional
     name = getattr(op, "__name__", op)
     if name not in _PREPARE:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
@@ -257,7 +259,7 @@ def _bound(function: Callable, name: str, args: tuple, kwargs: dict) -> inspect.
 # ------------------------------------------------------------ arguments, checked, and the call that dispatch sees
 
 
-def _prepare_focal_context(ctx, gates, weights) -> tuple[Call, Sequence[Tensor]]:
+def _prepare_focal_context(ctx, gates, weights) -> tuple[Call, Sequence[Any]]:
     tensors = follow_autocast((ctx, gates, *as_levels("weights", weights)))
     kinds = kinds_of(tensors)
     # (B, C, *spatial) knows where its channels lie; whatever is no tensor is the check's to refuse
@@ -279,7 +281,7 @@ def _check_focal_context(kinds: tuple[Kind, ...], adjacent: bool) -> Call:
     return Call("focal_context", device, dtype, shape[1], kernels, spatial, channels_adjacent=adjacent)
 
 
-def _prepare_modulate(q, ctx_all, weight, bias=None) -> tuple[Call, Sequence[Tensor | None]]:
+def _prepare_modulate(q, ctx_all, weight, bias=None) -> tuple[Call, Sequence[Any]]:
     q, ctx_all, weight, bias = follow_autocast((q, ctx_all, weight, bias))
     call = _check_modulate(kinds_of((q, ctx_all, weight, bias)))
     return call, (q, ctx_all, as_matrix(weight), bias)
@@ -299,7 +301,7 @@ def _check_modulate(kinds: tuple[Kind, ...]) -> Call:
 
 def _prepare_focal_modulation(
     x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, ln_weight=None, ln_bias=None
-) -> tuple[Call, Sequence[Tensor | None]]:
+) -> tuple[Call, Sequence[Any]]:
     levels = as_levels("focal_weights", focal_weights)
     tensors = follow_autocast(
         (x, f_weight, f_bias, *levels, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias)
@@ -309,7 +311,8 @@ def _prepare_focal_modulation(
 
 @looked_up
 def _check_focal_modulation(kinds: tuple[Kind, ...]) -> Call:
-    x, p = kinds[0], LayerParameters(kinds[1:])
+    x = kinds[0]
+    p: Any = LayerParameters(kinds[1:])
     check_map("x", x, layout="(B, *spatial, C)")
     shape, dtype, device = x
     C, f_out = shape[-1], 2 * shape[-1] + len(p.focal_weights) + 1
@@ -346,12 +349,12 @@ def _prepare_cross_focal_modulation(x, target, *args, **kwargs) -> tuple[Tensor,
     return x, target, LayerParameters(parameters).as_matrices()
 
 
-def _prepare_cross_context(*args, **kwargs) -> tuple[Call, Sequence[Tensor]]:
+def _prepare_cross_context(*args, **kwargs) -> tuple[Call, Sequence[Any]]:
     _, target, p = _prepare_cross_focal_modulation(*args, **kwargs)
     return _prepare_focal_context(*_context_of(target, p), p.focal_weights)
 
 
-_PREPARE = {
+_PREPARE: dict[str, Callable[..., tuple[Call, Sequence[Any]]]] = {
     "focal_context": _prepare_focal_context,
     "modulate": _prepare_modulate,
     "focal_modulation": _prepare_focal_modulation,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .._parts import Parts, why_call, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
+from .._parts import Module, Parts, why_call, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
 from ..functional import focal_modulation
 
 
@@ -26,19 +26,19 @@ class Adapter:
     conv: type[nn.Module] = nn.Conv2d
     storable: tuple[str, ...] = ("gates", "modulator")  # what its class may leave on the module
 
-    def missing(self, module: nn.Module) -> list[str]:
+    def missing(self, module: Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""
         names = [self.f, self.h, self.proj, self.act, self.drop, "focal_layers", *self.extra]
         return [name for name in names if name not in module._modules] + (
             [] if hasattr(module, self.norm_flag) else [self.norm_flag]
         )
 
-    def distance(self, module: nn.Module) -> tuple:
+    def distance(self, module: Module) -> tuple:
         """How far `module` is from the form: the nearest form is the one that explains most of its members."""
         other_dimension = type(getattr(module, self.h, None)) is not self.conv
         return len(self.missing(module)), other_dimension, -len(self.extra)
 
-    def parts(self, module: nn.Module) -> Parts:
+    def parts(self, module: Module) -> Parts:
         """The inner modules as they are now."""
         inner = module._modules  # not by getattr, which is slow for modules
         return Parts(
@@ -52,15 +52,15 @@ class Adapter:
             bool(getattr(module, self.norm_flag)),
         )
 
-    def post_norm(self, module: nn.Module) -> nn.Module | None:
+    def post_norm(self, module: Module) -> nn.Module | None:
         """The LayerNorm between q * modulator and proj, if the layer has one."""
         return module._modules.get(self.norm) if getattr(module, self.norm_flag) else None
 
-    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         """Calls to try the layer with, each the shapes of its arguments; small, and no two axes alike."""
         return [((2, 5, 4, C),)]
 
-    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
+    def inputs(self, module: Module, args: tuple) -> tuple[Tensor, ...] | None:
         """The tensors of a call with these arguments, for `forward`; None for a call that is left to the class."""
         return args if len(args) == 1 and isinstance(args[0], Tensor) else None
 
@@ -68,18 +68,18 @@ class Adapter:
         """The layer's input as (B, *spatial, C)."""
         return x
 
-    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         """(B, *spatial, C) in the layout and memory order in which the original answers for `x`, after dropout."""
         return module._modules[self.drop](y.contiguous())
 
-    def functional_arguments(self, module: nn.Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
+    def functional_arguments(self, module: Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation`."""
         args, kwargs = parts.weights()
         kwargs["normalize"] = getattr(module, "normalize_modulator", False)  # not in the oldest forms
         return (self.channels_last(x), *args), kwargs
 
     def forward(
-        self, module: nn.Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+        self, module: Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
     ) -> Tensor:
         """The layer's forward through our ops.
 
@@ -135,12 +135,12 @@ class Adapter:
                     return f"{path} {reason}"
         return None
 
-    def norms(self, module: nn.Module) -> dict[type, Callable]:
+    def norms(self, module: Module) -> dict[type[nn.Module], Callable]:
         """The class of the layer's norm with its forward, where it is a subclass of LayerNorm: see `bypassed`."""
         norm = self.post_norm(module)
         return {type(norm): type(norm).forward} if isinstance(norm, nn.LayerNorm) else {}
 
-    def why_not(self, module: nn.Module) -> str | None:
+    def why_not(self, module: Module) -> str | None:
         """Why these members are not focal modulation in this form; None where they are."""
         return self.bypassed(self.parts(module), self.norms(module)) or self._why_not_only(module)
 
@@ -148,7 +148,7 @@ class Adapter:
         """Output channels of f: q, ctx and the gates."""
         return 2 * C + L + 1
 
-    def _why_not_only(self, module: nn.Module) -> str | None:
+    def _why_not_only(self, module: Module) -> str | None:
         """A further member with a state of its own may take part in the forward."""
         parts = self.parts(module)
         inner = [parts.f, parts.h, parts.proj, parts.act, parts.focal_layers, getattr(module, self.drop)]

@@ -96,7 +96,7 @@ class LibraryPatch:
                 del _patched[cls]
                 # had others patched over ours, it would stay below theirs and do nothing
                 if vars(cls)["__init__"] is constructor.ours:
-                    cls.__init__ = constructor.original
+                    cls.__init__ = constructor.original  # type: ignore[method-assign]
         self._classes = []
 
     def __enter__(self) -> LibraryPatch:
@@ -135,13 +135,13 @@ def _patch_constructor(cls: type[nn.Module]) -> _Constructor:
         if patches and _constructors(type(self))[0] is cls:
             patches[-1].accelerate(self)
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[method-assign]
     return _Constructor(original, __init__, patches)
 
 
 def _layer_classes(module: ModuleType) -> list[type[nn.Module]]:
     """The classes whose constructors finish the focal modulation layers that `module` names."""
-    found = {}
+    found: dict[type[nn.Module], None] = {}
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, OURS):
             constructors = _constructors(value)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,9 @@ class AcceleratedForward:
         self.stores = stores
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         # what was compared with ours, class by class: another forward may take its place
-        self.original = {type(module): type(module).forward}
-        self.norms = adapter.norms(module)
-        self._module = weakref.ref(module)
+        self.original: dict[type[nn.Module], Callable] = {type(module): type(module).forward}
+        self.norms: dict[type[nn.Module], Callable] = adapter.norms(module)
+        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
 
     @property
     def module(self) -> nn.Module:
@@ -97,7 +98,7 @@ class AcceleratedForward:
         positional = self._positional(args, kwargs)
         inputs = None if positional is None else self.adapter.inputs(module, positional)
         parts = None if inputs is None else self._plain_parts(module)
-        if parts is None:
+        if parts is None or inputs is None:
             return type(module).forward(module, *args, **kwargs)
         return self.adapter.forward(module, parts, *inputs, stores=self.stores, backend=self.backend)
 
@@ -153,7 +154,7 @@ class AcceleratedForward:
     def reduce_module(self, protocol: int) -> tuple:
         """The module's `__reduce_ex__`: its copies, shallow ones too, get a forward of their own."""
         module = self.module
-        reduced = type(module).__reduce_ex__(module, protocol)
+        reduced: Any = type(module).__reduce_ex__(module, protocol)
         if vars(module).get("forward") is not self or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
         make, args, state, *rest = reduced
@@ -228,15 +229,15 @@ def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: 
     _check_model(model, "accelerate")
     if backend is not None:
         dispatch.check_backend(backend, "accelerate(backend)")
-    report, verdicts, layers_without_state = Report(), {}, 0
+    report, verdicts, layers_without_state = Report(), dict[tuple, Verdict](), 0
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
         adapter, verdict = accelerate_layer(module, backend, keep_modulator, verdicts)
-        if verdict.why_not is None:
+        if adapter is not None and verdict.why_not is None:
             report.replaced.append((name, adapter.form))
             layers_without_state += bool(verdict.stores) and not keep_modulator
-        else:
+        elif verdict.why_not is not None:
             report.kept.append((name, verdict.why_not))
     if layers_without_state:
         report.notes.append(
@@ -252,7 +253,7 @@ def accelerate_layer(
 ) -> tuple[Adapter | None, Verdict]:
     """Bind one layer's forward to our ops if its form is known. `verdicts`: those of earlier layers, added to."""
     adapter, verdict = _recognise(module, verdicts)
-    if verdict.why_not is None:
+    if adapter is not None and verdict.why_not is None:
         if not keep_modulator:
             for stored in verdict.stores:
                 vars(module).pop(stored, None)  # from an earlier forward: stale from now on

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .._parts import Parts, why_call_projection
+from .._parts import Module, Parts, why_call_projection
 from ..functional import focal_context, modulate
 from .official import OfficialDetection
 
@@ -24,10 +24,10 @@ class QueryContext(OfficialDetection):
     def bypassed(self, parts: Parts, norms: Mapping[type, Callable]) -> str | None:
         return super().bypassed(parts, norms) or _why_call_query(dict(parts.extra)["q"], parts.f)
 
-    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, C, 5, 4),), ((2, C, 5, 4), (2, C, 5, 4))]
 
-    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
+    def inputs(self, module: Module, args: tuple) -> tuple[Tensor, ...] | None:
         if len(args) != 2:
             return super().inputs(module, args)
         x, v = args
@@ -39,10 +39,10 @@ class QueryContext(OfficialDetection):
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         return super().as_original(module, parts, y, x).permute(0, 3, 1, 2)
 
-    def functional_arguments(self, module: nn.Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
+    def functional_arguments(self, module: Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         (x, f_weight, f_bias, *rest), kwargs = super().functional_arguments(module, parts, x)
         f_weight = torch.cat((module.q.weight, f_weight))
         f_bias = None if f_bias is None else torch.cat((module.q.bias, f_bias))
@@ -50,7 +50,7 @@ class QueryContext(OfficialDetection):
 
     def forward(
         self,
-        module: nn.Module,
+        module: Module,
         parts: Parts,
         x: Tensor,
         v: Tensor | None = None,
@@ -71,7 +71,7 @@ class QueryContext(OfficialDetection):
         return self.as_original(module, parts, proj(y if norm is None else norm(y)), x)
 
 
-def _why_call_query(q: nn.Module, f: nn.Linear) -> str | None:
+def _why_call_query(q: Module, f: Module) -> str | None:
     C = f.weight.shape[1]
     reason = why_call_projection(q, nn.Linear, (C, C))
     if reason is None and (q.bias is None) != (f.bias is None):

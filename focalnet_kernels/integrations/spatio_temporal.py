@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-from .._parts import Parts
+from torch import Tensor
+
+from .._parts import Module, Parts
 from ..functional import focal_context, modulate
 from .official import OfficialClassification
 
@@ -20,16 +22,16 @@ class SpatioTemporal(OfficialClassification):
     extra = ("f_temporal", "h_temporal", "focal_layers_temporal")
     storable = ("gates", "modulator", "gates_temporal", "modulator_temporal")
 
-    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2 * module.num_frames, 5, 4, C),)]
 
-    def inputs(self, module: nn.Module, args: tuple) -> tuple[Tensor, ...] | None:
+    def inputs(self, module: Module, args: tuple) -> tuple[Tensor, ...] | None:
         inputs = super().inputs(module, args)
         whole = inputs is not None and inputs[0].ndim == 4 and inputs[0].shape[0] % module.num_frames == 0
         return inputs if whole else None
 
     def forward(
-        self, module: nn.Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
+        self, module: Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
     ) -> Tensor:
         h, norm, weights = parts.h, parts.norm, parts.level_weights()
         C, L = x.shape[-1], len(weights)
@@ -49,13 +51,13 @@ class SpatioTemporal(OfficialClassification):
         return self.as_original(module, parts, parts.proj(y if norm is None else norm(y)), x)
 
 
-def _temporal(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def _temporal(module: Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """gates_temporal (B*H*W, L+1, T) and the modulator of time (B*T, H, W, C)."""
     (frames, H, W, C), T, L = x.shape, module.num_frames, len(module.focal_layers_temporal)
     B = frames // T
     projected = module.f_temporal(x).unflatten(0, (B, T))  # (B, T, H, W, C+L+1): before x is moved, not after
     ctx, gates = projected.permute(0, 2, 3, 4, 1).flatten(0, 2).split((C, L + 1), 1)
-    ctx_all = 0
+    ctx_all: Any = 0
     for level, layer in enumerate(module.focal_layers_temporal):
         ctx = layer(ctx)
         ctx_all = ctx_all + ctx * gates[:, level : level + 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._parts import Parts, why_call
+from .._parts import Module, Parts, why_call
 from .adapter import Adapter
 
 
@@ -14,17 +14,17 @@ class Timm(Adapter):
     norm, norm_flag = "norm", "use_post_norm"
     projection = nn.Conv2d
 
-    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, C, 5, 4),)]
 
-    def post_norm(self, module: nn.Module) -> nn.Module | None:
+    def post_norm(self, module: Module) -> nn.Module | None:
         norm = module._modules.get(self.norm)  # called whatever the flag says
         return None if type(norm) is nn.Identity and why_call(norm) is None else norm
 
     def channels_last(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
-    def as_original(self, module: nn.Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
+    def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         # its own convolutions pass on the order of x or of their weights; its post norm permutes to and
         # fro, so that proj sees channels_last whatever the layer was given
         last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f._parameters["weight"])

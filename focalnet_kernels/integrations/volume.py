@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .._parts import Module
 from .official import OfficialClassification
 
 
@@ -11,5 +12,5 @@ class Volume(OfficialClassification):
     form = "3-D volumes"
     conv = nn.Conv3d
 
-    def examples(self, module: nn.Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, 5, 4, 3, C),)]

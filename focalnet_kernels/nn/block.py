@@ -67,6 +67,9 @@ class FocalNetBlock(nn.Module):
         (B, H, W, C) -> (B, H, W, C). Sizes are read off x; nothing is kept on the module.
     """
 
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,

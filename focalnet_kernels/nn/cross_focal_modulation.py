@@ -13,11 +13,12 @@ class CrossFocalModulationNd(FocalModulationNd):
 
     functional = staticmethod(cross_focal_modulation)
 
-    def functional_arguments(self, x: Tensor, target: Tensor) -> tuple[tuple, dict]:
+    # two inputs where the layer of one map has one
+    def functional_arguments(self, x: Tensor, target: Tensor) -> tuple[tuple, dict]:  # type: ignore[override]
         (x, *parameters), kwargs = super().functional_arguments(x)
         return (x, target, *parameters), kwargs
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         self.check_input("x", x)
         self.check_input("target", target)
         if self.why_by_parts() is not None:
@@ -25,7 +26,7 @@ class CrossFocalModulationNd(FocalModulationNd):
         args, kwargs = self.functional_arguments(x, target)
         return self.proj_drop(cross_focal_modulation(*args, **kwargs))
 
-    def project(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """q of x, ctx and gates of the target; f is called for either, and the rows of the other's dropped."""
         q, _, _ = super().project(x)
         _, ctx, gates = super().project(target)

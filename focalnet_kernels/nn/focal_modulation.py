@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from .._parts import Parts, why_call_all, why_call_any, why_call_levels, why_call_norm, why_call_projection
@@ -19,7 +22,7 @@ class FocalModulationNd(nn.Module):
     """
 
     ndim: int
-    functional = staticmethod(focal_modulation)
+    functional: Callable = staticmethod(focal_modulation)
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class FocalModulationNd(nn.Module):
 
     def parts(self) -> Parts:
         """The inner modules as they are now."""
-        inner = self._modules
+        inner: Any = self._modules
         return Parts(inner["f"], inner["h"], inner["proj"], inner["focal_layers"], inner.get("ln"))
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
@@ -79,7 +82,7 @@ class FocalModulationNd(nn.Module):
         else:
             args, kwargs = self.functional_arguments(x)
             if not return_gates:
-                return self._modules["proj_drop"](focal_modulation(*args, **kwargs))
+                return self.proj_drop(focal_modulation(*args, **kwargs))
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
         y = self.proj_drop(y)
         return (y, gates, modulator) if return_gates else y
@@ -105,10 +108,10 @@ class FocalModulationNd(nn.Module):
         """Output before dropout, gates and modulator, by calling the inner modules; plain levels are still one op."""
         q, ctx, gates = self.project(*inputs)
         if why_call_all() is None and why_call_levels(self.focal_layers, _CONV[self.ndim], ctx.shape[1]) is None:
-            weights = [level[0].weight for level in self.focal_layers]
+            weights = self.parts().level_weights()
             ctx_all = focal_context(ctx, gates, weights, normalize=self.normalize_modulator)
         else:
-            ctx_all = mix_levels(ctx, gates, self.focal_layers, self.normalize_modulator)
+            ctx_all = mix_levels(ctx, gates, list(self.focal_layers), self.normalize_modulator)
         modulator = self.h(resample(ctx_all, q.shape[2:]))
         y = (q * modulator).movedim(1, -1)
         ln = getattr(self, "ln", None)

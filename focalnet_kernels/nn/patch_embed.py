@@ -37,6 +37,8 @@ class PatchEmbed(nn.Module):
         pad: bool = False,
     ):
         super().__init__()
+        kernel_size: int | tuple[int, int]
+        stride: int | tuple[int, int]
         if use_conv_embed:
             # the authors pad a 7x7 stem by 2, not 3: published weights count on it
             kernel_size, stride, padding = (7, 4, 2) if is_stem else (3, 2, 1)
@@ -57,8 +59,8 @@ class PatchEmbed(nn.Module):
         conv = self.proj
         if type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
             return None
-        size = tuple(n + more for n, more in zip(size, self._missing(size), strict=True))
-        geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        padded = [n + more for n, more in zip(size, self._missing(size), strict=True)]
+        geometry = zip(padded, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
         height, width = (
             (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for n, kernel, stride, padding, dilation in geometry

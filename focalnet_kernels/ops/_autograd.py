@@ -39,7 +39,7 @@ def gradients_by_reference(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         output = reference(*inputs)
-    wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+    wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
     found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return [next(found) if n else None for n in needed]
 

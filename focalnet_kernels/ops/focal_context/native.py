@@ -33,5 +33,10 @@ def trains_fast(backend: str, call: Call) -> bool:
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    functions = (why_not_native, focal_context_fwd, focal_context_bwd, trains_fast)
-    return Implementation(backend, *(partial(f, backend) for f in functions))
+    return Implementation(
+        backend,
+        partial(why_not_native, backend),
+        partial(focal_context_fwd, backend),
+        partial(focal_context_bwd, backend),
+        partial(trains_fast, backend),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def _level(ctx: Tensor, weight: Tensor) -> Tensor:
 def mix_levels(ctx: Tensor, gates: Tensor, levels: Sequence[Callable[[Tensor], Tensor]], normalize: bool) -> Tensor:
     """`focal_context` with levels of any kind, modules perhaps: each takes the one before it, the first takes ctx."""
     spatial = list(range(2, ctx.ndim))
-    ctx_all = 0
+    ctx_all: Any = 0
     for i, level in enumerate(levels):
         ctx = level(ctx)
         ctx_all = ctx_all + gates[:, i : i + 1] * ctx

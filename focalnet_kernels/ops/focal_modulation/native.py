@@ -44,5 +44,10 @@ def trains_fast(backend: str, call: Call) -> bool:
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    functions = (why_not_native, focal_modulation_fwd, focal_modulation_bwd, trains_fast)
-    return Implementation(backend, *(partial(f, backend) for f in functions))
+    return Implementation(
+        backend,
+        partial(why_not_native, backend),
+        partial(focal_modulation_fwd, backend),
+        partial(focal_modulation_bwd, backend),
+        partial(trains_fast, backend),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ _FORWARD = "(Tensor x, Tensor?[] parameters, bool normalize, float ln_eps, bool 
 
 
 def _forward_flops(x, parameters, *options, **results) -> int:
-    p, tokens = LayerParameters(parameters), prod(x[:-1])
+    p: Any = LayerParameters(parameters)  # shapes
+    tokens = prod(x[:-1])
     products = sum(linear(tokens, *shape[:2]) for shape in (p.f_weight, p.h_weight, p.proj_weight))
     return products + levels((x[0], x[-1], *x[1:-1]), p.focal_weights)
 
@@ -60,7 +62,8 @@ def _forward_results(x, parameters, save, new_matrix):
 
 
 def _backward_flops(grad_y, x, parameters, projected, modulator, mean, normalize, eps, needed, **results) -> int:
-    p, tokens = LayerParameters(parameters), prod(x[:-1])
+    p: Any = LayerParameters(parameters)  # shapes
+    tokens = prod(x[:-1])
     L = len(p.focal_weights)
     names = ("x", *p.names(L))
     of = {name: bool(needed >> i & 1) for i, name in enumerate(names)}

@@ -16,4 +16,8 @@ def modulate_fwd(backend: str, q: Tensor, ctx_all: Tensor, weight: Tensor, bias:
 
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
-    return Implementation(backend, *(partial(f, backend) for f in (why_not_native, modulate_fwd)))
+    return Implementation(
+        backend,
+        partial(why_not_native, backend),
+        partial(modulate_fwd, backend),
+    )

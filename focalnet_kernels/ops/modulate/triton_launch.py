@@ -141,7 +141,7 @@ def sum_programs(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     from .triton_rows import sum_programs_kernel
 
     programs, _, C = sums.shape
-    outs = tuple(sums.new_empty(C, dtype=dtype) for _ in range(3))
+    outs = sums.new_empty(C, dtype=dtype), sums.new_empty(C, dtype=dtype), sums.new_empty(C, dtype=dtype)
     BLOCK = 128
     launch(sum_programs_kernel, cdiv(3 * C, BLOCK), sums.device, sums, outs, programs, C, BLOCK=BLOCK)
     return outs

@@ -12,14 +12,17 @@ Strides = tuple[int, int, int, int, int]  # (b, c, t, m, w)
 
 def padded_size(spatial: Sequence[int]) -> tuple[int, int, int]:
     """One to three spatial sizes as (T, M, W)."""
-    return {1: (1, 1, *spatial), 2: (spatial[0], 1, spatial[-1]), 3: tuple(spatial)}[len(spatial)]
+    if len(spatial) == 1:
+        return 1, 1, spatial[0]
+    return (spatial[0], 1, spatial[1]) if len(spatial) == 2 else (spatial[0], spatial[1], spatial[2])
 
 
 def view(tensor: Tensor) -> tuple[Tensor, Strides]:
     """A (B, C, *spatial) tensor and its strides (b, c, t, m, w): how the chain's kernels take what users hand over."""
     (b, c, *strides), ndim = tensor.stride(), tensor.ndim - 2
-    t, m, w = {1: (0, 0, *strides), 2: (strides[0], 0, strides[-1]), 3: tuple(strides)}[ndim]
-    return tensor, (b, c, t, m, w)
+    if ndim == 1:
+        return tensor, (b, c, 0, 0, strides[0])
+    return tensor, (b, c, strides[0], strides[1] if ndim == 3 else 0, strides[-1])
 
 
 def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,7 +66,7 @@ def implement_triton(name: str, function: Callable) -> None:
 class Launch(NamedTuple):
     """A kernel launch as `recorded_launches` keeps it."""
 
-    kernel: Callable
+    kernel: Any  # of @triton.jit
     programs: int
     args: tuple
     constants: dict

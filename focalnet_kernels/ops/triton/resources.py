@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,9 @@ class Resources:
 def specialization(launch: Launch) -> tuple[dict, dict, dict, dict]:
     """What of a launch its machine code depends on: types, constants, known divisors, compiler options."""
     names = launch.kernel.arg_names
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple, Any] = {}
+    attributes: dict[tuple, Any] = {}
     for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
         signature[parameter.name] = (
             _type(value) if parameter.do_not_specialize else _describe(value, (i,), constants, attributes)
