@@ -70,7 +70,7 @@ FK_INLINE vh to_bf16(vf x) {
 }
 FK_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
 
-#ifdef FK_F16C
+#ifdef FK_X86
 FK_INLINE vf load(const f16* p) {
 #if FK_LANES == 16
   return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
