@@ -13,10 +13,6 @@ namespace focalnet::cpu {
 inline Rows rows_of(const MapView& v, const Geometry& g) {
   return {v.data, g.pixels(), v.b, v.c, v.t, v.m, v.w, g.M, g.W};
 }
-// The channels of a dense (B, pixels, width) buffer from `channel` on, as a map.
-inline MapView dense_map(void* data, DType dtype, const Geometry& g, int64_t width, int64_t channel) {
-  return {at_element(data, channel, dtype), g.pixels() * width, 1, g.M * g.W * width, g.W * width, width};
-}
 
 // Memory for as long as the object lives, on a cache line. It comes from pools, which keep what was returned: memory
 // fresh from the system would have every page cleared first, which costs more than much of the work done in it.
@@ -122,10 +118,6 @@ struct PackedMatrix {
 // Runs all of focal_context's forward, or backward: p.g.B images.
 void run_context_fwd(const Kernels& k, ContextForward p);
 void run_context_bwd(const Kernels& k, const ContextBackward& p);
-
-// Images per group of the whole layer: enough rows to feed the matrix products and the threads, few enough to stay
-// in cache.
-int64_t images_per_group(const Geometry& g, int lanes);
 
 // A gradient computed as float (contiguous, the parameter's shape), in its parameter's dtype and strides.
 Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient);
