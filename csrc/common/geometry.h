@@ -21,8 +21,7 @@ struct Geometry {
   constexpr int64_t pixels() const { return T * M * W; }
 };
 
-// One focal level's depthwise kernel: sizes along (T, M, W), all odd, and its weights as float,
-// repacked to [channel block][tap][lane] so that a tap of a channel block is one vector.
+// The size of one focal level's depthwise kernel along (T, M, W), all odd.
 struct Level {
   int64_t kt = 1, km = 1, kw = 1;
   constexpr int64_t rt() const { return kt / 2; }

@@ -55,9 +55,9 @@ inline Geometry geometry_of(const Tensor& t, int64_t first, int64_t channel) {
   Axes axes(t.dim() - 2, first);
   return {t.size(0), t.size(channel), size_or_1(t, axes.tmw[0]), size_or_1(t, axes.tmw[1]), size_or_1(t, axes.tmw[2])};
 }
-// For reading; for writing into what was made here as well, which shares its memory with nobody. Asked for a pointer to
-// write through, torch would first copy what is shared until somebody writes (copy-on-write), and refuse to in a
-// parallel region.
+// For reading, and for writing into what was made here, which shares its memory with no other tensor. Asked for a
+// pointer to write through, torch would first copy memory that is shared until it is written to (copy-on-write), and
+// refuse to in a parallel region.
 inline MapView map_of(const Tensor& t, int64_t first, int64_t channel) {
   Axes axes(t.dim() - 2, first);
   return {const_cast<void*>(t.const_data_ptr()),

@@ -5,7 +5,7 @@ namespace focalnet::cpu {
 
 void run_context_fwd(const Kernels& k, ContextForward p) {
   const Geometry& g = p.g;
-  const int64_t blocks = (g.C + k.lanes - 1) / k.lanes, tasks = g.B * blocks;
+  const int64_t blocks = k.channel_blocks(g.C), tasks = g.B * blocks;
   if (tasks == 0 || g.pixels() == 0) return;
   const int64_t scratch = k.context_fwd_scratch(p), slab = g.M * g.W * k.lanes;
   const int64_t threads = torch::stable::get_num_threads();
@@ -13,12 +13,10 @@ void run_context_fwd(const Kernels& k, ContextForward p) {
   const int64_t all_sums = p.sums() * k.lanes;
 
   if (tasks >= threads || g.T == 1) {  // a task owns its map and finishes it while it is in cache
-    const int64_t plane = (g.T * slab + 15) / 16 * 16;
     parallel(tasks, [&](int64_t i) {
-      const Buffer memory((plane + all_sums + 16 + scratch) * 4);
-      float* sums = memory.floats() + plane;
-      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sums, sums + (all_sums + 15) / 16 * 16);
-      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, memory.floats(), sums);
+      const Buffer plane(g.T * slab * 4), sums(all_sums * 4), memory(scratch);
+      k.context_fwd_levels(p, i / blocks, i % blocks, 0, g.T, plane.floats(), sums.floats(), memory.data);
+      k.context_fwd_finish(p, i / blocks, i % blocks, 0, g.T, plane.floats(), sums.floats());
     });
     return;
   }
@@ -30,9 +28,9 @@ void run_context_fwd(const Kernels& k, ContextForward p) {
   const auto plane = [&](int64_t task, int64_t strip) { return planes.floats() + (task * g.T + row(strip)) * slab; };
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
-    const Buffer memory(scratch * 4);
+    const Buffer memory(scratch);
     k.context_fwd_levels(p, task / blocks, task % blocks, row(strip), row(strip + 1), plane(task, strip),
-                         sums.floats() + task * all_sums, memory.floats());
+                         sums.floats() + task * all_sums, memory.data);
   });
   parallel(tasks * strips, [&](int64_t i) {
     const int64_t task = i / strips, strip = i % strips;
@@ -43,12 +41,12 @@ void run_context_fwd(const Kernels& k, ContextForward p) {
 
 void run_context_bwd(const Kernels& k, const ContextBackward& p) {
   const Geometry& g = p.forward.g;
-  const int64_t blocks = (g.C + k.lanes - 1) / k.lanes;
+  const int64_t blocks = k.channel_blocks(g.C);
   if (g.pixels() == 0) return;
-  const int64_t scratch = k.context_bwd_scratch(p) * 4;
+  const int64_t scratch = k.context_bwd_scratch(p);
   parallel(g.B * blocks, [&](int64_t i) {
     const Buffer memory(scratch);
-    k.context_bwd(p, i / blocks, i % blocks, memory.floats());
+    k.context_bwd(p, i / blocks, i % blocks, memory.data);
   });
 }
 
@@ -58,7 +56,7 @@ ContextForward describe(const Tensor& ctx, const Tensor& gates, const PackedLeve
   ContextForward p{};
   p.g = geometry_of(ctx, 2, 1);
   p.dtype = dtype_of(ctx);
-  p.L = int64_t(levels.levels.size());
+  p.L = levels.count();
   p.levels = levels.levels.data();
   p.weights = levels.weights.data();
   p.ctx = map_of(ctx, 2, 1);
@@ -90,29 +88,29 @@ std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates,
   ContextBackward p{};
   p.forward = describe(ctx, gates, levels, normalize);
   const Geometry& g = p.forward.g;
-  const int64_t blocks = (C + k.lanes - 1) / k.lanes;
+  const int64_t blocks = k.channel_blocks(C);
   p.flipped = flipped.weights.data();
   p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.grad_out = map_of(grad_out, 2, 1);
 
   Tensor grad_ctx = needed & 1 ? torch::stable::empty_like(ctx) : torch::stable::new_empty(ctx, {0});
   if (needed & 1) p.grad_ctx = map_of(grad_ctx, 2, 1);
-  Tensor gate_shares = torch::stable::empty({needed & 2 ? g.B : 0, blocks, (L + 1) * g.pixels()}, ScalarType::Float);
-  const Buffer tap_shares(needed >> 2 ? g.B * blocks * levels.taps * k.lanes * 4 : 0);
-  if (needed & 2) p.grad_gates = static_cast<float*>(gate_shares.mutable_data_ptr());
-  if (needed >> 2) p.grad_weights = tap_shares.floats();
+  Tensor gate_sums = torch::stable::empty({needed & 2 ? g.B : 0, blocks, (L + 1) * g.pixels()}, ScalarType::Float);
+  const Buffer tap_sums(needed >> 2 ? g.B * blocks * levels.taps * k.lanes * 4 : 0);
+  if (needed & 2) p.grad_gates = static_cast<float*>(gate_sums.mutable_data_ptr());
+  if (needed >> 2) p.grad_weights = tap_sums.floats();
   run_context_bwd(k, p);
 
   Tensor grad_gates = torch::stable::new_empty(gates, {0});
   if (needed & 2) {
-    Tensor sum = torch::stable::sum(gate_shares, std::array<int64_t, 1>{1}, false);
+    Tensor sum = torch::stable::sum(gate_sums, std::array<int64_t, 1>{1}, false);
     grad_gates = torch::stable::empty_like(gates);
     torch::stable::copy_(grad_gates, torch::stable::reshape(sum, gates.sizes()));
   }
   std::vector<Tensor> gradients{grad_ctx, grad_gates};
   std::vector<char> wanted;
   for (size_t l = 0; l < weights.size(); ++l) wanted.push_back(needed >> (2 + l) & 1);
-  for (Tensor& t : focal_weight_gradients(k, levels, weights, wanted, tap_shares.floats(), g.B)) gradients.push_back(t);
+  for (Tensor& t : focal_weight_gradients(k, levels, weights, wanted, tap_sums.floats(), g.B)) gradients.push_back(t);
   return gradients;
 }
 

@@ -2,7 +2,7 @@
 //   z_l = conv_l(ctx_{l-1}),  ctx_l = GELU(z_l),  e_l the gradient of ctx_l,  dz_l = e_l GELU'(z_l):
 //
 //   forward again   row t of level l at step t + A_l              A_l = rt_1 + ... + rt_l
-//   e_l             = gate_l dS + conv_{l+1}^T(dz_{l+1})          (+ the mean's share for the last level)
+//   e_l             = gate_l dS + conv_{l+1}^T(dz_{l+1})          (+ the mean's part for the last level)
 //   backward        dz_l of row t at step t + 2 A_L - A_l; the gradient of ctx at step t + 2 A_L
 //   weights         dw_l += dz_l x ctx_{l-1}, when dz_l is made
 //   gates           dgate_l = sum over channels of dS ctx_l, when ctx_l is made
@@ -49,23 +49,14 @@ static void taps_row_of(const float* d, const float* in, int64_t W, float* taps)
 template <bool PAIRED>
 static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, float* taps) {
   for (; W > 2 * PIECE; W -= PIECE, d += PIECE * VL, in += PIECE * VL) taps_row<PAIRED>(d, in, kw, PIECE, taps);
-  switch (kw) {
-    case 1:
-      return taps_row_of<PAIRED, 1>(d, in, W, taps);
-    case 3:
-      return taps_row_of<PAIRED, 3>(d, in, W, taps);
-    case 5:
-      return taps_row_of<PAIRED, 5>(d, in, W, taps);
-    case 7:
-      return taps_row_of<PAIRED, 7>(d, in, W, taps);
-    case 9:
-      return taps_row_of<PAIRED, 9>(d, in, W, taps);
-  }
-  for (int64_t k = 0; k < kw; ++k) {
-    vf sum = {};
-    for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * get<PAIRED>(in + (w + k) * VL);
-    store(taps + k * VL, load(taps + k * VL) + sum);
-  }
+  with_width(kw, [&](auto KW) FK_LAMBDA {
+    if constexpr (KW.value > 0) return taps_row_of<PAIRED, KW.value>(d, in, W, taps);
+    for (int64_t k = 0; k < kw; ++k) {
+      vf sum = {};
+      for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * get<PAIRED>(in + (w + k) * VL);
+      store(taps + k * VL, load(taps + k * VL) + sum);
+    }
+  });
 }
 
 // out[w] = the sum over lanes of a[w] * b[w].
@@ -88,67 +79,55 @@ struct LevelRings {
   int64_t lag;  // A_l
 };
 
-FK_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+struct ContextBackScratch {
+  LevelRings* levels;
+  RowTaps* rows;
+  float *z, *e, *global_row, *nowhere;
+  int64_t A = 0;   // A_L
+  Ring grad, all;  // dS; the gated sum of the levels so far
 
-static int64_t rings_of(const ContextBackward& p, LevelRings* levels, Ring* grad, Ring* all, float*& scratch) {
-  const ContextForward& f = p.forward;
-  const Geometry& g = f.g;
-  int64_t A = 0, lag = 0;
-  for (int64_t l = 0; l < f.L; ++l) A += f.levels[l].rt();
-  for (int64_t l = 0; l < f.L; ++l) {
-    const Level& level = f.levels[l];
-    const int64_t before = lag;
-    lag += level.rt();
-    levels[l].lag = lag;
-    levels[l].in = Ring::make(scratch, at_most(2 * (A - before) + 1, g.T), level.rw(), g);
-    levels[l].slope = Ring::make(scratch, at_most(2 * (A - lag) + 1, g.T), 0, g);
-    levels[l].dz = Ring::make(scratch, at_most(level.kt, g.T), level.rw(), g);
+  ContextBackScratch(Arena& arena, const ContextBackward& p)
+      : levels(arena.take<LevelRings>(p.forward.L)),
+        rows(arena.take<RowTaps>(most_kernel_rows(p.forward))),
+        z(arena.take<float>(p.forward.g.W * VL)),
+        e(arena.take<float>(p.forward.g.W * VL)),
+        global_row(arena.take<float>(p.forward.g.W * VL)),
+        nowhere(arena.take<float>(p.forward.g.W * VL)) {
+    const ContextForward& f = p.forward;
+    const Geometry& g = f.g;
+    const auto ring = [&](int64_t slots, int64_t pad)
+                          FK_LAMBDA { return Ring::make(arena, at_most(slots, g.T), pad, g); };
+    for (int64_t l = 0; l < f.L; ++l) A += f.levels[l].rt();
+    int64_t lag = 0;
+    for (int64_t l = 0; l < f.L; ++l) {
+      const Level& level = f.levels[l];
+      const Ring in = ring(2 * (A - lag) + 1, level.rw());
+      lag += level.rt();
+      const LevelRings rings{in, ring(2 * (A - lag) + 1, 0), ring(level.kt, level.rw()), lag};
+      if (arena.memory) levels[l] = rings;
+    }
+    const int64_t first = f.L ? f.levels[0].rt() : 0;
+    grad = ring(2 * A - first + 1, 0);
+    all = ring(A - first + 1, 0);
   }
-  const int64_t first = f.L ? levels[0].lag : 0;
-  *grad = Ring::make(scratch, at_most(2 * A - first + 1, g.T), 0, g);
-  *all = Ring::make(scratch, at_most(A - first + 1, g.T), 0, g);
-  return A;
-}
-
-static int64_t most_kernel_rows(const ContextForward& f) {
-  int64_t most = 1;
-  for (int64_t l = 0; l < f.L; ++l)
-    if (f.levels[l].kt * f.levels[l].km > most) most = f.levels[l].kt * f.levels[l].km;
-  return most;
-}
-
-static int64_t context_bwd_scratch(const ContextBackward& p) {
-  const ContextForward& f = p.forward;
-  int64_t rows = 0, taps = 0;  // an upper bound: every ring as if it had the widest padding
-  for (int64_t l = 0; l < f.L; ++l) taps += f.levels[l].rt();
-  for (int64_t l = 0; l < f.L; ++l) {
-    const int64_t width = f.g.W + 2 * f.levels[l].rw();
-    rows += (2 * at_most(2 * taps + 1, f.g.T) + at_most(f.levels[l].kt, f.g.T)) * f.g.M * width;
-  }
-  rows += 2 * at_most(2 * taps + 1, f.g.T) * f.g.M * f.g.W + 4 * f.g.W;
-  return rows * VL + floats_for<LevelRings>(f.L) + floats_for<RowTaps>(most_kernel_rows(f)) + 64;
-}
+};
 
 template <class T>
-static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
+static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, void* memory) {
   constexpr bool PAIRED = PAIRS<T>;
   const ContextForward& f = p.forward;
   const Geometry& g = f.g;
   const int64_t c0 = block * VL, L = f.L, blocks = (g.C + VL - 1) / VL, pixels = g.pixels();
-  const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  const int n = lanes_of(g.C - c0);
   const float scale = f.normalize ? 1.0f / float(L + 1) : 1.0f;
 
-  LevelRings* levels = reinterpret_cast<LevelRings*>(scratch);
-  scratch += floats_for<LevelRings>(L);
-  RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
-  scratch += floats_for<RowTaps>(most_kernel_rows(f));
-  float* z = scratch;
-  float* e = z + g.W * VL;
-  float* global_row = e + g.W * VL;
-  float* nowhere = global_row + g.W * VL;
-  scratch = nowhere + g.W * VL;
-  Ring grad, all;
-  const int64_t A = rings_of(p, levels, &grad, &all, scratch);
+  Arena arena(memory);
+  const ContextBackScratch s(arena, p);
+  LevelRings* const levels = s.levels;
+  RowTaps* const rows = s.rows;
+  float *const z = s.z, *const e = s.e, *const global_row = s.global_row, *const nowhere = s.nowhere;
+  const Ring grad = s.grad, all = s.all;
+  const int64_t A = s.A;
   for (int64_t l = 0; l < L; ++l) levels[l].in.clear_padding(), levels[l].dz.clear_padding();
 
   float* gate_grads = p.grad_gates ? p.grad_gates + (b * blocks + block) * (L + 1) * pixels : nullptr;

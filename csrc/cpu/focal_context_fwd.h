@@ -80,56 +80,22 @@ static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, fl
   int64_t tiles = (W + TILE - 1) / TILE;
   for (int64_t i = 0; i < tiles; ++i) {
     int64_t n = W / tiles + (i < W % tiles);
-    switch (n) {
-      case 1:
-        conv_tile<PAIRED, KW, 1>(rows, n_rows, kw, out);
-        break;
-      case 2:
-        conv_tile<PAIRED, KW, 2>(rows, n_rows, kw, out);
-        break;
-      case 3:
-        conv_tile<PAIRED, KW, 3>(rows, n_rows, kw, out);
-        break;
-      case 4:
-        conv_tile<PAIRED, KW, 4>(rows, n_rows, kw, out);
-        break;
-#if FK_LANES == 16
-      case 5:
-        conv_tile<PAIRED, KW, 5>(rows, n_rows, kw, out);
-        break;
-      case 6:
-        conv_tile<PAIRED, KW, 6>(rows, n_rows, kw, out);
-        break;
-      case 7:
-        conv_tile<PAIRED, KW, 7>(rows, n_rows, kw, out);
-        break;
-      case 8:
-        conv_tile<PAIRED, KW, 8>(rows, n_rows, kw, out);
-        break;
-#endif
-    }
+    with_constant_up_to<TILE>(n, [&](auto N) FK_LAMBDA { conv_tile<PAIRED, KW, N.value>(rows, n_rows, kw, out); });
     out += n * VL;
     for (int64_t r = 0; r < n_rows; ++r) rows[r].in += n * VL;
   }
 }
 
+// f(Constant<kw>) for the widths that have code of their own, f(Constant<0>) for any other.
+template <class F>
+FK_INLINE void with_width(int64_t kw, F f) {
+  if (!with_constant<1, 3, 5, 7, 9>(kw, f)) f(Constant<0>{});
+}
+
 // out[w] = sum over rows and taps; consumes `rows`.
 template <bool PAIRED>
 static void conv_row(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
-  switch (kw) {
-    case 1:
-      return conv_row_of<PAIRED, 1>(rows, n_rows, kw, W, out);
-    case 3:
-      return conv_row_of<PAIRED, 3>(rows, n_rows, kw, W, out);
-    case 5:
-      return conv_row_of<PAIRED, 5>(rows, n_rows, kw, W, out);
-    case 7:
-      return conv_row_of<PAIRED, 7>(rows, n_rows, kw, W, out);
-    case 9:
-      return conv_row_of<PAIRED, 9>(rows, n_rows, kw, W, out);
-    default:
-      return conv_row_of<PAIRED, 0>(rows, n_rows, kw, W, out);
-  }
+  with_width(kw, [&](auto KW) FK_LAMBDA { conv_row_of<PAIRED, KW.value>(rows, n_rows, kw, W, out); });
 }
 
 // The last few rows (along T) of a map, as zero-padded float rows of VL channels.
@@ -137,11 +103,9 @@ struct Ring {
   float* data;
   int64_t slots, pad, row, slot;  // pad in pixels; row and slot in floats
 
-  static Ring make(float*& scratch, int64_t slots, int64_t pad, const Geometry& g) {
-    Ring r{scratch, slots, pad, (g.W + 2 * pad) * VL, 0};
-    r.slot = g.M * r.row;
-    scratch += r.floats();
-    return r;
+  static Ring make(Arena& arena, int64_t slots, int64_t pad, const Geometry& g) {
+    const int64_t row = (g.W + 2 * pad) * VL, slot = g.M * row;
+    return {arena.take<float>(slots * slot), slots, pad, row, slot};
   }
   int64_t floats() const { return slots * slot; }
   void clear_padding() const {
@@ -164,7 +128,7 @@ FK_INLINE T* address(const MapView& v, int64_t b, int64_t c, int64_t t, int64_t 
 template <class T>
 FK_INLINE void load_row(const MapView& v, const Geometry& g, int64_t b, int64_t c0, int64_t t, int64_t m, float* out) {
   const T* p = address<T>(v, b, c0, t, m);
-  int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  int n = lanes_of(g.C - c0);
   int64_t w = 0;
   if (v.w == 1 && v.c != 1 && n == VL)  // channel planes
     for (; w + VL <= g.W; w += VL) {
@@ -215,21 +179,29 @@ FK_INLINE const float* block_taps(const float* packed, const Level& level, int64
   return packed + block * level.taps() * (PAIRED ? 2 : 1) * VL;
 }
 
-// Floats that n objects of T take, in whole cache lines: rows must stay aligned behind them.
-template <class T>
-constexpr int64_t floats_for(int64_t n) {
-  return (n * int64_t(sizeof(T)) + 63) / 64 * 16;
+static int64_t most_kernel_rows(const ContextForward& p) {
+  int64_t most = 1;
+  for (int64_t l = 0; l < p.L; ++l)
+    if (p.levels[l].kt * p.levels[l].km > most) most = p.levels[l].kt * p.levels[l].km;
+  return most;
 }
 
-static int64_t context_fwd_scratch(const ContextForward& p) {
-  int64_t floats = floats_for<Ring>(p.L) + 2 * p.g.W * VL, most_rows = 0;
-  for (int64_t l = 0; l < p.L; ++l) {
-    const Level& level = p.levels[l];
-    floats += level.kt * p.g.M * (p.g.W + 2 * level.rw()) * VL;
-    if (level.kt * level.km > most_rows) most_rows = level.kt * level.km;
+struct ContextScratch {
+  Ring* rings;  // each level's input
+  RowTaps* rows;
+  float *z, *nowhere;  // nowhere: for the row before the first
+
+  ContextScratch(Arena& arena, const ContextForward& p)
+      : rings(arena.take<Ring>(p.L)),
+        rows(arena.take<RowTaps>(most_kernel_rows(p))),
+        z(arena.take<float>(p.g.W * VL)),
+        nowhere(arena.take<float>(p.g.W * VL)) {
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Ring ring = Ring::make(arena, p.levels[l].kt, p.levels[l].rw(), p.g);
+      if (arena.memory) rings[l] = ring;
+    }
   }
-  return floats + floats_for<RowTaps>(most_rows);
-}
+};
 
 constexpr int64_t PIECE = 256;  // of a row, summed apart: a long run of additions into one float loses digits
 
@@ -239,7 +211,7 @@ FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64
                        float* before) {
   vf sum = {};
   for (int64_t first = 0; first < W; first += PIECE) {
-    const int64_t end = W - first < PIECE ? W : first + PIECE;
+    const int64_t end = at_most(W, first + PIECE);
     vf piece = {};
     for (int64_t w = first; w < end; ++w, gate += gate_stride) {
       const vf c = gelu<T>(load(z + w * VL)), gated = c * broadcast(gate);
@@ -254,24 +226,21 @@ FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64
 
 template <class T>
 static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
-                                  float* plane, float* sums, float* scratch) {
+                                  float* plane, float* sums, void* memory) {
   constexpr bool PAIRED = PAIRS<T>;
   const Geometry& g = p.g;
   const int64_t c0 = block * VL, slab = g.M * g.W * VL;
 
-  Ring* rings = reinterpret_cast<Ring*>(scratch);
-  scratch += floats_for<Ring>(p.L);
-  int64_t reach = 0, most_rows = 0;  // how far the levels see, along T
+  Arena arena(memory);
+  const ContextScratch s(arena, p);
+  Ring* const rings = s.rings;
+  RowTaps* const rows = s.rows;
+  float *const z = s.z, *const nowhere = s.nowhere;
+  int64_t reach = 0;  // how far the levels see, along T
   for (int64_t l = 0; l < p.L; ++l) {
-    const Level& level = p.levels[l];
-    rings[l] = Ring::make(scratch, level.kt, level.rw(), g);
     rings[l].clear_padding();
-    reach += level.rt();
-    if (level.kt * level.km > most_rows) most_rows = level.kt * level.km;
+    reach += p.levels[l].rt();
   }
-  RowTaps* rows = reinterpret_cast<RowTaps*>(scratch);
-  float* z = scratch + floats_for<RowTaps>(most_rows);
-  float* nowhere = z + g.W * VL;  // the row before the first
   for (int64_t t = t0; t < t1; t += p.summed) store(sums + t / p.summed * VL, vf{});
   const auto add_to_sum = [&](int64_t t, vf row) FK_LAMBDA {
     float* sum = sums + t / p.summed * VL;
@@ -333,7 +302,7 @@ static void context_fwd_finish_of(const ContextForward& p, int64_t b, int64_t bl
                                   const float* plane, const float* sums) {
   const Geometry& g = p.g;
   const int64_t c0 = block * VL;
-  const int n = int(g.C - c0 < VL ? g.C - c0 : VL);
+  const int n = lanes_of(g.C - c0);
   alignas(64) float means[VL];
   for (int lane = 0; lane < VL; ++lane) {
     double sum = 0;
@@ -359,7 +328,7 @@ template <class T>
 static void pack_taps_of(const T* w, int64_t C, const Level& level, const int64_t strides[4], bool paired,
                          int64_t block, float* packed) {
   const int64_t c0 = block * VL, forms = paired ? 2 : 1;
-  const int n = int(C - c0 < VL ? C - c0 : VL);
+  const int n = lanes_of(C - c0);
   packed += block * forms * level.taps() * VL;
   for (int64_t form = 0; form < forms; ++form)
     for (int64_t i = 0; i < level.kt; ++i)

@@ -1,128 +1,163 @@
-// The whole layer on the CPU, a group of images at a time so that what flows between its parts stays in
-// cache: f -> focal_context -> h, q*, LN?, proj.
-#include "common/parameters.h"
-#include "cpu/tensors.h"
+// The whole layer on the CPU, a group of images at a time: f -> focal_context -> h, q*, LN?, proj.
+#include "cpu/layer.h"
 
 namespace focalnet::cpu {
 
-int64_t images_per_group(const Geometry& g, int lanes) {
-  const int64_t blocks = (g.C + lanes - 1) / lanes, threads = torch::stable::get_num_threads();
+int64_t images_per_group(const Geometry& g, const Kernels& k) {
+  const int64_t blocks = k.channel_blocks(g.C), threads = torch::stable::get_num_threads();
   const int64_t for_cache = 6272 / std::max<int64_t>(1, g.pixels());
   const int64_t for_threads = (2 * threads + blocks - 1) / blocks;
   return std::max<int64_t>(1, std::min(g.B, std::max(for_cache, for_threads)));
 }
 
+namespace {
+
+// `saved`: projected, modulator and mean; nothing where there will be no backward.
+struct Outputs {
+  Tensor y;
+  std::vector<Tensor> saved;
+  const Tensor& projected() const { return saved[0]; }
+  const Tensor& modulator() const { return saved[1]; }
+  const Tensor& mean() const { return saved[2]; }
+};
+
+// What the groups of images share, and the steps that each goes through.
+class LayerForward {
+ public:
+  LayerForward(const Tensor& x, const LayerParameters& p, bool normalize, double ln_eps, bool save, const Outputs& out)
+      : x_(x),
+        out_(out),
+        g_(geometry_of(x, 1, x.dim() - 1)),
+        dtype_(dtype_of(x)),
+        F_(p.f_weight.size(0)),
+        save_(save),
+        normalize_(normalize),
+        ln_eps_(float(ln_eps)),
+        first_(save ? 0 : g_.C),
+        f_(k_, p.f_weight, first_, F_),
+        f_q_(k_, p.f_weight, 0, first_),
+        h_(k_, p.h_weight),
+        proj_(k_, p.proj_weight),
+        levels_(k_, p.focal_weights, g_.C),
+        f_bias_(floats_of(p.f_bias)),
+        h_bias_(floats_of(p.h_bias)),
+        proj_bias_(floats_of(p.proj_bias)),
+        ln_weight_(floats_of(p.ln_weight)),
+        ln_bias_(floats_of(p.ln_bias)) {}
+
+  void run() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    if (g_.B % threads == 0 || g_.B >= 8 * threads) {
+      // every thread takes images of its own through the whole layer: nothing crosses from one cache to another
+      const int64_t per_thread = (g_.B + threads - 1) / threads;
+      const int64_t group = std::clamp<int64_t>(1024 / g_.pixels(), 1, per_thread);
+      parallel(threads, [&](int64_t thread) {
+        const int64_t end = std::min(g_.B, (thread + 1) * per_thread);
+        for (int64_t b = thread * per_thread; b < end; b += group) run({g_, dtype_, b, std::min(end, b + group)});
+      });
+    } else {
+      const int64_t group = images_per_group(g_, k_);
+      for (int64_t b = 0; b < g_.B; b += group) run({g_, dtype_, b, std::min(g_.B, b + group)});
+    }
+  }
+
+ private:
+  // Run inside a task, its parallel parts run on that task's thread.
+  void run(const ImageGroup& group) const {
+    const Buffer f_out(save_ ? 0 : group.tokens() * width() * bytes_of(dtype_));
+    const Buffer ctx_all_memory(save_ ? group.tokens() * g_.C * bytes_of(dtype_) : 0);
+    void* projected = save_ ? group.part(out_.projected()) : f_out.data;
+    const MapView ctx = group.map(projected, width(), g_.C - first_);
+    // over ctx itself where nothing needs it again: a map is read to its end before its result is written
+    const MapView ctx_all = save_ ? group.map(ctx_all_memory.data, g_.C) : ctx;
+    const RowBlocks blocks(group.tokens());
+
+    project(group, blocks, projected);
+    context(group, ctx, group.map(projected, width(), 2 * g_.C - first_), ctx_all);
+    modulate(group, blocks, projected, ctx_all);
+  }
+
+  void project(const ImageGroup& group, const RowBlocks& blocks, void* projected) const {
+    LinearForward p{};
+    p.dtype = dtype_;
+    p.weight = f_.packed;
+    p.bias = f_bias_.empty() ? nullptr : f_bias_.data() + first_;
+    p.in = group.rows(x_);
+    p.out = group.rows(projected, width());
+    for_blocks(blocks, k_.linear_scratch(p, blocks.size),
+               [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k_.linear_fwd(p, row0, row1, scratch); });
+  }
+
+  void context(const ImageGroup& group, const MapView& ctx, const MapView& gates, const MapView& ctx_all) const {
+    ContextForward p{};
+    p.g = group.g;
+    p.dtype = dtype_;
+    p.L = levels_.count();
+    p.levels = levels_.levels.data();
+    p.weights = levels_.weights.data();
+    p.ctx = ctx;
+    p.gates = gates;
+    p.out = ctx_all;
+    p.normalize = normalize_;
+    p.mean = save_ ? static_cast<float*>(out_.mean().mutable_data_ptr()) + group.first * g_.C : nullptr;
+    run_context_fwd(k_, p);
+  }
+
+  void modulate(const ImageGroup& group, const RowBlocks& blocks, void* projected, const MapView& ctx_all) const {
+    ModulateForward p{};
+    p.dtype = dtype_;
+    p.weight = h_.packed;
+    p.bias = data_or_null(h_bias_);
+    p.ctx_all = rows_of(ctx_all, group.g);
+    p.out = group.rows(out_.y);
+    if (save_) {
+      p.q = group.rows(projected, F_);
+      p.modulator = group.rows(group.part(out_.modulator()), g_.C);
+    } else {
+      p.f_q = f_q_.packed;
+      p.f_q_bias = data_or_null(f_bias_);
+      p.x = group.rows(x_);
+    }
+    p.proj = proj_.packed;
+    p.proj_bias = data_or_null(proj_bias_);
+    p.ln_weight = data_or_null(ln_weight_);
+    p.ln_bias = data_or_null(ln_bias_);
+    p.ln_eps = ln_eps_;
+    for_blocks(blocks, k_.modulate_scratch(p, blocks.size),
+               [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k_.modulate_fwd(p, row0, row1, scratch); });
+  }
+
+  // of f's output that is stored: channels first_..F_
+  int64_t width() const { return F_ - first_; }
+
+  const Kernels& k_ = kernels();
+  const Tensor& x_;
+  const Outputs& out_;
+  const Geometry g_;
+  const DType dtype_;
+  const int64_t F_;
+  const bool save_, normalize_;
+  const float ln_eps_;
+  // Inference: q, f's first C channels, is recomputed per block of rows instead of stored
+  const int64_t first_;
+  const PackedMatrix f_, f_q_, h_, proj_;
+  const PackedLevels levels_;
+  const std::vector<float> f_bias_, h_bias_, proj_bias_, ln_weight_, ln_bias_;
+};
+
+}  // namespace
+
 std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
                                                              bool normalize, double ln_eps, bool save) {
-  const Kernels& k = kernels();
   const LayerParameters p(parameters);
-  const int64_t channel = x.dim() - 1;
-  const Geometry g = geometry_of(x, 1, channel);
-  const DType dtype = dtype_of(x);
-  const int64_t tokens = g.B * g.pixels(), F = p.f_weight.size(0);
-
-  Tensor y = torch::stable::empty_like(x);
-  std::vector<Tensor> saved;  // projected, modulator, mean
-  if (save) {
-    saved.push_back(torch::stable::new_empty(x, {tokens, F}));
-    saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
-    saved.push_back(torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float));
-  }
-  if (tokens == 0) return {y, saved};
-
-  // Where nothing is kept for a backward, q is made where it is used, and f's output is ctx and gates alone.
-  const int64_t first = save ? 0 : g.C, width = F - first;
-  const PackedMatrix f(k, p.f_weight, first, F), f_q(k, p.f_weight, 0, first);
-  const PackedMatrix h(k, p.h_weight), proj(k, p.proj_weight);
-  const PackedLevels levels(k, p.focal_weights, g.C);
-  const auto bias_f = floats_of(p.f_bias), bias_h = floats_of(p.h_bias), bias_proj = floats_of(p.proj_bias);
-  const auto weight_ln = floats_of(p.ln_weight), bias_ln = floats_of(p.ln_bias);
-
-  // images b0..b1; run inside a task, its parallel parts run on that task's thread
-  const auto run = [&](int64_t b0, int64_t b1) {
-    const int64_t tokens_here = (b1 - b0) * g.pixels();
-    const Buffer f_out(save ? 0 : tokens_here * width * bytes_of(dtype));
-    const Buffer ctx_all(save ? tokens_here * g.C * bytes_of(dtype) : 0);
-    Geometry part = g;
-    part.B = b1 - b0;
-    const int64_t row0 = b0 * g.pixels();
-    void* projected_here = save ? at_element(saved[0].mutable_data_ptr(), row0 * F, dtype) : f_out.data;
-    MapView in = map_of(x, 1, channel), out = map_of(y, 1, channel);
-    in.data = at_element(in.data, b0 * in.b, dtype);
-    out.data = at_element(out.data, b0 * out.b, dtype);
-    const RowBlocks blocks(part.B * g.pixels());
-
-    LinearForward to_f{};
-    to_f.dtype = dtype;
-    to_f.weight = f.packed;
-    to_f.bias = bias_f.empty() ? nullptr : bias_f.data() + first;
-    to_f.in = rows_of(in, part);
-    to_f.out = rows_of(dense_map(projected_here, dtype, part, width, 0), part);
-    const int64_t linear_scratch = k.linear_scratch(to_f, blocks.size);
-    parallel(blocks.count, [&](int64_t i) {
-      const Buffer memory(linear_scratch);
-      k.linear_fwd(to_f, blocks.begin(i), blocks.end(i), memory.data);
-    });
-
-    ContextForward context{};
-    context.g = part;
-    context.dtype = dtype;
-    context.L = p.levels();
-    context.levels = levels.levels.data();
-    context.weights = levels.weights.data();
-    context.ctx = dense_map(projected_here, dtype, part, width, g.C - first);
-    context.gates = dense_map(projected_here, dtype, part, width, 2 * g.C - first);
-    // over ctx itself where nobody needs it again: a map is read to its end before its result is written
-    context.out = save ? dense_map(ctx_all.data, dtype, part, g.C, 0) : context.ctx;
-    context.normalize = normalize;
-    context.mean = save ? static_cast<float*>(saved[2].mutable_data_ptr()) + b0 * g.C : nullptr;
-    run_context_fwd(k, context);
-
-    ModulateForward modulate{};
-    modulate.dtype = dtype;
-    modulate.weight = h.packed;
-    modulate.bias = data_or_null(bias_h);
-    modulate.ctx_all = rows_of(context.out, part);
-    modulate.out = rows_of(out, part);
-    if (save) {
-      modulate.q = rows_of(dense_map(projected_here, dtype, part, F, 0), part);
-      void* modulator_here = at_element(saved[1].mutable_data_ptr(), row0 * g.C, dtype);
-      modulate.modulator = rows_of(dense_map(modulator_here, dtype, part, g.C, 0), part);
-    } else {
-      modulate.f_q = f_q.packed;
-      modulate.f_q_bias = data_or_null(bias_f);
-      modulate.x = rows_of(in, part);
-    }
-    modulate.proj = proj.packed;
-    modulate.proj_bias = data_or_null(bias_proj);
-    modulate.ln_weight = data_or_null(weight_ln);
-    modulate.ln_bias = data_or_null(bias_ln);
-    modulate.ln_eps = float(ln_eps);
-    const int64_t modulate_scratch = k.modulate_scratch(modulate, blocks.size);
-    parallel(blocks.count, [&](int64_t i) {
-      const Buffer memory(modulate_scratch);
-      k.modulate_fwd(modulate, blocks.begin(i), blocks.end(i), memory.data);
-    });
-  };
-
-  const int64_t threads = torch::stable::get_num_threads();
-  if (g.B % threads == 0 || g.B >= 8 * threads) {
-    // every thread takes images of its own through the whole layer: nothing crosses from one cache to another
-    const int64_t per_thread = (g.B + threads - 1) / threads;
-    const int64_t group = std::clamp<int64_t>(1024 / g.pixels(), 1, per_thread);
-    const int64_t groups = (per_thread + group - 1) / group;
-    parallel(threads, [&](int64_t thread) {
-      const int64_t end = std::min(g.B, (thread + 1) * per_thread);
-      for (int64_t i = 0; i < groups; ++i) {
-        const int64_t b0 = thread * per_thread + i * group;
-        if (b0 < end) run(b0, std::min(end, b0 + group));
-      }
-    });
-  } else {
-    const int64_t group = images_per_group(g, k.lanes);
-    for (int64_t b0 = 0; b0 < g.B; b0 += group) run(b0, std::min(g.B, b0 + group));
-  }
-  return {y, saved};
+  const Geometry g = geometry_of(x, 1, x.dim() - 1);
+  const int64_t tokens = g.B * g.pixels();
+  Outputs out{torch::stable::empty_like(x), {}};
+  if (save)
+    out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}), torch::stable::new_empty(x, {tokens, g.C}),
+                 torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
+  if (tokens > 0) LayerForward(x, p, normalize, ln_eps, save, out).run();
+  return {out.y, out.saved};
 }
 
 }  // namespace focalnet::cpu

@@ -1,6 +1,6 @@
-// Turns the kernel headers into one instruction set's table of tasks. Included by isa_*.cpp, each of which
-// first sets FK_ISA (a name), FK_LANES (floats in a vector) and the compiler's target. No include guard: no
-// second copy.
+// Turns the kernel headers into one instruction set's table of tasks, see kernels.h. Included by isa_*.cpp, each of
+// which first sets FK_ISA (a name), FK_LANES (floats in a vector) and the compiler's target. Neither this nor what it
+// includes has an include guard: there is no second copy.
 
 namespace focalnet::cpu {
 namespace FK_ISA {
@@ -10,22 +10,41 @@ namespace FK_ISA {
 
 #include "cpu/vec.h"
 //
-#include "cpu/gemm.h"
+#include "cpu/arena.h"
+#include "cpu/dispatch.h"
+//
+#include "cpu/products.h"
+//
+#include "cpu/packing.h"
+#include "cpu/rows.h"
+//
+#include "cpu/epilogues.h"
+#include "cpu/layer_norm.h"
 //
 #include "cpu/focal_context_fwd.h"
 #include "cpu/linear_fwd.h"
 #include "cpu/modulate_fwd.h"
 //
 #include "cpu/focal_context_bwd.h"
-//
 #include "cpu/focal_modulation_bwd.h"
 
-// Calls f with a value of the storage dtype.
-template <class F>
-static void with_dtype(DType dtype, F f) {
-  if (dtype == DType::f32) return f(float{});
-  if (dtype == DType::bf16) return f(bf16{});
-  return f(f16{});
+// What a scratch struct takes from an arena, for a task of at most n rows.
+template <template <class> class Scratch, class Task>
+static int64_t scratch_bytes(const Task& p, int64_t n) {
+  Arena counted(nullptr);
+  with_dtype(p.dtype, [&](auto v) { Scratch<decltype(v)>(counted, p, 0, n); });
+  return counted.bytes;
+}
+static int64_t weight_gradient_scratch(const WeightGradient& p, int64_t columns) {
+  Arena counted(nullptr);
+  with_dtype(p.dtype, [&](auto v) { WeightGradientScratch<decltype(v)>(counted, p, columns); });
+  return counted.bytes;
+}
+template <class Scratch, class Task>
+static int64_t context_scratch_bytes(const Task& p) {
+  Arena counted(nullptr);
+  Scratch(counted, p);
+  return counted.bytes;
 }
 
 static bool pairs(DType dtype) {
@@ -40,14 +59,14 @@ static void pack_taps(DType dtype, const void* w, int64_t C, const Level& level,
   });
 }
 static void context_fwd_levels(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
-                               float* sum, float* scratch) {
+                               float* sum, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { context_fwd_levels_of<decltype(v)>(p, b, block, t0, t1, plane, sum, scratch); });
 }
 static void context_fwd_finish(const ContextForward& p, int64_t b, int64_t block, int64_t t0, int64_t t1,
                                const float* plane, const float* sum) {
   with_dtype(p.dtype, [&](auto v) { context_fwd_finish_of<decltype(v)>(p, b, block, t0, t1, plane, sum); });
 }
-static void context_bwd(const ContextBackward& p, int64_t b, int64_t block, float* scratch) {
+static void context_bwd(const ContextBackward& p, int64_t b, int64_t block, void* scratch) {
   with_dtype(p.forward.dtype, [&](auto v) { context_bwd_of<decltype(v)>(p, b, block, scratch); });
 }
 static void convert_all(DType dtype, const float* from, int64_t n, void* to, int64_t stride) {
@@ -101,21 +120,21 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::VL,
     FK_ISA::pairs,
     FK_ISA::pack_taps,
-    FK_ISA::context_fwd_scratch,
+    FK_ISA::context_scratch_bytes<FK_ISA::ContextScratch>,
     FK_ISA::context_fwd_levels,
     FK_ISA::context_fwd_finish,
-    FK_ISA::context_bwd_scratch,
+    FK_ISA::context_scratch_bytes<FK_ISA::ContextBackScratch>,
     FK_ISA::context_bwd,
     FK_ISA::convert_all,
     FK_ISA::packed_bytes,
     FK_ISA::pack_matrix,
-    FK_ISA::linear_scratch,
+    FK_ISA::scratch_bytes<FK_ISA::LinearScratch>,
     FK_ISA::linear_fwd,
-    FK_ISA::modulate_scratch,
+    FK_ISA::scratch_bytes<FK_ISA::ModulateScratch>,
     FK_ISA::modulate_fwd,
-    FK_ISA::modulate_bwd_scratch,
+    FK_ISA::scratch_bytes<FK_ISA::ModulateBackScratch>,
     FK_ISA::modulate_bwd,
-    FK_ISA::project_bwd_scratch,
+    FK_ISA::scratch_bytes<FK_ISA::ProjectBackScratch>,
     FK_ISA::project_bwd,
     FK_ISA::weight_gradient_scratch,
     FK_ISA::weight_gradient,

@@ -1,5 +1,7 @@
 // What one instruction set offers: tasks that a thread runs to the end. The ops (focal_context.cpp, ...) cut
 // the work into tasks, own the memory and run the tasks on torch's thread pool; nothing below knows torch.
+//
+// Sizes of memory are in bytes everywhere.
 #pragma once
 
 #include "common/geometry.h"
@@ -27,11 +29,11 @@ struct ContextBackward {
   const float* mean;            // (B, C): what the forward found
   MapView grad_out;
   MapView grad_ctx;     // written where data is not null
-  float* grad_gates;    // [image][channel block][level][pixel]: this block's share, or null
-  float* grad_weights;  // [image][channel block][all levels' taps][lane], or null
+  float* grad_gates;    // [image][channel block][level][pixel]: partial sums, each over its block; or null
+  float* grad_weights;  // [image][channel block][all levels' taps][lane]: partial sums, each over its image; or null
 };
 
-// A matrix packed for `rows_*` below: out[m, n] = sum_k a[m, k] * w[n, k].
+// A matrix packed for products with rows of tokens: out[m, n] = sum_k a[m, k] * w[n, k].
 struct Packed {
   int64_t N, K;
   const void* panels;  // Kernels::pack_matrix
@@ -108,29 +110,32 @@ struct WeightGradient {
   int64_t unit;        // rows: a product sums rows of one unit only
 };
 
+// A task's scratch memory, on a cache line, has the size that the kernel's `*_scratch` gives: for a task of at most as
+// many rows (or columns) as it is asked for.
 struct Kernels {
   const char* name;
   int lanes;
+  int64_t channel_blocks(int64_t C) const { return (C + lanes - 1) / lanes; }
 
   // Whether the forward of this dtype takes taps `paired`: each kernel row beside the next, for vdpbf16ps.
   bool (*pairs)(DType);
-  // Depthwise weights (C, 1, *k), any strides, to float [channel block][tap][lane], `lanes` x ceil(C / lanes) channels;
-  // or paired to bfloat16 [channel block][single, pair][tap][lane][2].
+  // Depthwise weights (C, 1, *k), any strides, to float [channel block][tap][lane], `lanes` x channel_blocks(C)
+  // channels; or paired to bfloat16 [channel block][single, pair][tap][lane][2].
   // Packs one channel block; `packed` is the level's whole buffer.
   void (*pack_taps)(DType, const void* w, int64_t C, const Level&, const int64_t strides[4], bool paired, int64_t block,
                     float* packed);
 
-  int64_t (*context_fwd_scratch)(const ContextForward&);  // floats, for one task
+  int64_t (*context_fwd_scratch)(const ContextForward&);
   // Levels of rows t0..t1 into `plane` (float, pixels x lanes) and the sums of the last level into their places in
   // `sums` (ContextForward::sums x lanes); t0 and t1 do not cut the rows of a sum apart.
   void (*context_fwd_levels)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1, float* plane,
-                             float* sums, float* scratch);
+                             float* sums, void* scratch);
   // Adds the global context to rows t0..t1 of `plane` and writes them out. `sums`: of the whole map.
   void (*context_fwd_finish)(const ContextForward&, int64_t b, int64_t block, int64_t t0, int64_t t1,
                              const float* plane, const float* sums);
 
-  int64_t (*context_bwd_scratch)(const ContextBackward&);  // floats
-  void (*context_bwd)(const ContextBackward&, int64_t b, int64_t block, float* scratch);
+  int64_t (*context_bwd_scratch)(const ContextBackward&);
+  void (*context_bwd)(const ContextBackward&, int64_t b, int64_t block, void* scratch);
 
   // n floats as the storage dtype, `stride` elements apart.
   void (*convert)(DType, const float* from, int64_t n, void* to, int64_t stride);
@@ -138,16 +143,17 @@ struct Kernels {
   // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 48.
   void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
                       int64_t n1, void* panels);
-  int64_t (*linear_scratch)(const LinearForward&, int64_t rows);  // bytes
+  int64_t (*linear_scratch)(const LinearForward&, int64_t rows);
   void (*linear_fwd)(const LinearForward&, int64_t row0, int64_t row1, void* scratch);
-  int64_t (*modulate_scratch)(const ModulateForward&, int64_t rows);  // bytes
+  int64_t (*modulate_scratch)(const ModulateForward&, int64_t rows);
   void (*modulate_fwd)(const ModulateForward&, int64_t row0, int64_t row1, void* scratch);
 
-  int64_t (*modulate_bwd_scratch)(const ModulateBackward&, int64_t rows);  // bytes
+  // block: the number of the block of rows, for its partial sums
+  int64_t (*modulate_bwd_scratch)(const ModulateBackward&, int64_t rows);
   void (*modulate_bwd)(const ModulateBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
-  int64_t (*project_bwd_scratch)(const ProjectBackward&, int64_t rows);  // bytes
+  int64_t (*project_bwd_scratch)(const ProjectBackward&, int64_t rows);
   void (*project_bwd)(const ProjectBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
-  int64_t (*weight_gradient_scratch)(const WeightGradient&, int64_t columns);  // bytes
+  int64_t (*weight_gradient_scratch)(const WeightGradient&, int64_t columns);
   void (*weight_gradient)(const WeightGradient&, int64_t n0, int64_t n1, int64_t row0, int64_t row1, void* scratch);
 };
 

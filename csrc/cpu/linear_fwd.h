@@ -1,19 +1,19 @@
 // out = in @ weight^T + bias over rows of tokens.
 
-static int64_t linear_scratch(const LinearForward& p, int64_t rows) {
-  return rows * (p.weight.K + 2) * 4 + 2 * rows * int64_t(sizeof(void*)) + 4 * 64;
-}
+template <class T>
+struct LinearScratch {
+  RowBlock<T> in, out;
+  operand_t<T>* operand;
+
+  LinearScratch(Arena& arena, const LinearForward& p, int64_t row0, int64_t n)
+      : in(row_block<T>(arena, p.in, row0, n)),
+        out(row_block<T>(arena, p.out, row0, n)),
+        operand(operand_memory<T>(arena, n, p.weight.K)) {}
+};
 
 template <class T>
-static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, void* scratch) {
-  using CT = operand_t<T>;
-  Arena arena{static_cast<char*>(scratch)};
-  const int64_t n = row1 - row0;
-  T** in = arena.take<T*>(n);
-  T** out = arena.take<T*>(n);
-  row_pointers(p.in, row0, row1, in);
-  row_pointers(p.out, row0, row1, out);
-  int64_t lda;
-  const CT* a = operand_rows<T>(p.in, n, in, p.weight.K, arena.take<CT>(n * padded_k<CT>(p.weight.K)), &lda);
-  product(a, lda, n, p.weight, Writing<T>{out, p.out.channel, p.bias});
+static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, void* memory) {
+  Arena arena(memory);
+  const LinearScratch<T> s(arena, p, row0, row1 - row0);
+  product(operand_rows(s.in, p.weight.K, s.operand), p.weight, StoreBias<T>{s.out, p.bias});
 }

@@ -9,7 +9,7 @@ Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tenso
   if (q.numel() == 0) return out;
   const Geometry g = geometry_of(q, 2, 1);
   const std::vector<float> h_bias = floats_of(bias);
-  PackedMatrix h(k, weight);
+  const PackedMatrix h(k, weight);
   ModulateForward p{};
   p.dtype = dtype_of(q);
   p.weight = h.packed;
@@ -18,11 +18,8 @@ Tensor modulate_fwd(Tensor q, Tensor ctx_all, Tensor weight, std::optional<Tenso
   p.q = rows_of(map_of(q, 2, 1), g);
   p.out = rows_of(map_of(out, 2, 1), g);
   const RowBlocks blocks(g.B * g.pixels());
-  const int64_t scratch = k.modulate_scratch(p, blocks.size);
-  parallel(blocks.count, [&](int64_t i) {
-    const Buffer memory(scratch);
-    k.modulate_fwd(p, blocks.begin(i), blocks.end(i), memory.data);
-  });
+  for_blocks(blocks, k.modulate_scratch(p, blocks.size),
+             [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k.modulate_fwd(p, row0, row1, scratch); });
   return out;
 }
 

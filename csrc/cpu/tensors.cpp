@@ -26,7 +26,7 @@ struct Block {
   int64_t size = 0;
 };
 
-// Large blocks come from the system itself: malloc would keep what is freed for the thread that it was made by.
+// Large blocks come from the system itself: malloc would keep what is freed for the thread that asked for it.
 void* allocate(int64_t size) {
   if (!MAPS || size <= LARGEST_OF_THREAD) return std::aligned_alloc(LINE, size);
   void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -39,14 +39,14 @@ void release(const Block& block) {
     munmap(block.memory, block.size);
 }
 
-// Returned blocks, so many and so many bytes at most.
+// Returned blocks: at most so many, and so many bytes.
 class Pool {
  public:
   Pool(size_t most_blocks, int64_t most_bytes) : most_blocks_(most_blocks), most_bytes_(most_bytes) {}
   ~Pool() {
     for (const Block& block : blocks_) release(block);
   }
-  // The smallest block that is large enough and no waste; an empty one if there is none.
+  // The smallest block that is large enough but not far too large; an empty one if there is none.
   Block take(int64_t bytes) {
     size_t best = blocks_.size();
     for (size_t i = 0; i < blocks_.size(); ++i)
@@ -62,7 +62,7 @@ class Pool {
   void give(const Block& block) {
     blocks_.push_back(block);
     bytes_ += block.size;
-    size_t first = 0;  // those that have waited longest go
+    size_t first = 0;  // the oldest go
     for (; blocks_.size() - first > most_blocks_ || bytes_ > most_bytes_; ++first) {
       release(blocks_[first]);
       bytes_ -= blocks_[first].size;
@@ -76,8 +76,8 @@ class Pool {
   std::vector<Block> blocks_;
 };
 
-// Small blocks stay with the thread that returned them. Large ones are everybody's: a thread that has nothing to do
-// shall not sit on them. Nobody waits for these; who finds them busy does without.
+// Small blocks stay with the thread that returned them. Large ones are shared by all threads, so that an idle thread
+// keeps none of them. No thread waits for the shared pool: one that finds it locked does without.
 Pool& pool_of_thread() {
   static thread_local Pool pool(24, MOST * (int64_t(4) << 20));
   return pool;
@@ -138,7 +138,7 @@ std::vector<float> floats_of(const std::optional<Tensor>& t) {
 }
 
 PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C, bool flipped) {
-  const int64_t channels = (C + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t blocks = k.channel_blocks(C), channels = blocks * k.lanes;
   for (const Tensor& w : tensors) {
     Axes axes(w.dim() - 2, 2);
     levels.push_back({size_or_1(w, axes.tmw[0]), size_or_1(w, axes.tmw[1]), size_or_1(w, axes.tmw[2])});
@@ -171,7 +171,6 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
     weights.push_back(to);
     to += channels * level.taps() * forms;
   }
-  const int64_t blocks = channels / k.lanes;
   parallel(int64_t(tasks.size()) * blocks, [&](int64_t i) {
     const Task& task = tasks[i / blocks];
     k.pack_taps(dtype_of(tensors[0]), task.first, C, levels[i / blocks], task.strides, paired, i % blocks, task.to);
@@ -226,11 +225,11 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
 
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
                                            const std::vector<Tensor>& weights, const std::vector<char>& wanted,
-                                           const float* shares, int64_t B) {
+                                           const float* partial_sums, int64_t B) {
   std::vector<Tensor> gradients;
   int64_t first = 0;
   for (size_t l = 0; l < weights.size(); ++l) {
-    const int64_t C = weights[l].size(0), taps = levels.levels[l].taps(), blocks = (C + k.lanes - 1) / k.lanes;
+    const int64_t C = weights[l].size(0), taps = levels.levels[l].taps(), blocks = k.channel_blocks(C);
     if (!wanted[l]) {
       gradients.push_back(torch::stable::new_empty(weights[l], {0}));
     } else {
@@ -238,9 +237,9 @@ std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels&
       float* out = sums.floats();
       parallel(C, [&](int64_t c) {
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const float* share = shares + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
+          const float* partial = partial_sums + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
           double total = 0;
-          for (int64_t b = 0; b < B; ++b) total += share[b * blocks * levels.taps * k.lanes];
+          for (int64_t b = 0; b < B; ++b) total += partial[b * blocks * levels.taps * k.lanes];
           out[c * taps + tap] = float(total);
         }
       });

@@ -13,13 +13,9 @@ namespace focalnet::cpu {
 inline Rows rows_of(const MapView& v, const Geometry& g) {
   return {v.data, g.pixels(), v.b, v.c, v.t, v.m, v.w, g.M, g.W};
 }
-// The channels of a dense (B, pixels, width) buffer from `channel` on, as a map.
-inline MapView dense_map(void* data, DType dtype, const Geometry& g, int64_t width, int64_t channel) {
-  return {at_element(data, channel, dtype), g.pixels() * width, 1, g.M * g.W * width, g.W * width, width};
-}
 
-// n bytes for as long as the object lives. They come from pools, which keep what was returned: memory fresh from the
-// system would have every page cleared first, which costs more than much of the work done in it.
+// Memory for as long as the object lives, on a cache line. It comes from pools, which keep what was returned: memory
+// fresh from the system would have every page cleared first, which costs more than much of the work done in it.
 class Buffer {
  public:
   Buffer() = default;
@@ -81,6 +77,15 @@ struct RowBlocks {
   int64_t end(int64_t i) const { return std::min({rows, (i / per_unit + 1) * unit, begin(i) + size}); }
 };
 
+// f(block, row0, row1, scratch) for every block, on torch's threads, each with `scratch_bytes` of its own.
+template <class F>
+void for_blocks(const RowBlocks& blocks, int64_t scratch_bytes, const F& f) {
+  parallel(blocks.count, [&](int64_t i) {
+    const Buffer scratch(scratch_bytes);
+    f(i, blocks.begin(i), blocks.end(i), scratch.data);
+  });
+}
+
 // A vector of parameters as float.
 std::vector<float> floats_of(const std::optional<Tensor>& t);
 inline const float* data_or_null(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
@@ -90,6 +95,7 @@ struct PackedLevels {
   std::vector<Level> levels;
   std::vector<const float*> weights;
   int64_t taps = 0;  // of all levels
+  int64_t count() const { return int64_t(levels.size()); }
   // `flipped`: taps in reverse order, which turns the convolution into its transpose
   PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C, bool flipped = false);
 
@@ -113,15 +119,12 @@ struct PackedMatrix {
 void run_context_fwd(const Kernels& k, ContextForward p);
 void run_context_bwd(const Kernels& k, const ContextBackward& p);
 
-// Images per group of the whole layer: enough rows to feed the matrix products and the threads, few enough to stay
-// in cache.
-int64_t images_per_group(const Geometry& g, int lanes);
-
 // A gradient computed as float (contiguous, the parameter's shape), in its parameter's dtype and strides.
 Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient);
-// The depthwise weights' gradients from ContextBackward::grad_weights of B images; an empty tensor where not needed.
+// The depthwise weights' gradients from the partial sums of B images (ContextBackward::grad_weights); an empty tensor
+// where not wanted.
 std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels& levels,
                                            const std::vector<Tensor>& weights, const std::vector<char>& wanted,
-                                           const float* shares, int64_t B);
+                                           const float* partial_sums, int64_t B);
 
 }  // namespace focalnet::cpu

@@ -1,6 +1,6 @@
 // Vectors of FK_LANES floats, loads and stores in every storage dtype, GELU.
 //
-// Included once per instruction set, inside that set's namespace (see isa_*.cpp): the same source becomes
+// Included once per instruction set, inside that set's namespace (see isa.h): the same source becomes
 // portable, AVX2 and AVX-512 code through the compiler's vector extension (GCC, clang). Everything is forced
 // inline so that no function compiled for one instruction set can be linked into another's.
 
@@ -23,6 +23,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+FK_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+// How many lanes of a vector there are values for, of `left` ones.
+FK_INLINE int lanes_of(int64_t left) { return int(at_most(left, VL)); }
 
 FK_INLINE vf splat(float x) { return x - vf{}; }
 FK_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
@@ -70,7 +74,7 @@ FK_INLINE vh to_bf16(vf x) {
 }
 FK_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_any*>(p) = to_bf16(x); }
 
-#ifdef FK_F16C
+#ifdef FK_X86
 FK_INLINE vf load(const f16* p) {
 #if FK_LANES == 16
   return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));

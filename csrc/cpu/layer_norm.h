@@ -1,0 +1,64 @@
+// LayerNorm of token rows, statistics in float.
+
+template <class T>
+FK_INLINE float row_mean(const T* x, int64_t C) {
+  vf sums = {};
+  for (int64_t c = 0; c < C; c += VL) sums += load_lanes(x + c, lanes_of(C - c), 1);
+  return sum_lanes(sums) / float(C);
+}
+template <class T>
+FK_INLINE float row_squares(const T* x, int64_t C, float mean) {
+  vf squares = {};
+  for (int64_t c = 0; c < C; c += VL) {
+    const int lanes = lanes_of(C - c);
+    vf d = load_lanes(x + c, lanes, 1) - mean;
+    if (lanes < VL)
+      for (int j = lanes; j < VL; ++j) d[j] = 0;
+    squares += d * d;
+  }
+  return sum_lanes(squares);
+}
+FK_INLINE float row_rstd(float squares, int64_t C, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / float(C) + eps);
+}
+
+// Each of n rows in place.
+template <class CT>
+static void layer_norm_rows(CT* x, int64_t stride, int64_t n, int64_t C, const float* weight, const float* bias,
+                            float eps) {
+  for (int64_t i = 0; i < n; ++i, x += stride) {
+    const float mean = row_mean(x, C), rstd = row_rstd(row_squares(x, C, mean), C, eps);
+    for (int64_t c = 0; c < C; c += VL) {
+      const int lanes = lanes_of(C - c);
+      const vf normal = (load_lanes(x + c, lanes, 1) - mean) * rstd;
+      store_lanes(x + c, lanes, 1, normal * load_lanes(weight + c, lanes, 1) + load_lanes(bias + c, lanes, 1));
+    }
+  }
+}
+
+// The backward of one row: d, y's gradient, becomes x's; x becomes (x - mean) * rstd; y is made again. The gradients of
+// weight and bias are summed from `weight_sums` and `bias_sums` on.
+template <class T>
+FK_INLINE void layer_norm_row_back(float* x, float* d, T* y, int64_t C, const float* weight, const float* bias,
+                                   float eps, const RowSums& sums, int64_t weight_sums, int64_t bias_sums) {
+  const float mean = row_mean(x, C), rstd = row_rstd(row_squares(x, C, mean), C, eps);
+  vf dot = {}, sum = {};
+  for (int64_t c = 0; c < C; c += VL) {
+    const int lanes = lanes_of(C - c);
+    const vf normal = (load_lanes(x + c, lanes, 1) - mean) * rstd, w = load_lanes(weight + c, lanes, 1);
+    const vf up = load_lanes(d + c, lanes, 1);
+    sums.add(weight_sums + c, lanes, up * normal);
+    sums.add(bias_sums + c, lanes, up);
+    store_lanes(y + c, lanes, 1, normal * w + load_lanes(bias + c, lanes, 1));
+    store_lanes(x + c, lanes, 1, normal);
+    store_lanes(d + c, lanes, 1, up * w);
+    sum += up * w;  // 0 in the lanes beyond C
+    dot += up * w * normal;
+  }
+  const float mean_sum = sum_lanes(sum) / float(C), mean_dot = sum_lanes(dot) / float(C);
+  for (int64_t c = 0; c < C; c += VL) {
+    const int lanes = lanes_of(C - c);
+    const vf value = load_lanes(d + c, lanes, 1) - mean_sum - load_lanes(x + c, lanes, 1) * mean_dot;
+    store_lanes(d + c, lanes, 1, value * rstd);
+  }
+}
