@@ -72,7 +72,7 @@ def rows() -> list[dict[str, object]]:
                 microseconds = {
                     key.replace("ms", "us"): round(1e3 * value / CALLS, 1) for key, value in quantiles.items()
                 }
-                found.append({"mode": mode, "threads_used": threads, "call": name, **microseconds})
+                found.append({"direction": mode, "threads_used": threads, "call": name, **microseconds})
     return found
 
 
@@ -82,7 +82,7 @@ def main(show: bool) -> None:
     about = machine("cpu")  # before the number of threads is changed
     lines = [row | about for row in rows()]
     for row in lines:
-        click.echo(f"{row['mode']:18}{row['threads_used']} threads  {row['call']:20}{row['p50_us']:8.1f} us")
+        click.echo(f"{row['direction']:18}{row['threads_used']} threads  {row['call']:20}{row['p50_us']:8.1f} us")
     if show:
         return
     path = RESULTS / str(about["machine"]) / "overhead.csv"

@@ -138,6 +138,16 @@ def learning(rows: list[dict[str, str]]) -> str:
     return _markdown(lines)
 
 
+def overhead(rows: list[dict[str, str]]) -> str:
+    """One row per call, a column per direction and number of threads."""
+    columns = list(dict.fromkeys((row["direction"], row["threads_used"]) for row in rows))
+    times = {(row["call"], row["direction"], row["threads_used"]): row["p50_us"] for row in rows}
+    lines = [["call", *(f"{direction}, threads: {threads}" for direction, threads in columns)]]
+    for call in dict.fromkeys(row["call"] for row in rows):
+        lines.append([call, *(times.get((call, *column), "") for column in columns)])
+    return _markdown(lines)
+
+
 def rendered(text: str) -> str:
     """`text` with every block as its files have it."""
 
@@ -174,6 +184,9 @@ def report(folder: Path) -> str:
         if path.name == drift.FILE:
             about = "Learning digits; columns of steps: distance of the losses from float64's (over eager PyTorch's)."
             lines += [f"## {path.name}", "", machine(rows[-1]), about, "", learning(rows), ""]
+        if path.name == "overhead.csv":
+            about = "Microseconds of a call that has next to nothing to compute, medians: benchmarks/overhead.py."
+            lines += [f"## {path.name}", "", machine(rows[0]), about, "", overhead(rows), ""]
         if "mode" not in rows[0]:
             continue
         lines += [f"## {path.name}", "", machine(rows[0]), ""]

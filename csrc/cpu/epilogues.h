@@ -1,12 +1,13 @@
-// What is done with the sums of a product. An epilogue has three functions, called for one tile after the other:
+// What is done with the sums of a product. An epilogue has three functions, called for one tile after the other.
 //
-//   prefetch(row, rows, column)                        before the product: asks for the memory that the others will
-//   touch full_tile<N>(row, rows, column, sums) -> bool      `sums` (rows, N * VL), every column of which is in the
-//   matrix;
-//                                                      false: not in this way, use edge
-//   edge(row, column, n, sum)                          one vector of a row, its first n columns in the matrix
+// Before the product, prefetch(row, rows, column) asks for the memory that the others will touch.
 //
-// rows begin at `row` and columns at `column` of the whole product. Most tiles are full, so what is worth making fast
+// full_tile<N>(row, rows, column, sums) takes `sums` (rows, N * VL), every column of which is in the matrix; where it
+// returns false, nothing was done and edge is called.
+//
+// edge(row, column, n, sum) takes one vector of a row, its first n columns in the matrix.
+//
+// Rows begin at `row` and columns at `column` of the whole product. Most tiles are full, so what is worth making fast
 // is full_tile. Another way to use the sums is another struct here.
 
 // Asks for the part of rows row..row + rows that a tile will read or (WRITE) write: rows lie too far apart for the
