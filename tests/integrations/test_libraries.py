@@ -43,7 +43,7 @@ def seeded(build):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_models_are_born_accelerated(library):
+def test_models_are_created_accelerated(library):
     patch, build = LIBRARIES[library]
     plain, next_random = seeded(build)
     with patch():
