@@ -150,23 +150,15 @@ def _reason_against(backend: str, case: Case) -> str | None:
     else:
         layers = [case.layer]
     for layer in layers:
-        C, spatial, L = layer.dim, layer.spatial, layer.focal_level
-        levels = [empty(C, 1, *(k,) * len(spatial)) for k in layer.kernels]
-        maps = empty(case.batch, C, *spatial)
-        arguments = {
-            "focal_context": (maps, empty(case.batch, L + 1, *spatial), levels),
-            "modulate": (maps, maps, empty(C, C), empty(C)),
-        }.get(case.what)
-        options = {}
-        if arguments is None:
-            ln = empty(C) if layer.use_postln_in_modulation else None
-            options = {"ln_weight": ln, "ln_bias": ln}
-            wide, square, one = empty(2 * C + L + 1, C), empty(C, C), empty(C)
-            x = empty(case.batch, *spatial, C)
-            arguments = (x, wide, empty(2 * C + L + 1), levels, square, one, square, one)
-        op = {"focal_context": focal_context, "modulate": modulate}.get(case.what, focal_modulation)
-        with dispatch.use_backend(backend):
-            found = explain(op, *arguments, **options)
+        C, spatial, p = layer.dim, layer.spatial, layer.parameters(empty)
+        maps, gates = empty(case.batch, C, *spatial), empty(case.batch, layer.focal_level + 1, *spatial)
+        x = empty(case.batch, *spatial, C)
+        layer_arguments = (x, p.f_weight, p.f_bias, p.focal_weights, p.h_weight, p.h_bias, p.proj_weight, p.proj_bias)
+        op, arguments, options = {
+            "focal_context": (focal_context, (maps, gates, p.focal_weights), {}),
+            "modulate": (modulate, (maps, maps, p.h_weight, p.h_bias), {}),
+        }.get(case.what, (focal_modulation, layer_arguments, {"ln_weight": p.ln_weight, "ln_bias": p.ln_bias}))
+        found = explain(op, *arguments, **options, backend=backend)
         if found.backend != backend:
             return found.reasons[backend]
     return None
