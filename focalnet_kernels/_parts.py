@@ -196,6 +196,15 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
     return None
 
 
+def dropped(dropout: Module, y: Tensor) -> Tensor:
+    """What a layer's dropout makes of its output. It is not called where it is off and nobody would see the call."""
+    off = type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
+    return y if off and why_call(dropout, _DROPOUT) is None else dropout(y)
+
+
+_DROPOUT: Mapping[type, Callable] = {nn.Dropout: nn.Dropout.forward}
+
+
 def why_call_gelu(part: Module) -> str | None:
     """As `why_call`, for what is to be the exact GELU."""
     reason = why_call(part)

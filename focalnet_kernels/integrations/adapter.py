@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .._parts import Module, Parts, why_call, why_call_gelu, why_call_levels, why_call_norm, why_call_projection
+from .._parts import (
+    Module,
+    Parts,
+    dropped,
+    why_call,
+    why_call_gelu,
+    why_call_levels,
+    why_call_norm,
+    why_call_projection,
+)
 from ..functional import focal_modulation
 
 
@@ -70,7 +79,7 @@ class Adapter:
 
     def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         """(B, *spatial, C) in the layout and memory order in which the original answers for `x`, after dropout."""
-        return module._modules[self.drop](y.contiguous())
+        return dropped(module._modules[self.drop], y.contiguous())
 
     def functional_arguments(self, module: Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._parts import Module, Parts, why_call
+from .._parts import Module, Parts, dropped, why_call
 from .adapter import Adapter
 
 
@@ -28,7 +28,7 @@ class Timm(Adapter):
         # its own convolutions pass on the order of x or of their weights; its post norm permutes to and
         # fro, so that proj sees channels_last whatever the layer was given
         last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f._parameters["weight"])
-        return module._modules[self.drop](channels_first(y, last))
+        return dropped(module._modules[self.drop], channels_first(y, last))
 
 
 def channels_first(y: Tensor, channels_last: bool) -> Tensor:

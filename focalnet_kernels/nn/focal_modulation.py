@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._parts import Parts, why_call_all, why_call_any, why_call_levels, why_call_norm, why_call_projection
+from .._parts import Parts, dropped, why_call_all, why_call_any, why_call_levels, why_call_norm, why_call_projection
 from ..functional import focal_context, focal_modulation, resample
 from ..ops.focal_context.reference import mix_levels
 
@@ -82,7 +82,7 @@ class FocalModulationNd(nn.Module):
         else:
             args, kwargs = self.functional_arguments(x)
             if not return_gates:
-                return self.proj_drop(focal_modulation(*args, **kwargs))
+                return dropped(self.proj_drop, focal_modulation(*args, **kwargs))
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
         y = self.proj_drop(y)
         return (y, gates, modulator) if return_gates else y

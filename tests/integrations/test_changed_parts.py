@@ -132,6 +132,28 @@ def test_a_norm_s_class_is_patched_afterwards(monkeypatch):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("form", ["timm", "authors", "ours"])
+def test_dropout_that_is_off_need_not_be_called(form):
+    """Unless somebody sees the call, or it is on."""
+    layer = fk.FocalModulation(8, 3, 2) if form == "ours" else build(form)
+    x = torch.randn(2, 5, 4, 8) if form == "ours" else example(form)
+    layer.eval().proj_drop.p = 0.5
+    if form != "ours":
+        accelerate(layer)
+    before = layer(x)
+    layer.proj_drop.train()
+    assert (layer(x) == 0).any()
+    layer.proj_drop.p = 1.0
+    assert not layer(x).any()
+    layer.proj_drop.eval()
+    assert torch.equal(layer(x), before)
+    handle = layer.proj_drop.register_forward_hook(lambda module, args, y: 2 * y)
+    assert torch.equal(layer(x), 2 * before)
+    handle.remove()
+    layer.proj_drop.forward = torch.neg
+    assert torch.equal(layer(x), -before)
+
+
 def test_hooks_on_all_modules_fire():
     layer, seen = build("timm"), []
     accelerate(layer)
