@@ -149,7 +149,7 @@ def test_building_asks_for_no_torch():
 def source_distribution(tmp_path_factory):
     """What `python -m build --sdist` packs where nothing can be compiled, unpacked."""
     tree, packed = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("packed")
-    for name in ("focalnet_kernels", "csrc"):
+    for name in ("focalnet_kernels", "csrc", "build_tools"):
         shutil.copytree(PACKAGE.parent / name, tree / name, ignore=shutil.ignore_patterns(*BINARIES))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(PACKAGE.parent / name, tree)
@@ -168,7 +168,8 @@ def files(folder):
 
 def test_a_source_distribution_builds(source_distribution):
     """It has all that setup.py imports and compiles, and what the package reads."""
-    assert files(source_distribution / "csrc") == files(PACKAGE.parent / "csrc")
+    for folder in ("csrc", "build_tools"):
+        assert files(source_distribution / folder) == files(PACKAGE.parent / folder)
     needed = {name for name in files(PACKAGE) if Path(name).suffix not in (".so", ".pyd", ".dylib")}
     assert files(source_distribution / "focalnet_kernels") == needed
     command = [sys.executable, "setup.py", "--quiet", "--version"]

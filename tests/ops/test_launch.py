@@ -8,8 +8,8 @@ import torch
 from focalnet_kernels.bench.layers import DETECTION, published_layers
 from focalnet_kernels.cli.check import layer_launches
 from focalnet_kernels.models import list_models
-from focalnet_kernels.ops import _triton
 from focalnet_kernels.ops.modulate import triton_launch
+from focalnet_kernels.ops.triton import launch as launching
 
 pytest.importorskip("triton", reason="its kernels are compiled here")
 
@@ -35,16 +35,16 @@ def test_runs_under_the_device_of_its_tensors(monkeypatch):
             return lambda *args, **options: events.append((grid, args))
 
     monkeypatch.setattr(torch.cuda, "device", Entered)
-    _triton.launch(Kernel(), 7, torch.device("cuda", 1), "argument")
+    launching.launch(Kernel(), 7, torch.device("cuda", 1), "argument")
     assert events == ["enter cuda:1", ((7,), ("argument",)), "leave"]
-    _triton.launch(Kernel(), 0, torch.device("cuda", 1))  # a grid of nothing is an error in CUDA
+    launching.launch(Kernel(), 0, torch.device("cuda", 1))  # a grid of nothing is an error in CUDA
     assert len(events) == 3
 
 
 def test_every_launch_names_the_device_of_its_tensors(monkeypatch):
     """Recorded on "meta", which stands for a GPU that is not the current one."""
     devices = []
-    record = _triton.launch
+    record = launching.launch
     for module in ("focal_context", "modulate", "focal_modulation"):
 
         def launch(kernel, programs, device, *args, **constants):

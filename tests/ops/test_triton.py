@@ -179,15 +179,15 @@ def test_every_grid_fits():
 
 
 def test_an_interpreter_that_numpy_outran(monkeypatch):
-    from focalnet_kernels.ops import _triton
+    from focalnet_kernels.ops.triton import launch
 
     versions = {"triton": (3, 6), "numpy": (2, 4)}
-    monkeypatch.setattr(_triton, "INTERPRETED", True)
-    monkeypatch.setattr(_triton, "_version", versions.get)
-    assert "needs numpy before 2.4" in _triton._missing()
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "_version", versions.get)
+    assert "needs numpy before 2.4" in launch._missing()
     for right in ({"triton": (3, 7)}, {"numpy": (2, 3)}):
-        monkeypatch.setattr(_triton, "_version", (versions | right).get)
-        assert _triton._missing() is None
+        monkeypatch.setattr(launch, "_version", (versions | right).get)
+        assert launch._missing() is None
 
 
 def test_what_it_leaves_to_others():
