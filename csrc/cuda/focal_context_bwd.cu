@@ -60,22 +60,8 @@ __device__ inline void weight_gradients(const Chain& chain, const Frame& f, cons
     for (int i = 0; i < int(k.kt) * km; ++i, ++row, to += kw) {
       if (row % warps != warp) continue;
       const int dt = i / km - int(k.rt()), dm = i % km - int(k.rm());
-      switch (kw) {
-        case 3:
-          row_gradient<3>(grad, plane, f, dt, dm, kw, first, to);
-          break;
-        case 5:
-          row_gradient<5>(grad, plane, f, dt, dm, kw, first, to);
-          break;
-        case 7:
-          row_gradient<7>(grad, plane, f, dt, dm, kw, first, to);
-          break;
-        case 9:
-          row_gradient<9>(grad, plane, f, dt, dm, kw, first, to);
-          break;
-        default:
-          row_gradient<0>(grad, plane, f, dt, dm, kw, first, to);
-      }
+      const auto run = [&](auto width) { row_gradient<width>(grad, plane, f, dt, dm, kw, first, to); };
+      if (!with_constant<3, 5, 7, 9>(kw, run)) run(std::integral_constant<int, 0>());
     }
   }
 }

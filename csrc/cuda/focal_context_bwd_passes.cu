@@ -197,16 +197,8 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
     const int64_t part = task.run * rows.plan.schedule.strips + task.strip;
     float* to = p.weights_parts + (part * chain.g.C + task.channel) * all_taps;
     for (int l = 0; l < chain.L; ++l) {
-      const int kt = int(chain.levels[l].size.kt);
-      if constexpr (WINDOW == 32) {
-        if (kt == 13) weight_gradients<13, WINDOW>(arguments, rows, task, l, to);
-        if (kt == 11) weight_gradients<11, WINDOW>(arguments, rows, task, l, to);
-      }
-      if (kt == 9) weight_gradients<9, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 7) weight_gradients<7, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 5) weight_gradients<5, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 3) weight_gradients<3, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 1) weight_gradients<1, WINDOW>(arguments, rows, task, l, to);
+      with_height<WINDOW>(int(chain.levels[l].size.kt),
+                          [&](auto k) { weight_gradients<k, WINDOW>(arguments, rows, task, l, to); });
       to += chain.levels[l].size.taps();
     }
   });

@@ -268,9 +268,8 @@ class Backward {
     if (l > 0) p.gate = gate(l - 1), p.z = p.to = z_[l - 1];
     with_type(chain_.dtype, [&](auto zero) {
       with_width(p.above.size.kw, [&](auto width) {
-        launch(tokens_level_bwd_kernel<decltype(zero), decltype(width)::value>,
-               p.g.B * tiling_.image_blocks * tiling_.channel_tiles, tiling_.lanes * GROUPS,
-               p.above.size.taps() * TILE * 4, stream_, p);
+        launch(tokens_level_bwd_kernel<decltype(zero), width>, p.g.B * tiling_.image_blocks * tiling_.channel_tiles,
+               tiling_.lanes * GROUPS, p.above.size.taps() * TILE * 4, stream_, p);
       });
     });
   }
@@ -282,9 +281,8 @@ class Backward {
       const WeightsGradient p{chain_.g, tiling_, k, input_[l], z_[l], weight_parts_, to, all_taps_};
       with_type(chain_.dtype, [&](auto zero) {
         with_width(k.kw, [&](auto width) {
-          launch(tokens_weights_kernel<decltype(zero), decltype(width)::value>,
-                 weight_parts_ * k.kt * k.km * tiling_.channel_tiles, tiling_.lanes * GROUPS,
-                 THREADS * 16 + k.kw * TILE * 4, stream_, p);
+          launch(tokens_weights_kernel<decltype(zero), width>, weight_parts_ * k.kt * k.km * tiling_.channel_tiles,
+                 tiling_.lanes * GROUPS, THREADS * 16 + k.kw * TILE * 4, stream_, p);
         });
       });
       to += k.taps();

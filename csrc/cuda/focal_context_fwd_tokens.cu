@@ -158,8 +158,8 @@ void run_level_fwd(const LevelForward& p, DType dtype, void* stream) {
   const int64_t shared = p.level.size.taps() * TILE * 4 + (p.sums ? threads * 16 : 0);
   with_type(dtype, [&](auto zero) {
     with_width(p.level.size.kw, [&](auto width) {
-      launch(tokens_level_fwd_kernel<decltype(zero), decltype(width)::value>,
-             p.g.B * p.tiling.image_blocks * p.tiling.channel_tiles, threads, shared, stream, p);
+      launch(tokens_level_fwd_kernel<decltype(zero), width>, p.g.B * p.tiling.image_blocks * p.tiling.channel_tiles,
+             threads, shared, stream, p);
     });
   });
 }

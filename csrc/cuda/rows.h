@@ -132,6 +132,15 @@ struct Task {
   __device__ bool has(int t) const { return t >= begin && t < end; }
 };
 
+// f(std::integral_constant<int, K>()) with a kernel's height; only windows of 32 are for such tall ones as 11 and 13.
+template <int WINDOW, class F>
+__device__ void with_height(int kt, const F& f) {
+  if constexpr (WINDOW == 32)
+    with_constant<13, 11, 9, 7, 5, 3, 1>(kt, f);
+  else
+    with_constant<9, 7, 5, 3, 1>(kt, f);
+}
+
 // The rows of a warp, or of a block where a map is too wide for one, wherever they come from and go to.
 template <class T>
 struct Rows {
@@ -275,22 +284,7 @@ struct Rows {
 
   template <int WINDOW>
   __device__ void convolve(float (&acc)[STEP][4], int kt, Ring ring, int bands, int first) const {
-    if constexpr (WINDOW == 32) {  // only then are kernels so tall: see lay_out_rows
-      if (kt == 11) return convolve_rows<11, WINDOW>(acc, ring, bands, first);
-      if (kt == 13) return convolve_rows<13, WINDOW>(acc, ring, bands, first);
-    }
-    switch (kt) {
-      case 1:
-        return convolve_rows<1, WINDOW>(acc, ring, bands, first);
-      case 3:
-        return convolve_rows<3, WINDOW>(acc, ring, bands, first);
-      case 5:
-        return convolve_rows<5, WINDOW>(acc, ring, bands, first);
-      case 7:
-        return convolve_rows<7, WINDOW>(acc, ring, bands, first);
-      default:
-        return convolve_rows<9, WINDOW>(acc, ring, bands, first);
-    }
+    with_height<WINDOW>(kt, [&](auto k) { convolve_rows<k, WINDOW>(acc, ring, bands, first); });
   }
 
   // sums[OFFSET + dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of

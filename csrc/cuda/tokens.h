@@ -163,25 +163,10 @@ struct PassBlock {
   __device__ int channels(const Geometry& g) const { return int(std::min<int64_t>(TILE, g.C - first_channel)); }
 };
 
-// Runs f(std::integral_constant) with the kernel width kw: the widths that the passes are compiled for.
-template <int KW>
-using Width = std::integral_constant<int, KW>;
+// f(std::integral_constant<int, KW>()) with a kernel's width: those that the passes are compiled for.
 template <class F>
 void with_width(int64_t kw, const F& f) {
-  switch (kw) {
-    case 3:
-      return f(Width<3>());
-    case 5:
-      return f(Width<5>());
-    case 7:
-      return f(Width<7>());
-    case 9:
-      return f(Width<9>());
-    case 11:
-      return f(Width<11>());
-    case 13:
-      return f(Width<13>());
-  }
+  with_constant<3, 5, 7, 9, 11, 13>(kw, f);
 }
 
 // Whether all of the maps, where there is one, have their channels adjacent and every four of them on a boundary.
