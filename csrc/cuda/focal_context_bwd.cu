@@ -66,7 +66,7 @@ __device__ inline void weight_gradients(const Chain& chain, const Frame& f, cons
   }
 }
 
-// What a group of threads has in hand: a channel of an image.
+// What a group of threads works on: a channel of an image.
 template <class T>
 struct State {
   const ContextBackward& p;

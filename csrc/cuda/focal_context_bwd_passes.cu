@@ -169,20 +169,20 @@ __device__ void weight_gradients(const Arguments& arguments, const Rows<T>& rows
   const int warps = rows.plan.layout.warps, kw = int(arguments.p.chain.levels[l].size.kw);
   float products[K][WINDOW / 16][4] = {};
   tap_products<K, WINDOW>(arguments, rows, task, l, products);
-  const int lane = threadIdx.x % 32, warp = rows.mine / 32;
+  const int lane = threadIdx.x % 32, warp = rows.thread / 32;
   float* const sums = reinterpret_cast<float*>(rows.memory + rows.plan.shared.sums);  // a tap per lane,
   float* const area = sums + 32 * warps + warp * WINDOW * 8;                          // then areas for diagonals
 #pragma unroll
   for (int dt = 0; dt < K; ++dt) {
     float tap = Rows<T>::diagonal(products[dt], kw, area);
     if (warps > 1) {
-      sums[rows.mine] = tap;
+      sums[rows.thread] = tap;
       rows.sync();
       tap = 0;
       for (int i = 0; i < warps; ++i) tap += sums[32 * i + lane];
       rows.sync();
     }
-    if (rows.mine < kw) to[dt * kw + lane] = tap;
+    if (rows.thread < kw) to[dt * kw + lane] = tap;
   }
 }
 

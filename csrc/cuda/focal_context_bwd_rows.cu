@@ -15,7 +15,7 @@ struct Arguments {
   RowsBackwardPlan plan;
 };
 
-// The kernel sizes of a chain, known to the compiler: weight gradients stay in registers all the way.
+// The kernel sizes of a chain, as compile-time constants: weight gradients stay in registers all the way.
 template <int... K>
 struct Kernels {
   static constexpr int L = sizeof...(K);
@@ -34,7 +34,7 @@ struct Kernels {
   }
 };
 
-// f(0), f(1), ... f(N - 1) with numbers that the compiler knows
+// f(0), f(1), ... f(N - 1) with compile-time constants
 template <class F, int... I>
 __device__ __forceinline__ void for_all(std::integer_sequence<int, I...>, const F& f) {
   (f(std::integral_constant<int, I>()), ...);
@@ -51,7 +51,7 @@ using TapProducts = float[KERNELS::ROWS][1][4];
 // The channel that a warp has now.
 struct Channel {
   int64_t index;
-  bool valid;  // it exists; where not, the warp only keeps pace with its block
+  bool valid;  // it exists; where not, the warp only takes part in its block's barriers
   float ctx_bias;
 };
 
@@ -61,7 +61,7 @@ struct Means {
   float to_mean[2];  // what every pixel of the last level receives through them
 };
 
-// What a warp has in hand: a channel of a group of images. In a step the last level's rows begin at `t`; level l's are
+// What a warp works on: a channel of a group of images. In a step the last level's rows begin at `t`; level l's are
 // ahead(l) further down, the gradients of what leaves its convolution as many further up. Numbers and references alone:
 // with an array in it that loops go through, compilers keep the whole struct, and all it refers to, in local memory.
 template <class T, class KERNELS>
@@ -104,7 +104,7 @@ struct State {
   }
 };
 
-// Takes up channel `wanted`: makes its bands.
+// Makes the bands of channel `wanted`.
 template <class KERNELS, class T>
 __device__ __forceinline__ Channel start_channel(const Arguments& arguments, const Rows<T>& rows, int64_t wanted) {
   const Chain& chain = arguments.p.chain;
@@ -281,7 +281,7 @@ __device__ __forceinline__ void ctx_gradient(const State<T, KERNELS>& s, int t) 
   }
 }
 
-// Adds the sums over the block's channels to its partial sums of the gates' gradients. The whole block comes here.
+// Adds the sums over the block's channels to its partial sums of the gates' gradients. The whole block calls this.
 template <class T, class KERNELS>
 __device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int64_t part, bool first_of_part) {
   constexpr int L = KERNELS::L;

@@ -2,7 +2,7 @@
 //
 // A warp owns a channel of 16 segments of 8 columns: of one image, or of several narrow ones. Along a row, a level is a
 // product of the segments' windows (16 x WINDOW inputs, each window starting WINDOW / 4 columns left of its segment)
-// with a band of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a time; what
+// with a banded matrix of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a time; what
 // they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour has.
 #pragma once
 
@@ -141,25 +141,25 @@ __device__ void with_height(int kt, const F& f) {
     with_constant<9, 7, 5, 3, 1>(kt, f);
 }
 
-// The rows of a warp, or of a block where a map is too wide for one, wherever they come from and go to.
+// The rows of their owner: of a warp, or of a block where a map is too wide for one.
 template <class T>
 struct Rows {
   const RowsPlan& plan;
-  int owner, mine;  // which rows of the block, and which of their threads
+  int owner, thread;  // which rows of the block, and which of their threads
   T* memory;
   int T_;         // rows of the map
-  int window_at;  // of the row that this lane shows to ldmatrix
+  int window_at;  // of the row that this lane passes to ldmatrix
 
   __device__ Rows(const RowsPlan& plan, const Geometry& g)
       : plan(plan),
         owner(plan.layout.warps > 1 ? 0 : threadIdx.x / 32),
-        mine(plan.layout.warps > 1 ? threadIdx.x : threadIdx.x % 32),
+        thread(plan.layout.warps > 1 ? threadIdx.x : threadIdx.x % 32),
         memory(shared_memory<T>() + owner * plan.shared.elements),
         T_(int(g.T)) {
     const RowsLayout& layout = plan.layout;
     const int lane = threadIdx.x % 32, warp = layout.warps > 1 ? threadIdx.x / 32 : 0;
     const int until = plan.shared.zeros + layout.row;
-    for (int i = mine; i < until; i += 32 * layout.warps) memory[i] = from_float<T>(0.0f);
+    for (int i = thread; i < until; i += 32 * layout.warps) memory[i] = from_float<T>(0.0f);
     int segment = warp * 16 + lane % 16;
     if (segment >= layout.images * layout.segments) segment = 0;  // its products are not used
     window_at = segment / layout.segments * layout.image_row + segment % layout.segments * 8 + lane / 16 * 8;
@@ -186,7 +186,7 @@ struct Rows {
     for (int64_t group = task.first_group; group < task.last_group; ++group) f(group, Pairs(plan.layout, g, group));
   }
 
-  // Lanes of the rows' owners wait for each other.
+  // A barrier of the rows' owner.
   __device__ void sync() const {
     if (plan.layout.warps > 1)
       __syncthreads();
@@ -218,7 +218,7 @@ struct Rows {
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-      if (lane % 4 == 0) segments[mine / 32 * 16 + lane / 4 + 8 * i] = sum[i];
+      if (lane % 4 == 0) segments[thread / 32 * 16 + lane / 4 + 8 * i] = sum[i];
     }
     sync();
     for (int i = 0; i < 2; ++i) {
@@ -249,7 +249,7 @@ struct Rows {
   }
   // Those of all levels of a chain, by the first warp of the rows' owner.
   __device__ void make_all_bands(const Chain& chain, int64_t channel, bool flipped) const {
-    for (int l = 0; l < chain.L && mine < 32; ++l) make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
+    for (int l = 0; l < chain.L && thread < 32; ++l) make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
   }
 
   // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.

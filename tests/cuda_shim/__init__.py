@@ -1,4 +1,4 @@
-"""csrc/cuda on a CPU: builds the very .cu sources against headers that act CUDA out, and loads them.
+"""csrc/cuda on a CPU: builds the unchanged .cu sources against stub headers that emulate CUDA, and loads them.
 
 The raw ops of backend "cuda" then take CPU tensors. See cuda_runtime.h and fibres.h beside this file.
 """
@@ -60,7 +60,7 @@ def build(name: str, sources: list[Path]) -> Path:
 
 
 def load_ops() -> Callable[[int], None]:
-    """The raw ops of backend "cuda", on CPU tensors. Returns what seeds the order in which their threads run."""
+    """The raw ops of backend "cuda", on CPU tensors. Returns a function that seeds the order of their threads."""
     library = str(build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp"]))
     torch.ops.load_library(library)
     seed = ctypes.CDLL(library).focalnet_shim_seed
