@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_down_kernel(Argume
       float sum[2] = {};
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.T_, t, to); },
+          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
           [&](int l, int first, float (&acc)[STEP][4]) {
             for_pairs([&](int r, int i) {
               float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
@@ -146,14 +146,14 @@ __device__ __forceinline__ void tap_products(const Arguments& arguments, const R
     const Lines<const T> from(l == 0 ? chain.ctx : arguments.levels, pairs, l == 0 ? task.channel : planes - 1);
     Two<T> next[STEP][2], grad[STEP][2];
     int t = task.begin - (K / 2 + 1) / 2 * STEP;  // rows up to t + STEP - 1 + K / 2 are there
-    fetch_ctx(from, biases, bias, rows.T_, t + K / 2, next);
+    fetch_ctx(from, biases, bias, rows.map_rows, t + K / 2, next);
     for (; t < task.end; t += STEP) {
 #pragma unroll
       for (int r = 0; r < STEP; ++r) rows.put(ring, t + K / 2 + r, pairs, next[r]);
       rows.sync();
-      if (t + STEP < task.end) fetch_ctx(from, biases, bias, rows.T_, t + STEP + K / 2, next);
+      if (t + STEP < task.end) fetch_ctx(from, biases, bias, rows.map_rows, t + STEP + K / 2, next);
       if (t >= task.begin) {
-        fetch(grads, rows.T_, t, grad);
+        fetch(grads, rows.map_rows, t, grad);
         uint32_t both[STEP][2];
         for_pairs([&](int r, int i) { both[r][i] = packed(grad[r][i]); });
         rows.template add_products<K, 0>(products, ring, t, both);

@@ -78,9 +78,9 @@ struct State {
   const int lane, reach;
 
   __device__ int ahead(int l) const { return reach - plan.rows.layout.reach[l]; }
-  __device__ bool inside(int t) const { return t >= 0 && t < rows.T_; }
+  __device__ bool inside(int t) const { return t >= 0 && t < rows.map_rows; }
   // Whether any of the rows first .. first + STEP - 1 is.
-  __device__ bool any_inside(int first) const { return first + STEP > 0 && first < rows.T_; }
+  __device__ bool any_inside(int first) const { return first + STEP > 0 && first < rows.map_rows; }
 
   // Pair i of row t in a ring that only this lane reads.
   __device__ Two<T>& own(Ring ring, int t, int i) const {
@@ -122,13 +122,13 @@ __device__ __forceinline__ Channel start_channel(const Arguments& arguments, con
 template <class T, class KERNELS>
 __device__ __forceinline__ Means mean_gradient(const State<T, KERNELS>& s) {
   const Geometry& g = s.chain.g;
-  const int T_ = s.rows.T_;
+  const int map_rows = s.rows.map_rows;
   const float gate_bias = of_vector<T>(s.chain.gates_bias, KERNELS::L);
   Means means{};
-  for (int t = 0; t < T_; t += STEP) {
+  for (int t = 0; t < map_rows; t += STEP) {
     Two<T> grad[STEP][2], gate[STEP][2];
-    fetch(Lines<const T>(s.p.grad_out, s.pairs, s.channel.index), T_, t, grad);
-    fetch(s.gates, T_, t, gate, KERNELS::L);
+    fetch(Lines<const T>(s.p.grad_out, s.pairs, s.channel.index), map_rows, t, grad);
+    fetch(s.gates, map_rows, t, gate, KERNELS::L);
     for_pairs([&](int r, int i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j)
@@ -152,8 +152,8 @@ struct Arriving {
 template <class T, class KERNELS>
 __device__ __forceinline__ void fetch_rows(const State<T, KERNELS>& s, int t, Arriving<T>& to) {
   const Lines<const T> ctx(s.chain.ctx, s.pairs, s.channel.index), grad_out(s.p.grad_out, s.pairs, s.channel.index);
-  fetch_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.T_, t + s.reach, to.ctx);
-  fetch(grad_out, s.rows.T_, t, to.grad_out);
+  fetch_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.map_rows, t + s.reach, to.ctx);
+  fetch(grad_out, s.rows.map_rows, t, to.grad_out);
 }
 template <class T, class KERNELS>
 __device__ __forceinline__ void put_rows(const State<T, KERNELS>& s, int t, const Arriving<T>& from) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void accumulate_gates(const State<T, KERNELS>& s, con
   for (int l = 0; l <= L; ++l) {
     const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
     Two<T> gate[STEP][2];
-    if (p.ctx_all.data) fetch(s.gates, s.rows.T_, t, gate, l);
+    if (p.ctx_all.data) fetch(s.gates, s.rows.map_rows, t, gate, l);
     for_pairs([&](int r, int i) {
       float value[2] = {means.global[i], means.global[i]};
       if (l == L - 1) {
@@ -235,7 +235,7 @@ __device__ __forceinline__ void level_gradient(const State<T, KERNELS>& s, const
     if constexpr (!LAST) s.template convolve_transposed<l + 1>(through, first);
     const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
     Two<T> gate[STEP][2];
-    fetch(s.gates, s.rows.T_, first, gate, l);
+    fetch(s.gates, s.rows.map_rows, first, gate, l);
     uint32_t both[STEP][2];
 #pragma unroll
     for (int r = 0; r < STEP; ++r) {
@@ -326,9 +326,9 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
   });
 }
 
-// Whether rows are fetched from global memory a step before they are needed. That takes registers, of which a thread
-// has 255; without it and with it (-Xptxas -v, sm_90, bfloat16): 168 and 202 for kernels 3, 5; 186 and 230 for 3, 5, 7;
-// 214 and 252 for 5, 7, 9; 230 and 248 for 3, 5, 7, 9.
+// Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has 255;
+// it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 154 and 188 for kernels 3, 5; 179 and 222
+// for 3, 5, 7; 206 and 242 for 5, 7, 9; 218 and 248 for 3, 5, 7, 9. None of them spills.
 template <class KERNELS>
 constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
         Arriving<T> next;
         int t = -(reach + 1) / 2 * STEP;
         if (PREFETCH<KERNELS>) fetch_rows(s, t, next);
-        for (; t < rows.T_ + reach; t += STEP) {
+        for (; t < rows.map_rows + reach; t += STEP) {
           if (!PREFETCH<KERNELS>) fetch_rows(s, t, next);
           put_rows(s, t, next);
           __syncwarp();

@@ -18,22 +18,21 @@ struct MeanGradient {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS) tokens_mean_gradient_kernel(MeanGradient p) {
-  const int64_t first_channel = blockIdx.x % p.channel_tiles * TILE, i = blockIdx.x / p.channel_tiles;
-  const int64_t part = i % SUM_PARTS, b = i / SUM_PARTS, channel = first_channel + threadIdx.x % GROUPS * 4;
+  const ChannelTile tile(p.channel_tiles);
+  const int64_t part = tile.rest % SUM_PARTS, b = tile.rest / SUM_PARTS;
   constexpr int LANES = THREADS / GROUPS;
   const int W = int(p.g.W), M = int(p.g.M), pixels = int(p.g.pixels());
   float sum[4] = {};
-  if (channel < p.g.C)
+  if (tile.channel < p.g.C)
     for (int pixel = int(part) * LANES + int(threadIdx.x) / GROUPS; pixel < pixels; pixel += SUM_PARTS * LANES) {
       const int w = pixel % W, m = pixel / W % M, t = pixel / W / M;
       const float factor = to_float(*element<const T>(p.gate, b, 0, t, m, w));
       float grad[4];
-      load_channels(element<const T>(p.grad, b, channel, t, m, w), grad);
+      load_channels(element<const T>(p.grad, b, tile.channel, t, m, w), grad);
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[c] += factor * grad[c];
     }
-  const int channels = int(std::min<int64_t>(TILE, p.g.C - first_channel));
-  sum_lanes(sum, shared_memory<float>(), channels, p.parts + (b * SUM_PARTS + part) * p.g.C + first_channel);
+  sum_lanes(sum, shared_memory<float>(), tile.channels(p.g), p.parts + (b * SUM_PARTS + part) * p.g.C + tile.first);
 }
 
 // At every token: the gates' gradients, ctx_all again, and dz of the last level over its z.
@@ -151,11 +150,11 @@ struct WeightsGradient {
 
 template <class T, int KW>
 __global__ void __launch_bounds__(THREADS) tokens_weights_kernel(WeightsGradient p) {
-  const int64_t tiles = p.tiling.channel_tiles, rows = p.size.kt * p.size.km;
-  const int64_t first_channel = blockIdx.x % tiles * TILE, part = blockIdx.x / tiles / rows;
-  const int row = int(blockIdx.x / tiles % rows), km = int(p.size.km), W = int(p.g.W);
+  const ChannelTile tile(p.tiling.channel_tiles);
+  const int64_t rows = p.size.kt * p.size.km, part = tile.rest / rows;
+  const int row = int(tile.rest % rows), km = int(p.size.km), W = int(p.g.W);
   const int dt = row / km - int(p.size.kt) / 2, dm = row % km - km / 2;
-  const int64_t channel = first_channel + threadIdx.x % GROUPS * 4, units = p.g.B * p.tiling.image_blocks;
+  const int64_t channel = tile.channel, units = p.g.B * p.tiling.image_blocks;
   constexpr int N = SEGMENT + KW - 1;
   float acc[KW][4] = {};
   for (int64_t unit = part; unit < units && channel < p.g.C; unit += p.parts) {
@@ -181,11 +180,11 @@ __global__ void __launch_bounds__(THREADS) tokens_weights_kernel(WeightsGradient
     }
   }
   float *const area = shared_memory<float>(), *const sums = area + THREADS * 4;
-  const int channels = int(std::min<int64_t>(TILE, p.g.C - first_channel));
+  const int channels = tile.channels(p.g);
 #pragma unroll
   for (int a = 0; a < KW; ++a) sum_lanes(acc[a], area, channels, sums + a * TILE);
   if (int(threadIdx.x) >= channels) return;
-  float* const to = p.to + (part * p.g.C + first_channel + threadIdx.x) * p.all_taps + row * KW;
+  float* const to = p.to + (part * p.g.C + tile.first + threadIdx.x) * p.all_taps + row * KW;
   for (int a = 0; a < KW; ++a) to[a] = sums[a * TILE + threadIdx.x];
 }
 

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Ar
       float sum[2] = {};
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.T_, t, to); },
+          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
           [&](int l, int first, float (&acc)[STEP][4]) {
 #pragma unroll
             for (int r = 0; r < STEP; ++r)

@@ -103,7 +103,8 @@ struct RowsLayout {
   int64_t image_groups;       // of `images` images each
 };
 
-// A ring buffer of rows in shared memory.
+// A ring buffer of rows in shared memory. Device functions take it by value: through a reference to a kernel's
+// parameters it would be read again for every row.
 struct Ring {
   int first;  // element
   int rows;

@@ -2,8 +2,9 @@
 //
 // A warp owns a channel of 16 segments of 8 columns: of one image, or of several narrow ones. Along a row, a level is a
 // product of the segments' windows (16 x WINDOW inputs, each window starting WINDOW / 4 columns left of its segment)
-// with a banded matrix of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a time; what
-// they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour has.
+// with a banded matrix of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a
+// time; what they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour
+// has.
 #pragma once
 
 #include <algorithm>
@@ -104,19 +105,19 @@ __device__ Two<T> with_bias(Two<T> two, float bias, int n) {
   return two_of<T>(n > 0 ? to_float(two.values[0]) + bias : 0.0f, n > 1 ? to_float(two.values[1]) + bias : 0.0f);
 }
 
-// Rows first .. first + STEP - 1 of a map of T_ rows as this lane holds them; zeros outside.
+// Rows first .. first + STEP - 1 of a map as this lane holds them; zeros outside.
 template <class T>
-__device__ void fetch(const Lines<const T>& lines, int T_, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
-  for_pairs([&](int r, int i) { to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < T_, planes); });
+__device__ void fetch(const Lines<const T>& lines, int map_rows, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
+  for_pairs([&](int r, int i) { to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < map_rows, planes); });
 }
 // The same of ctx, with its bias.
 template <class T>
-__device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, float bias, int T_, int first,
+__device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, float bias, int map_rows, int first,
                           Two<T> (&to)[STEP][2]) {
-  fetch(lines, T_, first, to);
+  fetch(lines, map_rows, first, to);
   if (!biases.data) return;
   for_pairs([&](int r, int i) {
-    to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < T_ ? lines.columns[i] : 0);
+    to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < map_rows ? lines.columns[i] : 0);
   });
 }
 
@@ -147,7 +148,7 @@ struct Rows {
   const RowsPlan& plan;
   int owner, thread;  // which rows of the block, and which of their threads
   T* memory;
-  int T_;         // rows of the map
+  int map_rows;   // along T
   int window_at;  // of the row that this lane passes to ldmatrix
 
   __device__ Rows(const RowsPlan& plan, const Geometry& g)
@@ -155,7 +156,7 @@ struct Rows {
         owner(plan.layout.warps > 1 ? 0 : threadIdx.x / 32),
         thread(plan.layout.warps > 1 ? threadIdx.x : threadIdx.x % 32),
         memory(shared_memory<T>() + owner * plan.shared.elements),
-        T_(int(g.T)) {
+        map_rows(int(g.T)) {
     const RowsLayout& layout = plan.layout;
     const int lane = threadIdx.x % 32, warp = layout.warps > 1 ? threadIdx.x / 32 : 0;
     const int until = plan.shared.zeros + layout.row;
@@ -204,7 +205,7 @@ struct Rows {
 
   // Puts this lane's pairs of row t into a ring, if that is a row of the map.
   __device__ void put(Ring ring, int t, const Pairs& pairs, const Two<T> (&row)[2]) const {
-    if (t < 0 || t >= T_) return;
+    if (t < 0 || t >= map_rows) return;
     T* const to = row_of(ring, t);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -249,7 +250,8 @@ struct Rows {
   }
   // Those of all levels of a chain, by the first warp of the rows' owner.
   __device__ void make_all_bands(const Chain& chain, int64_t channel, bool flipped) const {
-    for (int l = 0; l < chain.L && thread < 32; ++l) make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
+    for (int l = 0; l < chain.L && thread < 32; ++l)
+      make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
   }
 
   // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.
@@ -269,7 +271,8 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const int t = first - K / 2 + i;
-      const T* row = memory + (t >= 0 && t < T_ ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
+      const T* row =
+          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
       slot = slot + 1 == ring.rows ? 0 : slot + 1;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
@@ -299,7 +302,8 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const int t = first - K / 2 + i;
-      const T* row = memory + (t >= 0 && t < T_ ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
+      const T* row =
+          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
       slot = slot + 1 == ring.rows ? 0 : slot + 1;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
@@ -351,7 +355,7 @@ __device__ void stream_rows(const Rows<T>& rows, const Chain& chain, const Task&
     if (t + STEP < task.end) enter(t + STEP + all, next);
     for (int l = 0; l < L; ++l) {
       const int first = t + all - layout.reach[l + 1], kt = int(chain.levels[l].size.kt);
-      if (first + STEP > 0 && first < rows.T_ && (l + 1 < L || first + STEP > task.begin)) {
+      if (first + STEP > 0 && first < rows.map_rows && (l + 1 < L || first + STEP > task.begin)) {
         float acc[STEP][4];
         rows.template convolve<WINDOW>(acc, kt, shared.inputs[l], shared.bands[l], first);
         leave(l, first, acc);

@@ -144,6 +144,15 @@ __device__ inline void sum_lanes(const float (&values)[4], float* area, int chan
   to[threadIdx.x] = sum;
 }
 
+// Which tile of channels this block has, and which four of them this thread.
+struct ChannelTile {
+  int64_t first, channel;
+  int64_t rest;  // what blockIdx.x counts besides
+  __device__ ChannelTile(int64_t tiles)
+      : first(blockIdx.x % tiles * TILE), channel(first + threadIdx.x % GROUPS * 4), rest(blockIdx.x / tiles) {}
+  __device__ int channels(const Geometry& g) const { return int(std::min<int64_t>(TILE, g.C - first)); }
+};
+
 // What block blockIdx.x has of a pass: a tile of channels of `lanes` segments of one image.
 struct PassBlock {
   int64_t image, first_channel;

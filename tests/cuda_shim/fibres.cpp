@@ -123,7 +123,8 @@ void run_block(int threads) {
     std::shuffle(warps.begin(), warps.end(), machine.random);
     bool ran = false;
     for (size_t warp : warps)  // how far one gets ahead of the others is random too: a step, or all it can
-      for (unsigned turns = 1u << machine.random() % 12; turns > 0 && run_warp(warp, last_of(warp)); --turns) ran = true;
+      for (unsigned turns = 1u << machine.random() % 12; turns > 0 && run_warp(warp, last_of(warp)); --turns)
+        ran = true;
     const bool released = release(0, threads, State::at_block);
     if (ran || released) continue;
     for (int i = 0; i < threads; ++i)

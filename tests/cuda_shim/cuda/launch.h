@@ -26,7 +26,8 @@ inline Device current_device() {
 
 template <class Parameters>
 void launch(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared, void*, Parameters p) {
-  if (shared > current_device().shared_per_block) throw std::runtime_error("a block does not have that much shared memory");
+  if (shared > current_device().shared_per_block)
+    throw std::runtime_error("a block does not have that much shared memory");
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
   focalnet_shim::run_blocks(blocks, threads, shared, [&] { kernel(p); });
 }
