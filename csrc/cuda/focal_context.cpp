@@ -56,10 +56,10 @@ Tensor context_fwd(const Chain& chain, const MapView& out, const Tensor& like, c
   if (chain.g.B == 0) return mean;
   ContextForward p{chain, out, floats_of(mean), nullptr};
   std::visit(
-      [&](const auto& plan) {
-        Tensor scratch = new_scratch(like, plan);
+      [&](const auto& form) {
+        Tensor scratch = new_scratch(like, form);
         p.scratch = scratch.mutable_data_ptr();
-        run_context_fwd(p, plan, on.stream);
+        run_context_fwd(p, form, on.stream);
       },
       plan_forward(p));
   return mean;
@@ -79,23 +79,23 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   p.grad_ctx = wanted.ctx;
   p.ctx_all = wanted.ctx_all;
   const BackwardPlan plan = plan_backward(p);
-  const std::optional<int64_t> gate_parts = std::visit([](const auto& plan) { return plan.gate_parts(); }, plan);
-  const int64_t weight_parts = std::visit([](const auto& plan) { return plan.weight_parts(); }, plan);
+  const std::optional<int64_t> gate_parts = std::visit([](const auto& form) { return form.gate_parts(); }, plan);
+  const int64_t weight_parts = std::visit([](const auto& form) { return form.weight_parts(); }, plan);
 
   SumJobs sums{};
   sums.dtype = chain.dtype;
   if (!gate_parts) p.grad_gates = wanted.gates;
-  Tensor gates_sums = new_floats(like, wanted.gates.data && gate_parts ? *gate_parts * gates_size : 0);
+  Tensor gate_sums = new_floats(like, wanted.gates.data && gate_parts ? *gate_parts * gates_size : 0);
   if (wanted.gates.data && gate_parts) {
-    p.gates_parts = floats_of(gates_sums);
+    p.gate_sums = floats_of(gate_sums);
     const Geometry all{g.B, gates, g.T, g.M, g.W};
-    sums.jobs[sums.n++] = {p.gates_parts, *gate_parts, gates_size, g.pixels(), all, wanted.gates};
+    sums.jobs[sums.n++] = {p.gate_sums, *gate_parts, gates_size, g.pixels(), all, wanted.gates};
   }
   std::vector<Tensor> gradients;
-  Tensor weights_sums = new_floats(like, wanted.weights ? weight_parts * g.C * taps : 0);
+  Tensor weight_sums = new_floats(like, wanted.weights ? weight_parts * g.C * taps : 0);
   if (wanted.weights) {
-    p.weights_parts = floats_of(weights_sums);
-    const float* parts = p.weights_parts;
+    p.weight_sums = floats_of(weight_sums);
+    const float* parts = p.weight_sums;
     for (int l = 0; l < chain.L; ++l) {
       const Level& k = chain.levels[l].size;
       gradients.push_back(torch::stable::empty_like(weights[l]));
@@ -105,10 +105,10 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
     }
   }
   std::visit(
-      [&](const auto& plan) {
-        Tensor scratch = new_scratch(like, plan);
+      [&](const auto& form) {
+        Tensor scratch = new_scratch(like, form);
         p.scratch = scratch.mutable_data_ptr();
-        run_context_bwd(p, plan, on.stream);
+        run_context_bwd(p, form, on.stream);
       },
       plan);
   run_sums(sums, on.stream);

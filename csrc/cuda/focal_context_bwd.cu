@@ -81,7 +81,7 @@ struct State {
   bool valid;          // the channel exists
 
   __device__ float* gate_gradient(int level, const Segment& s, int r) const {
-    return p.gates_parts + ((gate_part * chain.g.B + image) * (chain.L + 1) + level) * chain.g.pixels() +
+    return p.gate_sums + ((gate_part * chain.g.B + image) * (chain.L + 1) + level) * chain.g.pixels() +
            (int64_t(s.t + r) * f.M + s.m) * f.W + s.w;
   }
   __device__ void load_grad_out(const Segment& s, int r, float (&to)[4]) const {
@@ -131,7 +131,7 @@ __device__ __forceinline__ float gates_gradient(const State<T>& s) {
   const int L = chain.L;
   const float mean = s.valid ? p.mean[s.image * chain.g.C + s.channel] : 0.0f, global = gelu<T>(mean);
   float to_mean = 0;
-  if (p.gates_parts && !s.valid && s.first_of_part) {  // no channel writes this partial sum
+  if (p.gate_sums && !s.valid && s.first_of_part) {  // no channel writes this partial sum
     const float nothing[4] = {};
     for (int i = s.group.thread; i < f.segments; i += s.group.threads()) {
       const Segment segment(f, i);
@@ -153,7 +153,7 @@ __device__ __forceinline__ float gates_gradient(const State<T>& s) {
           sum[c] += gate[c] * value;
           if (l == L) to_mean += gate[c] * grad[c];
         }
-        if (p.gates_parts) add_quad(s.gate_gradient(l, segment, r), segment.columns, s.first_of_part, products);
+        if (p.gate_sums) add_quad(s.gate_gradient(l, segment, r), segment.columns, s.first_of_part, products);
       }
       if (p.ctx_all.data) {
         for (int c = 0; c < 4; ++c) sum[c] *= chain.scale;
@@ -231,9 +231,9 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 1) context_bwd_kernel(Arguments
       recompute_levels(s);
       const float to_mean = gates_gradient(s);
       level_gradients(s, to_mean);
-      if (p.weights_parts && s.valid)
+      if (p.weight_sums && s.valid)
         weight_gradients(chain, f, planes, grads, step < schedule.channel_run, group.thread / 32, group.threads() / 32,
-                         p.weights_parts + (image_task * chain.g.C + channel) * all_taps);
+                         p.weight_sums + (image_task * chain.g.C + channel) * all_taps);
     }
   }
 }

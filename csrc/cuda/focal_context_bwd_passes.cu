@@ -11,7 +11,7 @@ namespace {
 struct Arguments {
   ContextBackward p;  // in the pass up, its chain's levels in reverse
   RowsPlan rows;
-  int64_t gates_channels, gates_parts;  // see PassesPlan
+  PassesGates gates;
   // The workspace: what leaves each level, GELU's slopes there, the gradients of what leaves its convolution. Level l
   // of channel c is plane c * L + l.
   MapView levels, slopes, grads;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
   for (int l = 0; l < chain.L; ++l) all_taps += chain.levels[l].size.taps();
   rows.for_tasks(chain.g, [&](const Task& task) {
     const int64_t part = task.run * rows.plan.schedule.strips + task.strip;
-    float* to = p.weights_parts + (part * chain.g.C + task.channel) * all_taps;
+    float* to = p.weight_sums + (part * chain.g.C + task.channel) * all_taps;
     for (int l = 0; l < chain.L; ++l) {
       with_height<WINDOW>(int(chain.levels[l].size.kt),
                           [&](auto k) { weight_gradients<k, WINDOW>(arguments, rows, task, l, to); });
@@ -215,12 +215,12 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
   const int L = chain.L;
   const int64_t across = (g.W + 3) / 4, quads = (arguments.last_image - arguments.first_image) * g.T * across;
   const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK;
-  for (int64_t task = blockIdx.x; task < blocks * arguments.gates_parts; task += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < blocks * arguments.gates.parts; task += gridDim.x) {
     const int64_t part = task / blocks, quad = task % blocks * GATES_BLOCK + threadIdx.x;
     if (quad >= quads) continue;
     const int64_t w = quad % across * 4, t = quad / across % g.T, image = arguments.first_image + quad / across / g.T;
     const int n = int(std::min<int64_t>(4, g.W - w));
-    const int64_t first = part * arguments.gates_channels, last = std::min(g.C, first + arguments.gates_channels);
+    const int64_t first = part * arguments.gates.channels, last = std::min(g.C, first + arguments.gates.channels);
     const auto load_level = [&](int64_t channel, int l, float (&to)[4]) {
       if (l < L) {
         load_quad(element<const T>(arguments.levels, image, channel * L + l, t, 0, w), 1, n, to);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
         for (int j = 0; j < 4; ++j) to[j] = global;
       }
     };
-    for (int l = 0; l <= L && p.gates_parts; ++l) {  // the gradient is read once per level: from the cache
+    for (int l = 0; l <= L && p.gate_sums; ++l) {  // the gradient is read once per level: from the cache
       float sum[4] = {}, grad[4], value[4];
       for (int64_t channel = first; channel < last; ++channel) {
         load_quad(element<const T>(p.grad_out, image, channel, t, 0, w), p.grad_out.w, n, grad);
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
         for (int j = 0; j < 4; ++j) sum[j] += grad[j] * value[j];
       }
       for (int j = 0; j < 4; ++j) sum[j] *= chain.scale;
-      store_quad(p.gates_parts + (((part * g.B + image) * (L + 1) + l) * g.T + t) * g.W + w, 1, n, sum);
+      store_quad(p.gate_sums + (((part * g.B + image) * (L + 1) + l) * g.T + t) * g.W + w, 1, n, sum);
     }
     for (int64_t channel = first; channel < last && p.ctx_all.data; ++channel) {
       float total[4] = {}, gate[4], value[4];
@@ -295,8 +295,8 @@ std::optional<PassesPlan> plan_passes_bwd(const Chain& chain) {
   // the gates: few partial sums, but enough threads
   const int64_t enough = 1024 * int64_t(device.processors);
   const int64_t wanted = 1 + enough / std::max<int64_t>(1, workspace.images * workspace.plane / 4);
-  plan.gates_channels = (g.C + wanted - 1) / wanted;
-  plan.gates_parts = (g.C + plan.gates_channels - 1) / plan.gates_channels;
+  plan.gates.channels = (g.C + wanted - 1) / wanted;
+  plan.gates.parts = (g.C + plan.gates.channels - 1) / plan.gates.channels;
   const int64_t tasks = g.C * schedule.strips * workspace.runs;
   if (!fill_blocks(down, tasks) || !fill_blocks(up, tasks) || !fill_blocks(weights, tasks)) return std::nullopt;
   return plan;
@@ -317,7 +317,7 @@ void run_chunk(const ContextBackward& p, const PassesPlan& plan, int64_t first_r
     T* const data = memory + n * workspace.elements - first_image * image_elements;
     return MapView{data, image_elements, workspace.plane, workspace.row, 0, 1};
   };
-  Arguments arguments{p, {}, plan.gates_channels, plan.gates_parts, map(0), map(1), map(2), nullptr, first_image};
+  Arguments arguments{p, {}, plan.gates, map(0), map(1), map(2), nullptr, first_image};
   arguments.strip_sums = reinterpret_cast<float*>(memory + 3 * workspace.elements);
   arguments.last_image = std::min(g.B, first_image + runs * images_per_run);
 
@@ -329,16 +329,16 @@ void run_chunk(const ContextBackward& p, const PassesPlan& plan, int64_t first_r
   };
   const bool narrow = plan.down.layout.window == 16;
   pass(narrow ? context_down_kernel<T, 16> : context_down_kernel<T, 32>, plan.down);
-  if (p.gates_parts || p.ctx_all.data) {
+  if (p.gate_sums || p.ctx_all.data) {
     const int64_t quads = (arguments.last_image - first_image) * g.T * ((g.W + 3) / 4);
-    const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK * plan.gates_parts;
+    const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK * plan.gates.parts;
     launch(context_gates_kernel<T>, std::min<int64_t>(blocks, 1 << 20), GATES_BLOCK, 0, stream, arguments);
   }
-  if (!p.grad_ctx.data && !p.weights_parts) return;
+  if (!p.grad_ctx.data && !p.weight_sums) return;
   arguments.p.chain = reversed(p.chain);
   pass(narrow ? context_up_kernel<T, 16> : context_up_kernel<T, 32>, plan.up);
   arguments.p.chain = p.chain;
-  if (p.weights_parts) pass(narrow ? context_weights_kernel<T, 16> : context_weights_kernel<T, 32>, plan.weights);
+  if (p.weight_sums) pass(narrow ? context_weights_kernel<T, 16> : context_weights_kernel<T, 32>, plan.weights);
 }
 
 }  // namespace

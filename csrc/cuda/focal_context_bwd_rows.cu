@@ -260,7 +260,7 @@ __device__ __forceinline__ void level_gradient(const State<T, KERNELS>& s, const
       }
       s.rows.put(s.plan.shared.grads[l], first + r, s.pairs, values);
     }
-    if (s.p.weights_parts)
+    if (s.p.weight_sums)
       s.rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l)>(s.tap_products, s.plan.rows.shared.inputs[l],
                                                                           first, both);
   }
@@ -300,7 +300,7 @@ __device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int
       const Two<T> two = reinterpret_cast<const Two<T>*>(products)[i];
       sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
     }
-    float* const to = s.p.gates_parts + (((part * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
+    float* const to = s.p.gate_sums + (((part * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
     for (int j = 0; j < 2; ++j)
       if (column + j < g.W) to[j] = sum[j] + (first_of_part ? 0.0f : to[j]);
   }
@@ -313,7 +313,7 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
                                                     const Channel& channel, const TapProducts<KERNELS>& tap_products,
                                                     int64_t part) {
   const int lane = threadIdx.x % 32;
-  float* to = arguments.p.weights_parts + (part * arguments.p.chain.g.C + channel.index) * KERNELS::TAPS;
+  float* to = arguments.p.weight_sums + (part * arguments.p.chain.g.C + channel.index) * KERNELS::TAPS;
   float* const area = reinterpret_cast<float*>(rows.memory + arguments.plan.shared.products);
   for_all<KERNELS::L>([&](auto level) {
     constexpr int l = level, K = KERNELS::SIZES[l];
@@ -326,9 +326,9 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
   });
 }
 
-// Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has 255;
-// it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 154 and 188 for kernels 3, 5; 179 and 222
-// for 3, 5, 7; 206 and 242 for 5, 7, 9; 218 and 248 for 3, 5, 7, 9. None of them spills.
+// Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has
+// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 154 and 188 for kernels 3, 5; 179
+// and 222 for 3, 5, 7; 206 and 242 for 5, 7, 9; 218 and 248 for 3, 5, 7, 9. None of them spills.
 template <class KERNELS>
 constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
@@ -341,9 +341,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
   const Rows<T> rows(plan.rows, p.chain.g);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, reach = plan.rows.layout.reach[L];
   for (int64_t task = blockIdx.x; task < schedule.tasks; task += gridDim.x) {
-    const int64_t gates_part = task % plan.channel_runs, run = task / plan.channel_runs;
+    const int64_t gate_part = task % plan.channel_runs, run = task / plan.channel_runs;
     for (int64_t step = 0; step < plan.channel_run; ++step) {
-      const int64_t channel_block = gates_part * plan.channel_run + step;
+      const int64_t channel_block = gate_part * plan.channel_run + step;
       const Channel channel = start_channel<KERNELS>(arguments, rows, channel_block * plan.channels + warp);
       TapProducts<KERNELS> tap_products = {};
       const int64_t last_group = std::min(plan.rows.layout.image_groups, (run + 1) * schedule.run);
@@ -355,23 +355,23 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
         const Means means = mean_gradient(s);
         Arriving<T> next;
         int t = -(reach + 1) / 2 * STEP;
-        if (PREFETCH<KERNELS>) fetch_rows(s, t, next);
+        if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t, next);
         for (; t < rows.map_rows + reach; t += STEP) {
-          if (!PREFETCH<KERNELS>) fetch_rows(s, t, next);
+          if constexpr (!PREFETCH<KERNELS>) fetch_rows(s, t, next);
           put_rows(s, t, next);
           __syncwarp();
-          if (PREFETCH<KERNELS>) fetch_rows(s, t + STEP, next);
+          if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t + STEP, next);
           for_all<L - 1>([&](auto l) { recompute_level<l>(s, t); });
           const bool last_level = s.any_inside(t);  // the same for the whole block
           float z[STEP][4] = {};
           if (last_level) s.template convolve<L - 1>(z, t);
-          if (last_level && (p.gates_parts || p.ctx_all.data)) accumulate_gates(s, means, t, z);
+          if (last_level && (p.gate_sums || p.ctx_all.data)) accumulate_gates(s, means, t, z);
           for_all<L>([&](auto i) { level_gradient<L - 1 - i>(s, means, t, z); });
           ctx_gradient(s, t);
-          if (last_level && p.gates_parts) sum_gates(s, t, gates_part, step == 0);
+          if (last_level && p.gate_sums) sum_gates(s, t, gate_part, step == 0);
         }
       }
-      if (p.weights_parts) store_tap_gradients<KERNELS>(arguments, rows, channel, tap_products, run);
+      if (p.weight_sums) store_tap_gradients<KERNELS>(arguments, rows, channel, tap_products, run);
     }
   }
 }

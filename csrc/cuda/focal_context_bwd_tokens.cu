@@ -211,8 +211,8 @@ class Backward {
       input_[l] = l ? scratch_map(whole.scratch, chain_.L + l - 1, scratch, g, dtype) : chain_.ctx;
       all_taps_ += chain_.levels[l].size.taps();
     }
-    down_ = whole.grad_ctx.data || whole.weights_parts;
-    if (whole.weights_parts) weights_ = whole.weights_parts + first / scratch.images * weight_parts_ * g.C * all_taps_;
+    down_ = whole.grad_ctx.data || whole.weight_sums;
+    if (whole.weight_sums) weights_ = whole.weight_sums + first / scratch.images * weight_parts_ * g.C * all_taps_;
   }
 
   void run() const {

@@ -36,10 +36,11 @@ __device__ __forceinline__ void gate_levels(const Rows<T>& rows, const Chain& ch
   out.store(i, t, total[0], total[1]);
 }
 
-// The global context from the last level's sums over the images, where there are no strips to wait for.
+// The means from the last level's sums over the images, and the global context. A strip leaves its sums instead, for
+// context_finish_kernel.
 template <class T>
-__device__ __forceinline__ void add_global_context(const Arguments& arguments, const Task& task, const Pairs& pairs,
-                                                   const Lines<const T>& gates, const float (&sum)[2]) {
+__device__ __forceinline__ void finish_images(const Arguments& arguments, const Task& task, const Pairs& pairs,
+                                              const Lines<const T>& gates, const float (&sum)[2]) {
   const ContextForward& p = arguments.p;
   const Chain& chain = p.chain;
   const Geometry& g = chain.g;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Ar
             });
           });
       rows.sum_over_images(pairs, group, sum);
-      add_global_context(arguments, task, pairs, gates, sum);
+      finish_images(arguments, task, pairs, gates, sum);
     });
   });
 }

@@ -42,19 +42,21 @@ struct ContextForward {
 struct ContextBackward {
   Chain chain;
   MapView grad_out;
-  const float* mean;     // what the forward found
-  MapView grad_ctx;      // written where data is not null
-  MapView ctx_all;       // likewise: the forward's result again
-  MapView grad_gates;    // likewise, by plans that have no gate_parts()
-  float* gates_parts;    // [gate_parts()][B][L + 1][pixels], or null: partial sums of the gates' gradients
-  float* weights_parts;  // [weight_parts()][C][all levels' taps], or null: of the weights' gradients
-  void* scratch;         // as many bytes as the plan asks for
+  const float* mean;   // what the forward found
+  MapView grad_ctx;    // written where data is not null
+  MapView ctx_all;     // likewise: the forward's result again
+  MapView grad_gates;  // likewise, by plans that have no gate_parts()
+  float* gate_sums;    // [gate_parts()][B][L + 1][pixels], or null: partial sums of the gates' gradients
+  float* weight_sums;  // [weight_parts()][C][all levels' taps], or null: of the weights' gradients
+  void* scratch;       // as many bytes as the plan asks for
 };
 
 // Each form of the kernels has its plan: how a call is cut into blocks. A planner gives nothing where its form cannot
-// take the call. Plans answer what memory they want: scratch_bytes(); in the backward also gate_parts(), nothing where
-// the gates' gradients are written without partial sums, and weight_parts(). run_context_fwd and run_context_bwd
-// launch.
+// take the call. A plan answers
+//   scratch_bytes(): of ContextForward::scratch, ContextBackward::scratch;
+//   gate_parts(), weight_parts(): in the backward, how many partial sums there are; nothing where the gates' gradients
+//     are written at once;
+// and run_context_fwd or run_context_bwd launches it.
 
 // ---------------------------------------------------------------- planes of floats (planes.h): takes every call
 
@@ -183,17 +185,22 @@ void run_context_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, voi
 struct PassesWorkspace {
   int64_t row, plane;    // elements of a row, and of a channel
   int64_t elements;      // of each of the three, for all levels of a chunk
-  int64_t runs, images;  // of a chunk: as many as are there at once (runs: see RowsSchedule)
+  int64_t runs, images;  // of a chunk: as many as are in memory at once (runs: see RowsSchedule)
+};
+
+// Partial sums of the gates' gradients: channels of each, and how many of them.
+struct PassesGates {
+  int64_t channels, parts;
 };
 
 struct PassesPlan {
   RowsPlan down, up, weights;
   PassesWorkspace workspace;
-  int64_t gates_channels, gates_parts;  // channels that a partial sum of the gates' gradients is of, and how many such
-  int64_t strip_sums;                   // [strips][B][C], of the last gate times the gradient
+  PassesGates gates;
+  int64_t strip_sums;  // [strips][B][C], of the last gate times the gradient
 
   int64_t scratch_bytes() const { return 4 * (3 * workspace.elements / 2 + strip_sums); }
-  std::optional<int64_t> gate_parts() const { return gates_parts; }
+  std::optional<int64_t> gate_parts() const { return gates.parts; }
   int64_t weight_parts() const { return down.schedule.runs * down.schedule.strips; }
 };
 

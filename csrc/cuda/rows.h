@@ -133,7 +133,8 @@ struct Task {
   __device__ bool has(int t) const { return t >= begin && t < end; }
 };
 
-// f(std::integral_constant<int, K>()) with a kernel's height; only windows of 32 are for such tall ones as 11 and 13.
+// f(std::integral_constant<int, K>()) with a kernel's height; only windows of 32 are for ones as tall as 11 and 13.
+// Tallest first: in order of size context_weights_kernel would take four registers more.
 template <int WINDOW, class F>
 __device__ void with_height(int kt, const F& f) {
   if constexpr (WINDOW == 32)
@@ -419,7 +420,7 @@ inline RowsShared lay_out_rings(const Chain& chain, const RowsLayout& layout, bo
   return shared;
 }
 
-// Strips of rows and runs of images: enough tasks to keep the device busy, and no more. `groups` are there at once.
+// Strips of rows and runs of images: enough tasks to keep the device busy, and no more. `groups`: in memory at once.
 inline void cut_into_tasks(const Chain& chain, const RowsLayout& layout, int64_t groups, RowsSchedule& schedule) {
   const Geometry& g = chain.g;
   const int64_t enough = 16 * current_device().processors;  // warps that a device wants
