@@ -44,6 +44,12 @@ void with_type(DType dtype, const F& f) {
   }
 }
 
+// f(std::integral_constant<int, N>()) with that N of NUMBERS which `n` is; false where it is none of them.
+template <int... NUMBERS, class F>
+__host__ __device__ bool with_constant(int64_t n, const F& f) {
+  return ((n == NUMBERS && (f(std::integral_constant<int, NUMBERS>()), true)) || ...);
+}
+
 template <class T>
 __device__ T* element(const MapView& v, int64_t b, int64_t c, int64_t t, int64_t m, int64_t w) {
   return static_cast<T*>(v.data) + b * v.b + c * v.c + t * v.t + m * v.m + w * v.w;

@@ -1,6 +1,7 @@
 // focal_context on a GPU. Over tokens: a launch per level and step. Otherwise one launch, or two where strips have to
 // wait for each other; in the backward one, or four for as many images as fit the scratch memory, and one for the sums.
 #include <stdexcept>
+#include <variant>
 
 #include "cuda/ops.h"
 
@@ -22,25 +23,45 @@ Chain chain_of(const Geometry& g, DType dtype, const std::vector<Tensor>& weight
   return chain;
 }
 
+namespace {
+
+using ForwardPlan = std::variant<TokensPlan, RowsForwardPlan, PlanesPlan>;
+using BackwardPlan = std::variant<TokensBackwardPlan, RowsBackwardPlan, PassesPlan, PlanesPlan>;
+
+// The first form that can take the call; planes take every one.
+ForwardPlan plan_forward(const ContextForward& p) {
+  if (const auto tokens = plan_tokens_fwd(p)) return *tokens;
+  if (const auto rows = plan_rows_fwd(p.chain)) return *rows;
+  return plan_planes_fwd(p.chain);
+}
+BackwardPlan plan_backward(const ContextBackward& p) {
+  if (const auto tokens = plan_tokens_bwd(p)) return *tokens;
+  if (const auto rows = plan_rows_bwd(p.chain)) return *rows;
+  if (const auto passes = plan_passes_bwd(p.chain)) return *passes;
+  return plan_planes_bwd(p.chain);
+}
+
+Tensor new_floats(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); }
+float* floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+template <class PLAN>
+Tensor new_scratch(const Tensor& like, const PLAN& plan) {
+  return torch::stable::new_empty(like, {plan.scratch_bytes()}, ScalarType::Byte);
+}
+
+}  // namespace
+
 Tensor context_fwd(const Chain& chain, const MapView& out, const Tensor& like, const OnDevice& on) {
   Tensor mean = torch::stable::new_empty(like, {chain.g.B, chain.g.C}, ScalarType::Float);
   if (chain.g.B == 0) return mean;
-  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  ContextForward p{chain, out, static_cast<float*>(mean.mutable_data_ptr()), nullptr};
-  const TokensPlan tokens = plan_tokens(p);
-  const RowsPlan rows = tokens.fits ? RowsPlan{} : plan_rows_fwd(chain);
-  if (tokens.fits) {
-    Tensor scratch = torch::stable::new_empty(like, {tokens.elements}), sums = floats(tokens.floats);
-    run_tokens_fwd(p, tokens, scratch.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr()), on.stream);
-  } else if (rows.fits) {
-    Tensor shares = floats(rows.shares);
-    run_rows_fwd(p, rows, static_cast<float*>(shares.mutable_data_ptr()), on.stream);
-  } else {
-    const ContextPlan plan = plan_context_fwd(chain);
-    Tensor scratch = floats(plan.scratch);
-    p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
-    run_context_fwd(p, plan, on.stream);
-  }
+  ContextForward p{chain, out, floats_of(mean), nullptr};
+  std::visit(
+      [&](const auto& form) {
+        Tensor scratch = new_scratch(like, form);
+        p.scratch = scratch.mutable_data_ptr();
+        run_context_fwd(p, form, on.stream);
+      },
+      plan_forward(p));
   return mean;
 }
 
@@ -48,7 +69,7 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
                                 const ContextGradients& wanted, const std::vector<Tensor>& weights, const Tensor& like,
                                 const OnDevice& on) {
   const Geometry& g = chain.g;
-  const int64_t gates = chain.L + 1;
+  const int64_t gates = chain.L + 1, gates_size = g.B * gates * g.pixels();
   int64_t taps = 0;
   for (int l = 0; l < chain.L; ++l) taps += chain.levels[l].size.taps();
   ContextBackward p{};
@@ -57,52 +78,39 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   p.mean = static_cast<const float*>(mean.const_data_ptr());
   p.grad_ctx = wanted.ctx;
   p.ctx_all = wanted.ctx_all;
-  const TokensPlan tokens = plan_tokens(p);
-  const RowsBackwardPlan rows = tokens.fits ? RowsBackwardPlan{} : plan_rows_bwd(chain);
-  const PassesPlan passes = tokens.fits || rows.rows.fits ? PassesPlan{} : plan_passes_bwd(chain);
-  const bool over_planes = !tokens.fits && !rows.rows.fits && !passes.down.fits;
-  const ContextPlan planes = over_planes ? plan_context_bwd(chain) : ContextPlan{};
-  const int64_t slots = over_planes ? planes.slots : rows.rows.fits ? rows.slots : passes.slots;
-  const int64_t image_runs = tokens.fits      ? tokens.all_weights_parts
-                             : over_planes    ? planes.image_runs
-                             : rows.rows.fits ? rows.rows.runs
-                                              : passes.image_runs;
-  const auto floats = [&](int64_t n) { return torch::stable::new_empty(like, {n}, ScalarType::Float); };
-  Tensor scratch = floats(over_planes ? planes.scratch : passes.scratch);
-  const bool in_parts = wanted.gates.data && !tokens.fits;
-  Tensor gates_parts = floats(in_parts ? slots * g.B * gates * g.pixels() : 0);
-  Tensor weights_parts = floats(wanted.weights ? image_runs * g.C * taps : 0);
-  p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
-  if (tokens.fits) p.grad_gates = wanted.gates;
+  const BackwardPlan plan = plan_backward(p);
+  const std::optional<int64_t> gate_parts = std::visit([](const auto& form) { return form.gate_parts(); }, plan);
+  const int64_t weight_parts = std::visit([](const auto& form) { return form.weight_parts(); }, plan);
 
   SumJobs sums{};
   sums.dtype = chain.dtype;
-  if (in_parts) {
-    p.gates_parts = static_cast<float*>(gates_parts.mutable_data_ptr());
+  if (!gate_parts) p.grad_gates = wanted.gates;
+  Tensor gate_sums = new_floats(like, wanted.gates.data && gate_parts ? *gate_parts * gates_size : 0);
+  if (wanted.gates.data && gate_parts) {
+    p.gate_sums = floats_of(gate_sums);
     const Geometry all{g.B, gates, g.T, g.M, g.W};
-    sums.jobs[sums.n++] = {p.gates_parts, slots, g.B * gates * g.pixels(), g.pixels(), all, wanted.gates};
+    sums.jobs[sums.n++] = {p.gate_sums, *gate_parts, gates_size, g.pixels(), all, wanted.gates};
   }
   std::vector<Tensor> gradients;
+  Tensor weight_sums = new_floats(like, wanted.weights ? weight_parts * g.C * taps : 0);
   if (wanted.weights) {
-    p.weights_parts = static_cast<float*>(weights_parts.mutable_data_ptr());
-    const float* parts = p.weights_parts;
+    p.weight_sums = floats_of(weight_sums);
+    const float* parts = p.weight_sums;
     for (int l = 0; l < chain.L; ++l) {
       const Level& k = chain.levels[l].size;
       gradients.push_back(torch::stable::empty_like(weights[l]));
       const MapView to = map_of(gradients[l], 2, 0);
-      sums.jobs[sums.n++] = {parts, image_runs, g.C * taps, taps, {1, g.C, k.kt, k.km, k.kw}, to};
+      sums.jobs[sums.n++] = {parts, weight_parts, g.C * taps, taps, {1, g.C, k.kt, k.km, k.kw}, to};
       parts += k.taps();
     }
   }
-  if (tokens.fits) {
-    Tensor levels = torch::stable::new_empty(like, {tokens.elements}), means = floats(tokens.floats);
-    run_tokens_bwd(p, tokens, levels.mutable_data_ptr(), static_cast<float*>(means.mutable_data_ptr()), on.stream);
-  } else if (rows.rows.fits)
-    run_rows_bwd(p, rows, on.stream);
-  else if (passes.down.fits)
-    run_passes_bwd(p, passes, on.stream);
-  else
-    run_context_bwd(p, planes, on.stream);
+  std::visit(
+      [&](const auto& form) {
+        Tensor scratch = new_scratch(like, form);
+        p.scratch = scratch.mutable_data_ptr();
+        run_context_bwd(p, form, on.stream);
+      },
+      plan);
   run_sums(sums, on.stream);
   return gradients;
 }

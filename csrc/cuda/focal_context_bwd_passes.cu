@@ -1,7 +1,7 @@
 // focal_context, backward, for 16-bit maps and kernels up to 13, as many and as wide as the forward takes by rows: one
-// pass down the levels, one back up, one for the gates and one for the weights. What a pass hands on lies in global
-// memory, so that each holds no more than its own rows; focal_context_bwd_rows.cu does it all at once, where it can.
-// See rows.h; ops/focal_context/README.md derives the gradients.
+// pass down the levels, one back up, one for the gates and one for the weights. Passes write what later ones read to
+// global memory, so that each holds no more than its own rows; focal_context_bwd_rows.cu does it all at once, where it
+// can. See rows.h; ops/focal_context/README.md derives the gradients.
 #include "cuda/rows.h"
 
 namespace focalnet::cuda {
@@ -11,14 +11,15 @@ namespace {
 struct Arguments {
   ContextBackward p;  // in the pass up, its chain's levels in reverse
   RowsPlan rows;
-  int64_t slots, slot_channels;
-  // Handed on: what leaves each level, GELU's slopes there, the gradients of what leaves its convolution. Level l of
-  // channel c is plane c * L + l.
+  PassesGates gates;
+  // The workspace: what leaves each level, GELU's slopes there, the gradients of what leaves its convolution. Level l
+  // of channel c is plane c * L + l.
   MapView levels, slopes, grads;
-  float* shares;  // [strips][B][C]: of the sum over an image of the last gate times the gradient
+  float* strip_sums;  // [strips][B][C]: of the last gate times the gradient
   int64_t first_image, last_image;
 };
 
+// Down: keeps every level and GELU's slopes, and sums up what reaches the mean.
 template <class T, int WINDOW>
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_down_kernel(Arguments arguments) {
   const ContextBackward& p = arguments.p;
@@ -29,44 +30,55 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_down_kernel(Argume
   const float gate_bias = of_vector<T>(chain.gates_bias, L);
   rows.for_tasks(g, [&](const Task& task) {
     const float bias = of_vector<T>(chain.ctx_bias, task.channel);
-    for (int l = 0; l < L && rows.mine < 32; ++l)
-      rows.make_bands(chain.levels[l], task.channel, rows.plan.bands[l], false);
-    for (int64_t group = task.first_group; group < task.last_group; ++group) {
-      const Pairs pairs(rows.plan, g, group);
+    rows.make_all_bands(chain, task.channel, false);
+    rows.for_groups(g, task, [&](int64_t group, const Pairs& pairs) {
       const Lines<const T> ctx(chain.ctx, pairs, task.channel), gates(chain.gates, pairs, L);
       const Lines<const T> grad_out(p.grad_out, pairs, task.channel);
-      const Lines<T> levels(arguments.levels, pairs, task.channel * L),
-          slopes(arguments.slopes, pairs, task.channel * L);
+      const Lines<T> levels(arguments.levels, pairs, task.channel * L);
+      const Lines<T> slopes(arguments.slopes, pairs, task.channel * L);
       float sum[2] = {};
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.T_, t, to); },
+          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
           [&](int l, int first, float (&acc)[STEP][4]) {
+            for_pairs([&](int r, int i) {
+              float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
+              const bool inside = task.has(first + r) && pairs.columns[i] > 0;
+              if (inside) slopes.store(i, first + r, gelu_slope<T>(a), gelu_slope<T>(b), l);
+              a = pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, b = pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f;
+              if (inside) levels.store(i, first + r, a, b, l);
+              if (inside && l + 1 == L) {
+                const Two<T> gate = gates.load(i, first + r, true), grad = grad_out.load(i, first + r, true);
 #pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
-                const bool inside = task.has(first + r) && pairs.columns[i] > 0;
-                if (inside) slopes.store(i, first + r, gelu_slope<T>(a), gelu_slope<T>(b), l);
-                a = pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, b = pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f;
-                if (inside) levels.store(i, first + r, a, b, l);
-                if (inside && l + 1 == L) {
-                  const Two<T> gate = gates.load(i, first + r, true), grad = grad_out.load(i, first + r, true);
-#pragma unroll
-                  for (int j = 0; j < 2; ++j)
-                    sum[i] += (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
-                }
+                for (int j = 0; j < 2; ++j) sum[i] += (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
               }
+            });
           });
       rows.sum_over_images(pairs, group, sum);
       for (int i = 0; i < 2; ++i)
         if (pairs.columns[i] > 0 && pairs.column[i] == 0)
-          arguments.shares[(task.strip * g.B + pairs.image[i]) * g.C + task.channel] = sum[i];
-    }
+          arguments.strip_sums[(task.strip * g.B + pairs.image[i]) * g.C + task.channel] = sum[i];
+    });
   });
 }
 
+// What every pixel of the last level receives through the mean, for the images of both pairs.
+template <class T>
+__device__ __forceinline__ void mean_gradient(const Arguments& arguments, const Task& task, const Pairs& pairs,
+                                              float (&to_mean)[2]) {
+  const Chain& chain = arguments.p.chain;
+  const Geometry& g = chain.g;
+  for (int i = 0; i < 2; ++i) {
+    to_mean[i] = 0;
+    if (pairs.columns[i] <= 0) continue;
+    const int64_t at = pairs.image[i] * g.C + task.channel;
+    for (int64_t strip = 0; strip < arguments.rows.schedule.strips; ++strip)
+      to_mean[i] += arguments.strip_sums[strip * g.B * g.C + at];
+    to_mean[i] *= chain.scale * gelu_slope<T>(arguments.p.mean[at]) / float(g.pixels());
+  }
+}
+
+// Up: keeps the gradients of what leaves each convolution.
 template <class T, int WINDOW>
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Arguments arguments) {
   const ContextBackward& p = arguments.p;
@@ -75,21 +87,13 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
   const int L = chain.L;
   const Rows<T> rows(arguments.rows, g);
   rows.for_tasks(g, [&](const Task& task) {
-    for (int l = 0; l < L && rows.mine < 32; ++l)
-      rows.make_bands(chain.levels[l], task.channel, rows.plan.bands[l], true);
-    for (int64_t group = task.first_group; group < task.last_group; ++group) {
-      const Pairs pairs(rows.plan, g, group);
+    rows.make_all_bands(chain, task.channel, true);
+    rows.for_groups(g, task, [&](int64_t, const Pairs& pairs) {
       const Lines<const T> grad_out(p.grad_out, pairs, task.channel), gates(chain.gates, pairs, 0);
       const Lines<const T> slopes(arguments.slopes, pairs, task.channel * L);
       const Lines<T> grads(arguments.grads, pairs, task.channel * L), grad_ctx(p.grad_ctx, pairs, task.channel);
-      float to_mean[2] = {};
-      for (int i = 0; i < 2; ++i)
-        if (pairs.columns[i] > 0) {
-          const int64_t at = pairs.image[i] * g.C + task.channel;
-          for (int64_t strip = 0; strip < rows.plan.strips; ++strip)
-            to_mean[i] += arguments.shares[strip * g.B * g.C + at];
-          to_mean[i] *= chain.scale * gelu_slope<T>(p.mean[at]) / float(g.pixels());
-        }
+      float to_mean[2];
+      mean_gradient<T>(arguments, task, pairs, to_mean);
 
       // from the gradient of what leaves level l through other levels, that of what leaves its convolution
       const auto through_level = [&](int l, float gate_bias, int t, int i, float& a, float& b) {
@@ -108,79 +112,77 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
           rows, chain, task, pairs,
           [&](int t, Two<T>(&to)[STEP][2]) {
             const float gate_bias = of_vector<T>(chain.gates_bias, L - 1);
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                float a = to_mean[i], b = to_mean[i];
-                through_level(L - 1, gate_bias, t + r, i, a, b);
-                to[r][i] = two_of<T>(a, b);
-              }
+            for_pairs([&](int r, int i) {
+              float a = to_mean[i], b = to_mean[i];
+              through_level(L - 1, gate_bias, t + r, i, a, b);
+              to[r][i] = two_of<T>(a, b);
+            });
           },
           [&](int step, int first, float (&acc)[STEP][4]) {
             const int l = L - 2 - step;  // whose results entered that convolution; -1: ctx did
             const float gate_bias = l < 0 ? 0.0f : of_vector<T>(chain.gates_bias, l);
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (l >= 0)
-                  through_level(l, gate_bias, first + r, i, acc[r][2 * i], acc[r][2 * i + 1]);
-                else if (p.grad_ctx.data && task.has(first + r) && pairs.columns[i] > 0)
-                  grad_ctx.store(i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
+            for_pairs([&](int r, int i) {
+              if (l >= 0)
+                through_level(l, gate_bias, first + r, i, acc[r][2 * i], acc[r][2 * i + 1]);
+              else if (p.grad_ctx.data && task.has(first + r) && pairs.columns[i] > 0)
+                grad_ctx.store(i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
+            });
           });
-    }
+    });
   });
 }
 
-// A task's share of one level's taps: K rows of them.
+// The products of a task's input and gradients of one level: see Rows::add_products.
 template <int K, int WINDOW, class T>
-__device__ void weight_gradients(const Arguments& arguments, const Rows<T>& rows, const Task& task, int l, float* to) {
-  constexpr int HALVES = WINDOW / 16;
+__device__ __forceinline__ void tap_products(const Arguments& arguments, const Rows<T>& rows, const Task& task, int l,
+                                             float (&products)[K][WINDOW / 16][4]) {
   const Chain& chain = arguments.p.chain;
-  const RowsPlan& plan = rows.plan;
-  const Level& k = chain.levels[l].size;
+  const Ring ring = rows.plan.shared.inputs[0];
   const Vector biases = l == 0 ? chain.ctx_bias : Vector{};
   const float bias = of_vector<T>(biases, task.channel);
-  float products[K][HALVES][4] = {};
-  for (int64_t group = task.first_group; group < task.last_group; ++group) {
-    const Pairs pairs(plan, chain.g, group);
+  rows.for_groups(chain.g, task, [&](int64_t, const Pairs& pairs) {
     const int64_t planes = task.channel * chain.L + l;
     const Lines<const T> grads(arguments.grads, pairs, planes);
     const Lines<const T> from(l == 0 ? chain.ctx : arguments.levels, pairs, l == 0 ? task.channel : planes - 1);
     Two<T> next[STEP][2], grad[STEP][2];
     int t = task.begin - (K / 2 + 1) / 2 * STEP;  // rows up to t + STEP - 1 + K / 2 are there
-    fetch_ctx(from, biases, bias, rows.T_, t + K / 2, next);
+    fetch_ctx(from, biases, bias, rows.map_rows, t + K / 2, next);
     for (; t < task.end; t += STEP) {
 #pragma unroll
-      for (int r = 0; r < STEP; ++r) rows.put(plan.rings[0], plan.ring_rows[0], t + K / 2 + r, pairs, next[r]);
+      for (int r = 0; r < STEP; ++r) rows.put(ring, t + K / 2 + r, pairs, next[r]);
       rows.sync();
-      if (t + STEP < task.end) fetch_ctx(from, biases, bias, rows.T_, t + STEP + K / 2, next);
+      if (t + STEP < task.end) fetch_ctx(from, biases, bias, rows.map_rows, t + STEP + K / 2, next);
       if (t >= task.begin) {
-        fetch(grads, rows.T_, t, grad);
+        fetch(grads, rows.map_rows, t, grad);
         uint32_t both[STEP][2];
-#pragma unroll
-        for (int r = 0; r < STEP; ++r)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) both[r][i] = packed(grad[r][i]);
-        rows.template add_products<K, 0>(products, plan.rings[0], plan.ring_rows[0], t, both);
+        for_pairs([&](int r, int i) { both[r][i] = packed(grad[r][i]); });
+        rows.template add_products<K, 0>(products, ring, t, both);
       }
       rows.sync();
     }
-  }
-  const int lane = threadIdx.x % 32, warp = rows.mine / 32;
-  float* const sums = reinterpret_cast<float*>(rows.memory + plan.sums);  // a tap per lane, then areas for diagonals
+  });
+}
+
+// A task's partial sums of one level's taps: K rows of them.
+template <int K, int WINDOW, class T>
+__device__ void weight_gradients(const Arguments& arguments, const Rows<T>& rows, const Task& task, int l, float* to) {
+  const int warps = rows.plan.layout.warps, kw = int(arguments.p.chain.levels[l].size.kw);
+  float products[K][WINDOW / 16][4] = {};
+  tap_products<K, WINDOW>(arguments, rows, task, l, products);
+  const int lane = threadIdx.x % 32, warp = rows.thread / 32;
+  float* const sums = reinterpret_cast<float*>(rows.memory + rows.plan.shared.sums);  // a tap per lane,
+  float* const area = sums + 32 * warps + warp * WINDOW * 8;                          // then areas for diagonals
 #pragma unroll
   for (int dt = 0; dt < K; ++dt) {
-    float tap = Rows<T>::diagonal(products[dt], int(k.kw), sums + 32 * plan.warps + warp * WINDOW * 8);
-    if (plan.warps > 1) {
-      sums[rows.mine] = tap;
+    float tap = Rows<T>::diagonal(products[dt], kw, area);
+    if (warps > 1) {
+      sums[rows.thread] = tap;
       rows.sync();
       tap = 0;
-      for (int i = 0; i < plan.warps; ++i) tap += sums[32 * i + lane];
+      for (int i = 0; i < warps; ++i) tap += sums[32 * i + lane];
       rows.sync();
     }
-    if (rows.mine < k.kw) to[dt * k.kw + lane] = tap;
+    if (rows.thread < kw) to[dt * kw + lane] = tap;
   }
 }
 
@@ -192,18 +194,11 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
   int64_t all_taps = 0;
   for (int l = 0; l < chain.L; ++l) all_taps += chain.levels[l].size.taps();
   rows.for_tasks(chain.g, [&](const Task& task) {
-    float* to = p.weights_parts + ((task.run * rows.plan.strips + task.strip) * chain.g.C + task.channel) * all_taps;
+    const int64_t part = task.run * rows.plan.schedule.strips + task.strip;
+    float* to = p.weight_sums + (part * chain.g.C + task.channel) * all_taps;
     for (int l = 0; l < chain.L; ++l) {
-      const int kt = int(chain.levels[l].size.kt);
-      if constexpr (WINDOW == 32) {
-        if (kt == 13) weight_gradients<13, WINDOW>(arguments, rows, task, l, to);
-        if (kt == 11) weight_gradients<11, WINDOW>(arguments, rows, task, l, to);
-      }
-      if (kt == 9) weight_gradients<9, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 7) weight_gradients<7, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 5) weight_gradients<5, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 3) weight_gradients<3, WINDOW>(arguments, rows, task, l, to);
-      if (kt == 1) weight_gradients<1, WINDOW>(arguments, rows, task, l, to);
+      with_height<WINDOW>(int(chain.levels[l].size.kt),
+                          [&](auto k) { weight_gradients<k, WINDOW>(arguments, rows, task, l, to); });
       to += chain.levels[l].size.taps();
     }
   });
@@ -211,7 +206,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
 
 constexpr int GATES_BLOCK = 128;
 
-// The gates' gradients, and the result again: four pixels a thread, through all channels of a slot.
+// The gates' gradients, and the result again: four pixels a thread, through all channels of a partial sum.
 template <class T>
 __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments arguments) {
   const ContextBackward& p = arguments.p;
@@ -220,12 +215,12 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
   const int L = chain.L;
   const int64_t across = (g.W + 3) / 4, quads = (arguments.last_image - arguments.first_image) * g.T * across;
   const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK;
-  for (int64_t task = blockIdx.x; task < blocks * arguments.slots; task += gridDim.x) {
-    const int64_t slot = task / blocks, quad = task % blocks * GATES_BLOCK + threadIdx.x;
+  for (int64_t task = blockIdx.x; task < blocks * arguments.gates.parts; task += gridDim.x) {
+    const int64_t part = task / blocks, quad = task % blocks * GATES_BLOCK + threadIdx.x;
     if (quad >= quads) continue;
     const int64_t w = quad % across * 4, t = quad / across % g.T, image = arguments.first_image + quad / across / g.T;
     const int n = int(std::min<int64_t>(4, g.W - w));
-    const int64_t first = slot * arguments.slot_channels, last = std::min(g.C, first + arguments.slot_channels);
+    const int64_t first = part * arguments.gates.channels, last = std::min(g.C, first + arguments.gates.channels);
     const auto load_level = [&](int64_t channel, int l, float (&to)[4]) {
       if (l < L) {
         load_quad(element<const T>(arguments.levels, image, channel * L + l, t, 0, w), 1, n, to);
@@ -234,7 +229,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
         for (int j = 0; j < 4; ++j) to[j] = global;
       }
     };
-    for (int l = 0; l <= L && p.gates_parts; ++l) {  // the gradient is read once per level: from the cache
+    for (int l = 0; l <= L && p.gate_sums; ++l) {  // the gradient is read once per level: from the cache
       float sum[4] = {}, grad[4], value[4];
       for (int64_t channel = first; channel < last; ++channel) {
         load_quad(element<const T>(p.grad_out, image, channel, t, 0, w), p.grad_out.w, n, grad);
@@ -242,7 +237,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
         for (int j = 0; j < 4; ++j) sum[j] += grad[j] * value[j];
       }
       for (int j = 0; j < 4; ++j) sum[j] *= chain.scale;
-      store_quad(p.gates_parts + (((slot * g.B + image) * (L + 1) + l) * g.T + t) * g.W + w, 1, n, sum);
+      store_quad(p.gate_sums + (((part * g.B + image) * (L + 1) + l) * g.T + t) * g.W + w, 1, n, sum);
     }
     for (int64_t channel = first; channel < last && p.ctx_all.data; ++channel) {
       float total[4] = {}, gate[4], value[4];
@@ -265,85 +260,98 @@ Chain reversed(Chain chain) {
 
 }  // namespace
 
-PassesPlan plan_passes_bwd(const Chain& chain) {
+std::optional<PassesPlan> plan_passes_bwd(const Chain& chain) {
   const Geometry& g = chain.g;
   const Device device = current_device();
+  const std::optional<RowsLayout> layout = lay_out_rows(chain), layout_up = lay_out_rows(reversed(chain));
+  if (!layout || !layout_up) return std::nullopt;
   PassesPlan plan{};
   RowsPlan &down = plan.down, &up = plan.up, &weights = plan.weights;
-  if (!lay_out_rows(chain, down) || !lay_out_rows(reversed(chain), up) || !lay_out_rows(chain, weights)) return plan;
-  lay_out_rings(chain, down, false);
-  lay_out_rings(reversed(chain), up, false);
-  for (int l = 0; l < chain.L; ++l)
-    weights.ring_rows[0] = std::max(weights.ring_rows[0], STEP + 2 * int(chain.levels[l].size.rt()));
-  weights.ring_rows[0] = int(std::min<int64_t>(weights.ring_rows[0], g.T));
-  weights.rings[0] = take(weights, weights.ring_rows[0] * weights.row);
-  weights.zeros = take(weights, weights.row);
-  weights.sums = take(weights, 2 * weights.warps * (32 + weights.window * 8));
+  down.layout = weights.layout = *layout, up.layout = *layout_up;
+  down.shared = lay_out_rings(chain, down.layout, false);
+  up.shared = lay_out_rings(reversed(chain), up.layout, false);
+  int ring_rows = 0;
+  for (int l = 0; l < chain.L; ++l) ring_rows = std::max(ring_rows, STEP + 2 * int(chain.levels[l].size.rt()));
+  ring_rows = int(std::min<int64_t>(ring_rows, g.T));
+  weights.shared.inputs.set(0, take_ring(weights.shared, ring_rows, layout->row));
+  weights.shared.zeros = take(weights.shared, layout->row);
+  weights.shared.sums = take(weights.shared, 2 * layout->warps * (32 + layout->window * 8));
 
-  plan.row = (g.W + 3) / 4 * 4;
-  plan.plane = g.T * plan.row;
-  const int64_t bytes_of_group = down.images * 3 * chain.L * g.C * plan.plane * 2;
-  const int64_t at_once = std::min(down.groups, std::max<int64_t>(1, device.scratch / bytes_of_group));
-  cut_into_tasks(chain, down, at_once);
-  plan.chunk = at_once == down.groups ? std::max<int64_t>(1, down.runs) : std::max<int64_t>(1, at_once / down.run);
-  plan.chunk_images = std::min(g.B, plan.chunk * down.run * down.images);
-  plan.handed_on = plan.chunk_images * chain.L * g.C * plan.plane;
-  plan.scratch = 3 * plan.handed_on / 2 + down.strips * g.B * g.C;
-  plan.image_runs = down.runs * down.strips;
-  for (RowsPlan* pass : {&up, &weights}) {
-    pass->strips = down.strips, pass->strip_rows = down.strip_rows;
-    pass->run = down.run, pass->runs = down.runs;
-  }
-  // the gates: few slots, but enough threads
+  PassesWorkspace& workspace = plan.workspace;
+  workspace.row = (g.W + 3) / 4 * 4;
+  workspace.plane = g.T * workspace.row;
+  const int64_t bytes_of_group = layout->images * 3 * chain.L * g.C * workspace.plane * 2;
+  const int64_t groups = layout->image_groups;
+  const int64_t at_once = std::min(groups, std::max<int64_t>(1, device.scratch / bytes_of_group));
+  RowsSchedule& schedule = down.schedule;
+  cut_into_tasks(chain, *layout, at_once, schedule);
+  up.schedule = weights.schedule = schedule;
+  workspace.runs =
+      at_once == groups ? std::max<int64_t>(1, schedule.runs) : std::max<int64_t>(1, at_once / schedule.run);
+  workspace.images = std::min(g.B, workspace.runs * schedule.run * layout->images);
+  workspace.elements = workspace.images * chain.L * g.C * workspace.plane;
+  plan.strip_sums = schedule.strips * g.B * g.C;
+
+  // the gates: few partial sums, but enough threads
   const int64_t enough = 1024 * int64_t(device.processors);
-  const int64_t wanted = 1 + enough / std::max<int64_t>(1, plan.chunk_images * plan.plane / 4);
-  plan.slot_channels = (g.C + wanted - 1) / wanted;
-  plan.slots = (g.C + plan.slot_channels - 1) / plan.slot_channels;
-  const int64_t tasks = g.C * down.strips * plan.chunk;
-  up.fits = weights.fits = down.fits =
-      fill_blocks(down, tasks) && fill_blocks(up, tasks) && fill_blocks(weights, tasks);
+  const int64_t wanted = 1 + enough / std::max<int64_t>(1, workspace.images * workspace.plane / 4);
+  plan.gates.channels = (g.C + wanted - 1) / wanted;
+  plan.gates.parts = (g.C + plan.gates.channels - 1) / plan.gates.channels;
+  const int64_t tasks = g.C * schedule.strips * workspace.runs;
+  if (!fill_blocks(down, tasks) || !fill_blocks(up, tasks) || !fill_blocks(weights, tasks)) return std::nullopt;
   return plan;
 }
 
-void run_passes_bwd(const ContextBackward& p, const PassesPlan& plan, void* stream) {
+namespace {
+
+// One chunk of images: runs first_run and following, `runs` of them.
+template <class T>
+void run_chunk(const ContextBackward& p, const PassesPlan& plan, int64_t first_run, int64_t runs, void* stream) {
   const Geometry& g = p.chain.g;
-  const int64_t planes = g.C * p.chain.L * plan.plane;
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    T* const memory = reinterpret_cast<T*>(p.scratch);
-    float* const shares = p.scratch + 3 * plan.handed_on / 2;
-    const bool narrow = plan.down.window == 16;
-    for (int64_t first = 0; first < plan.down.runs; first += plan.chunk) {
-      const int64_t runs = std::min(plan.chunk, plan.down.runs - first),
-                    image = first * plan.down.run * plan.down.images;
-      const auto map = [&](int n) {  // images before this chunk's are not there
-        return MapView{memory + n * plan.handed_on - image * planes, planes, plan.plane, plan.row, 0, 1};
-      };
-      Arguments arguments{p, {}, plan.slots, plan.slot_channels, map(0), map(1), map(2), shares, image};
-      arguments.last_image = std::min(g.B, image + runs * plan.down.run * plan.down.images);
-      const auto pass = [&](void (*kernel)(Arguments), const RowsPlan& rows) {
-        arguments.rows = rows;
-        arguments.rows.first_run = first;
-        arguments.rows.tasks = g.C * rows.strips * runs;
-        launch(kernel, rows.blocks, int(rows.threads), rows.shared, stream, arguments);
-      };
-      pass(narrow ? context_down_kernel<T, 16> : context_down_kernel<T, 32>, plan.down);
-      if (p.gates_parts || p.ctx_all.data) {
-        const int64_t quads = (arguments.last_image - image) * g.T * ((g.W + 3) / 4);
-        const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK * plan.slots;
-        launch(context_gates_kernel<T>, std::min<int64_t>(blocks, 1 << 20), GATES_BLOCK, 0, stream, arguments);
-      }
-      if (!p.grad_ctx.data && !p.weights_parts) continue;
-      arguments.p.chain = reversed(p.chain);
-      pass(narrow ? context_up_kernel<T, 16> : context_up_kernel<T, 32>, plan.up);
-      arguments.p.chain = p.chain;
-      if (p.weights_parts) pass(narrow ? context_weights_kernel<T, 16> : context_weights_kernel<T, 32>, plan.weights);
-    }
+  const PassesWorkspace& workspace = plan.workspace;
+  const int64_t image_elements = g.C * p.chain.L * workspace.plane;
+  const int64_t images_per_run = plan.down.schedule.run * plan.down.layout.images;
+  const int64_t first_image = first_run * images_per_run;
+  T* const memory = static_cast<T*>(p.scratch);
+  const auto map = [&](int n) {  // images before this chunk's are not there
+    T* const data = memory + n * workspace.elements - first_image * image_elements;
+    return MapView{data, image_elements, workspace.plane, workspace.row, 0, 1};
   };
-  if (p.chain.dtype == DType::bf16)
-    run(__nv_bfloat16());
-  else
-    run(__half());
+  Arguments arguments{p, {}, plan.gates, map(0), map(1), map(2), nullptr, first_image};
+  arguments.strip_sums = reinterpret_cast<float*>(memory + 3 * workspace.elements);
+  arguments.last_image = std::min(g.B, first_image + runs * images_per_run);
+
+  const auto pass = [&](void (*kernel)(Arguments), const RowsPlan& rows) {
+    arguments.rows = rows;
+    arguments.rows.schedule.first_run = first_run;
+    arguments.rows.schedule.tasks = g.C * rows.schedule.strips * runs;
+    launch(kernel, rows.schedule.blocks, int(rows.schedule.threads), rows.schedule.shared_bytes, stream, arguments);
+  };
+  const bool narrow = plan.down.layout.window == 16;
+  pass(narrow ? context_down_kernel<T, 16> : context_down_kernel<T, 32>, plan.down);
+  if (p.gate_sums || p.ctx_all.data) {
+    const int64_t quads = (arguments.last_image - first_image) * g.T * ((g.W + 3) / 4);
+    const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK * plan.gates.parts;
+    launch(context_gates_kernel<T>, std::min<int64_t>(blocks, 1 << 20), GATES_BLOCK, 0, stream, arguments);
+  }
+  if (!p.grad_ctx.data && !p.weight_sums) return;
+  arguments.p.chain = reversed(p.chain);
+  pass(narrow ? context_up_kernel<T, 16> : context_up_kernel<T, 32>, plan.up);
+  arguments.p.chain = p.chain;
+  if (p.weight_sums) pass(narrow ? context_weights_kernel<T, 16> : context_weights_kernel<T, 32>, plan.weights);
+}
+
+}  // namespace
+
+void run_context_bwd(const ContextBackward& p, const PassesPlan& plan, void* stream) {
+  const int64_t all = plan.down.schedule.runs;
+  for (int64_t first = 0; first < all; first += plan.workspace.runs) {
+    const int64_t runs = std::min(plan.workspace.runs, all - first);
+    if (p.chain.dtype == DType::bf16)
+      run_chunk<__nv_bfloat16>(p, plan, first, runs, stream);
+    else
+      run_chunk<__half>(p, plan, first, runs, stream);
+  }
 }
 
 }  // namespace focalnet::cuda

@@ -15,13 +15,13 @@ struct Arguments {
   RowsBackwardPlan plan;
 };
 
-// The kernel sizes of a chain, known to the compiler: weight gradients stay in registers all the way.
+// The kernel sizes of a chain, as compile-time constants: weight gradients stay in registers all the way.
 template <int... K>
 struct Kernels {
   static constexpr int L = sizeof...(K);
   static constexpr int SIZES[] = {K...};
-  static constexpr int ALL = (K + ...), TAPS = ((K * K) + ...);
-  static constexpr int before(int l) {  // kernel rows of the levels before l
+  static constexpr int ROWS = (K + ...), TAPS = ((K * K) + ...);  // of all levels
+  static constexpr int before(int l) {                            // kernel rows of the levels before l
     int sum = 0;
     for (int i = 0; i < l; ++i) sum += SIZES[i];
     return sum;
@@ -34,255 +34,344 @@ struct Kernels {
   }
 };
 
-// f(0), f(1), ... with numbers that the compiler knows
+// f(0), f(1), ... f(N - 1) with compile-time constants
 template <class F, int... I>
-__device__ void for_all(std::integer_sequence<int, I...>, const F& f) {
+__device__ __forceinline__ void for_all(std::integer_sequence<int, I...>, const F& f) {
   (f(std::integral_constant<int, I>()), ...);
 }
+template <int N, class F>
+__device__ __forceinline__ void for_all(const F& f) {
+  for_all(std::make_integer_sequence<int, N>(), f);
+}
+
+// What the taps' gradients are made of, kernel row by kernel row of all levels: see Rows::add_products.
+template <class KERNELS>
+using TapProducts = float[KERNELS::ROWS][1][4];
+
+// The channel that a warp has now.
+struct Channel {
+  int64_t index;
+  bool valid;  // it exists; where not, the warp only takes part in its block's barriers
+  float ctx_bias;
+};
+
+// Of the images of both pairs.
+struct Means {
+  float global[2];   // GELU of the last level's means
+  float to_mean[2];  // what every pixel of the last level receives through them
+};
+
+// What a warp works on: a channel of a group of images. In a step the last level's rows begin at `t`; level l's are
+// ahead(l) further down, the gradients of what leaves its convolution as many further up. Numbers and references alone:
+// with an array in it that loops go through, compilers keep the whole struct, and all it refers to, in local memory.
+template <class T, class KERNELS>
+struct State {
+  const ContextBackward& p;
+  const RowsBackwardPlan& plan;
+  const Chain& chain;
+  const Rows<T>& rows;
+  const Channel& channel;
+  const int64_t group;
+  const Pairs& pairs;  // without columns where the channel is not valid
+  const Lines<const T>& gates;
+  TapProducts<KERNELS>& tap_products;
+  const int lane, reach;
+
+  __device__ int ahead(int l) const { return reach - plan.rows.layout.reach[l]; }
+  __device__ bool inside(int t) const { return t >= 0 && t < rows.map_rows; }
+  // Whether any of the rows first .. first + STEP - 1 is.
+  __device__ bool any_inside(int first) const { return first + STEP > 0 && first < rows.map_rows; }
+
+  // Pair i of row t in a ring that only this lane reads.
+  __device__ Two<T>& own(Ring ring, int t, int i) const {
+    return *reinterpret_cast<Two<T>*>(rows.memory + ring.first + (ring_slot(t, ring.rows) * 64 + i * 32 + lane) * 2);
+  }
+  // The gradient of the result.
+  __device__ float grad_out(int t, int i, int j) const {
+    return to_float(own(plan.shared.grad_out, t, i).values[j]) * chain.scale;
+  }
+
+  // Rows first .. first + STEP - 1 of level l's convolution, and of its transpose, over the gradients of what leaves
+  // it.
+  template <int l>
+  __device__ __forceinline__ void convolve(float (&acc)[STEP][4], int first) const {
+    const RowsShared& shared = plan.rows.shared;
+    rows.template convolve_rows<KERNELS::SIZES[l], WINDOW>(acc, shared.inputs[l], shared.bands[l], first);
+  }
+  template <int l>
+  __device__ __forceinline__ void convolve_transposed(float (&acc)[STEP][4], int first) const {
+    rows.template convolve_rows<KERNELS::SIZES[l], WINDOW>(acc, plan.shared.grads[l], plan.shared.flipped[l], first);
+  }
+};
+
+// Makes the bands of channel `wanted`.
+template <class KERNELS, class T>
+__device__ __forceinline__ Channel start_channel(const Arguments& arguments, const Rows<T>& rows, int64_t wanted) {
+  const Chain& chain = arguments.p.chain;
+  const bool valid = wanted < chain.g.C;
+  const int64_t index = valid ? wanted : chain.g.C - 1;
+  __syncwarp();
+  for (int l = 0; l < KERNELS::L; ++l) {
+    rows.make_bands(chain.levels[l], index, arguments.plan.rows.shared.bands[l], false);
+    rows.make_bands(chain.levels[l], index, arguments.plan.shared.flipped[l], true);
+  }
+  return {index, valid, of_vector<T>(chain.ctx_bias, index)};
+}
+
+// What reaches the mean of the last level: the sum of the last gate times the gradient, over each image.
+template <class T, class KERNELS>
+__device__ __forceinline__ Means mean_gradient(const State<T, KERNELS>& s) {
+  const Geometry& g = s.chain.g;
+  const int map_rows = s.rows.map_rows;
+  const float gate_bias = of_vector<T>(s.chain.gates_bias, KERNELS::L);
+  Means means{};
+  for (int t = 0; t < map_rows; t += STEP) {
+    Two<T> grad[STEP][2], gate[STEP][2];
+    fetch(Lines<const T>(s.p.grad_out, s.pairs, s.channel.index), map_rows, t, grad);
+    fetch(s.gates, map_rows, t, gate, KERNELS::L);
+    for_pairs([&](int r, int i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        means.to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(grad[r][i].values[j]);
+    });
+  }
+  s.rows.sum_over_images(s.pairs, s.group, means.to_mean);
+  for (int i = 0; i < 2; ++i) {
+    const float mean = s.pairs.columns[i] > 0 ? s.p.mean[s.pairs.image[i] * g.C + s.channel.index] : 0.0f;
+    means.global[i] = gelu<T>(mean);
+    means.to_mean[i] *= s.chain.scale * gelu_slope<T>(mean) / float(g.pixels());
+  }
+  return means;
+}
+
+// Rows that a step begins with, on their way from global memory to the rings.
+template <class T>
+struct Arriving {
+  Two<T> ctx[STEP][2], grad_out[STEP][2];
+};
+template <class T, class KERNELS>
+__device__ __forceinline__ void fetch_rows(const State<T, KERNELS>& s, int t, Arriving<T>& to) {
+  const Lines<const T> ctx(s.chain.ctx, s.pairs, s.channel.index), grad_out(s.p.grad_out, s.pairs, s.channel.index);
+  fetch_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.map_rows, t + s.reach, to.ctx);
+  fetch(grad_out, s.rows.map_rows, t, to.grad_out);
+}
+template <class T, class KERNELS>
+__device__ __forceinline__ void put_rows(const State<T, KERNELS>& s, int t, const Arriving<T>& from) {
+#pragma unroll
+  for (int r = 0; r < STEP; ++r) {
+    s.rows.put(s.plan.rows.shared.inputs[0], t + s.reach + r, s.pairs, from.ctx[r]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (s.inside(t + r)) s.own(s.plan.shared.grad_out, t + r, i) = from.grad_out[r][i];
+  }
+}
+
+// Down: a level before the last again, and GELU's slopes.
+template <int l, class T, class KERNELS>
+__device__ __forceinline__ void recompute_level(const State<T, KERNELS>& s, int t) {
+  const int first = t + s.ahead(l + 1);
+  if (s.any_inside(first)) {
+    float acc[STEP][4];
+    s.template convolve<l>(acc, first);
+#pragma unroll
+    for (int r = 0; r < STEP; ++r) {
+      Two<T> values[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float a = acc[r][2 * i], b = acc[r][2 * i + 1];
+        values[i] = two_of<T>(s.pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, s.pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f);
+        if (s.inside(first + r))
+          s.own(s.plan.shared.slopes[l], first + r, i) = two_of<T>(gelu_slope<T>(a), gelu_slope<T>(b));
+      }
+      s.rows.put(s.plan.rows.shared.inputs[l + 1], first + r, s.pairs, values);
+    }
+  }
+  __syncwarp();
+}
+
+// What this channel adds to the gates' gradients, and the result again. `z` leaves the last level's convolution.
+template <class T, class KERNELS>
+__device__ __forceinline__ void accumulate_gates(const State<T, KERNELS>& s, const Means& means, int t,
+                                                 const float (&z)[STEP][4]) {
+  constexpr int L = KERNELS::L;
+  const ContextBackward& p = s.p;
+  Two<T>* const products = reinterpret_cast<Two<T>*>(s.rows.memory + s.plan.shared.products);
+  float total[STEP][4] = {};
+  for (int l = 0; l <= L; ++l) {
+    const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
+    Two<T> gate[STEP][2];
+    if (p.ctx_all.data) fetch(s.gates, s.rows.map_rows, t, gate, l);
+    for_pairs([&](int r, int i) {
+      float value[2] = {means.global[i], means.global[i]};
+      if (l == L - 1) {
+        value[0] = gelu<T>(z[r][2 * i]), value[1] = gelu<T>(z[r][2 * i + 1]);
+      } else if (l < L && s.pairs.at[i] >= 0 && s.inside(t + r)) {
+        const Two<T> level = s.rows.pair_of(s.plan.rows.shared.inputs[l + 1], t + r, s.pairs, i);
+        value[0] = to_float(level.values[0]), value[1] = to_float(level.values[1]);
+      }
+      products[((l * STEP + r) * 2 + i) * 32 + s.lane] =
+          two_of<T>(s.grad_out(t + r, i, 0) * value[0], s.grad_out(t + r, i, 1) * value[1]);
+      if (p.ctx_all.data)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) total[r][2 * i + j] += (to_float(gate[r][i].values[j]) + gate_bias) * value[j];
+    });
+  }
+  if (p.ctx_all.data)
+    for_pairs([&](int r, int i) {
+      if (s.inside(t + r) && s.pairs.columns[i] > 0)
+        Lines<T>(p.ctx_all, s.pairs, s.channel.index)
+            .store(i, t + r, total[r][2 * i] * s.chain.scale, total[r][2 * i + 1] * s.chain.scale);
+    });
+}
+
+// Up: the gradient of what leaves level l's convolution, and what that adds to its taps' gradients.
+template <int l, class T, class KERNELS>
+__device__ __forceinline__ void level_gradient(const State<T, KERNELS>& s, const Means& means, int t,
+                                               const float (&z)[STEP][4]) {
+  constexpr bool LAST = l == KERNELS::L - 1;
+  const int first = t - s.ahead(l + 1);
+  if (s.any_inside(first)) {
+    float through[STEP][4];  // of what leaves the level, through the levels after it
+    if constexpr (!LAST) s.template convolve_transposed<l + 1>(through, first);
+    const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
+    Two<T> gate[STEP][2];
+    fetch(s.gates, s.rows.map_rows, first, gate, l);
+    uint32_t both[STEP][2];
+#pragma unroll
+    for (int r = 0; r < STEP; ++r) {
+      Two<T> values[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float value[2] = {};
+        if (s.inside(first + r))
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (j < s.pairs.columns[i]) {
+              const float grad_out = s.grad_out(first + r, i, j);
+              const float entering = (to_float(gate[r][i].values[j]) + gate_bias) * grad_out;
+              if constexpr (LAST)
+                value[j] = (entering + means.to_mean[i]) * gelu_slope<T>(z[r][2 * i + j]);
+              else
+                value[j] = (entering + through[r][2 * i + j]) *
+                           to_float(s.own(s.plan.shared.slopes[l], first + r, i).values[j]);
+            }
+        values[i] = two_of<T>(value[0], value[1]);
+        both[r][i] = packed(values[i]);
+      }
+      s.rows.put(s.plan.shared.grads[l], first + r, s.pairs, values);
+    }
+    if (s.p.weight_sums)
+      s.rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l)>(s.tap_products, s.plan.rows.shared.inputs[l],
+                                                                          first, both);
+  }
+  __syncwarp();
+}
+
+// The last step up: the gradient of what enters level 0.
+template <class T, class KERNELS>
+__device__ __forceinline__ void ctx_gradient(const State<T, KERNELS>& s, int t) {
+  const int first = t - s.reach;
+  if (s.p.grad_ctx.data && s.any_inside(first)) {
+    float acc[STEP][4];
+    s.template convolve_transposed<0>(acc, first);
+    for_pairs([&](int r, int i) {
+      if (s.inside(first + r) && s.pairs.columns[i] > 0)
+        Lines<T>(s.p.grad_ctx, s.pairs, s.channel.index).store(i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
+    });
+  }
+}
+
+// Adds the sums over the block's channels to its partial sums of the gates' gradients. The whole block calls this.
+template <class T, class KERNELS>
+__device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int64_t part, bool first_of_part) {
+  constexpr int L = KERNELS::L;
+  const Geometry& g = s.chain.g;
+  const RowsPlan& plan = s.plan.rows;
+  __syncthreads();
+  for (int i = threadIdx.x; i < (L + 1) * STEP * 64; i += 32 * s.plan.channels) {
+    const int of_lane = i % 32, half = i / 32 % 2, row = t + i / 64 % STEP, level = i / 64 / STEP;
+    const int segment = of_lane / 4 + 8 * half, nth = segment / plan.layout.segments;
+    const int64_t image = s.group * plan.layout.images + nth;
+    const int column = segment % plan.layout.segments * 8 + of_lane % 4 * 2;
+    if (nth >= plan.layout.images || image >= g.B || !s.inside(row)) continue;
+    float sum[2] = {};
+    for (int w = 0; w < s.plan.channels; ++w) {
+      const T* const products = shared_memory<T>() + w * plan.shared.elements + s.plan.shared.products;
+      const Two<T> two = reinterpret_cast<const Two<T>*>(products)[i];
+      sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
+    }
+    float* const to = s.p.gate_sums + (((part * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
+    for (int j = 0; j < 2; ++j)
+      if (column + j < g.W) to[j] = sum[j] + (first_of_part ? 0.0f : to[j]);
+  }
+  __syncthreads();
+}
+
+// The taps' gradients: diagonals of the products.
+template <class KERNELS, class T>
+__device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, const Rows<T>& rows,
+                                                    const Channel& channel, const TapProducts<KERNELS>& tap_products,
+                                                    int64_t part) {
+  const int lane = threadIdx.x % 32;
+  float* to = arguments.p.weight_sums + (part * arguments.p.chain.g.C + channel.index) * KERNELS::TAPS;
+  float* const area = reinterpret_cast<float*>(rows.memory + arguments.plan.shared.products);
+  for_all<KERNELS::L>([&](auto level) {
+    constexpr int l = level, K = KERNELS::SIZES[l];
+#pragma unroll
+    for (int dt = 0; dt < K; ++dt) {
+      const float tap = Rows<T>::diagonal(tap_products[KERNELS::before(l) + dt], K, area);
+      if (lane < K && channel.valid) to[dt * K + lane] = tap;
+    }
+    to += K * K;
+  });
+}
+
+// Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has
+// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 154 and 188 for kernels 3, 5; 179
+// and 222 for 3, 5, 7; 206 and 242 for 5, 7, 9; 218 and 248 for 3, 5, 7, 9. None of them spills.
+template <class KERNELS>
+constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
 template <class T, class KERNELS>
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Arguments arguments) {
-  constexpr int L = KERNELS::L, ALL = KERNELS::ALL;
+  constexpr int L = KERNELS::L;
   const ContextBackward& p = arguments.p;
-  const Chain& chain = p.chain;
-  const RowsBackwardPlan& all_plan = arguments.plan;
-  const RowsPlan& plan = all_plan.rows;
-  const Geometry& g = chain.g;
-  const int T_ = int(g.T), reach = plan.reach[L], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Rows<T> rows(plan, g);
-  const auto own = [&](int ring, int n, int t, int i) -> Two<T>& {  // what only this lane reads
-    return *reinterpret_cast<Two<T>*>(rows.memory + ring + (ring_slot(t, n) * 64 + i * 32 + lane) * 2);
-  };
-  const auto inside = [&](int t) { return t >= 0 && t < T_; };
-  const auto grad = [&](int t, int i, int j) {  // of the result
-    return to_float(own(all_plan.grad_out, all_plan.grad_out_rows, t, i).values[j]) * chain.scale;
-  };
-
-  for (int64_t task = blockIdx.x; task < plan.tasks; task += gridDim.x) {
-    const int64_t slot = task % all_plan.slots, run = task / all_plan.slots;
-    for (int64_t step = 0; step < all_plan.channel_run; ++step) {
-      const int64_t own_channel = (slot * all_plan.channel_run + step) * all_plan.channels + warp;
-      const bool valid = own_channel < g.C;
-      const int64_t channel = valid ? own_channel : g.C - 1;
-      const float bias = of_vector<T>(chain.ctx_bias, channel);
-      float products[ALL][1][4] = {};  // see Rows::add_products
-      __syncwarp();
-      for (int l = 0; l < L; ++l) {
-        rows.make_bands(chain.levels[l], channel, plan.bands[l], false);
-        rows.make_bands(chain.levels[l], channel, all_plan.flipped[l], true);
-      }
-      const int64_t last = plan.groups < (run + 1) * plan.run ? plan.groups : (run + 1) * plan.run;
-      for (int64_t group = run * plan.run; group < last; ++group) {
-        Pairs pairs(plan, g, group);
-        if (!valid) pairs.columns[0] = pairs.columns[1] = 0;
-        const Lines<const T> gates(chain.gates, pairs, 0);
-
-        // what reaches the mean of the last level: the sum of the last gate times the gradient, over each image
-        float mean[2], global[2], to_mean[2] = {};
-        {
-          const float gate_bias = of_vector<T>(chain.gates_bias, L);
-          for (int t = 0; t < T_; t += STEP) {
-            Two<T> entering[STEP][2], gate[STEP][2];
-            fetch(Lines<const T>(p.grad_out, pairs, channel), T_, t, entering);
-            fetch(gates, T_, t, gate, L);
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                  to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(entering[r][i].values[j]);
-          }
-          rows.sum_over_images(pairs, group, to_mean);
-          for (int i = 0; i < 2; ++i) {
-            mean[i] = pairs.columns[i] > 0 ? p.mean[pairs.image[i] * g.C + channel] : 0.0f;
-            global[i] = gelu<T>(mean[i]);
-            to_mean[i] *= chain.scale * gelu_slope<T>(mean[i]) / float(g.pixels());
-          }
-        }
-
-        // The last level's rows begin at `t`. Level l's are that many further down:
-        const auto ahead = [&](int l) { return reach - plan.reach[l]; };  // and its gradient's as many further up
-        Two<T> next_ctx[STEP][2], next_grad[STEP][2];
+  const RowsBackwardPlan& plan = arguments.plan;
+  const RowsSchedule& schedule = plan.rows.schedule;
+  const Rows<T> rows(plan.rows, p.chain.g);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, reach = plan.rows.layout.reach[L];
+  for (int64_t task = blockIdx.x; task < schedule.tasks; task += gridDim.x) {
+    const int64_t gate_part = task % plan.channel_runs, run = task / plan.channel_runs;
+    for (int64_t step = 0; step < plan.channel_run; ++step) {
+      const int64_t channel_block = gate_part * plan.channel_run + step;
+      const Channel channel = start_channel<KERNELS>(arguments, rows, channel_block * plan.channels + warp);
+      TapProducts<KERNELS> tap_products = {};
+      const int64_t last_group = std::min(plan.rows.layout.image_groups, (run + 1) * schedule.run);
+      for (int64_t group = run * schedule.run; group < last_group; ++group) {
+        Pairs pairs(plan.rows.layout, p.chain.g, group);
+        if (!channel.valid) pairs.columns[0] = pairs.columns[1] = 0;
+        const Lines<const T> gates(p.chain.gates, pairs, 0);
+        const State<T, KERNELS> s{p, plan, p.chain, rows, channel, group, pairs, gates, tap_products, lane, reach};
+        const Means means = mean_gradient(s);
+        Arriving<T> next;
         int t = -(reach + 1) / 2 * STEP;
-        const auto fetch_both = [&](int t) {
-          fetch_ctx(Lines<const T>(chain.ctx, pairs, channel), chain.ctx_bias, bias, T_, t + reach, next_ctx);
-          fetch(Lines<const T>(p.grad_out, pairs, channel), T_, t, next_grad);
-        };
-        constexpr bool EARLY = ALL <= 15;  // a step ahead, while there are registers for it
-        if (EARLY) fetch_both(t);
-        for (; t < T_ + reach; t += STEP) {
-          if (!EARLY) fetch_both(t);
-#pragma unroll
-          for (int r = 0; r < STEP; ++r) {
-            rows.put(plan.rings[0], plan.ring_rows[0], t + reach + r, pairs, next_ctx[r]);
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if (inside(t + r)) own(all_plan.grad_out, all_plan.grad_out_rows, t + r, i) = next_grad[r][i];
-          }
+        if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t, next);
+        for (; t < rows.map_rows + reach; t += STEP) {
+          if constexpr (!PREFETCH<KERNELS>) fetch_rows(s, t, next);
+          put_rows(s, t, next);
           __syncwarp();
-          if (EARLY) fetch_both(t + STEP);
-
-          // down: the levels again, and GELU's slopes
-          for_all(std::make_integer_sequence<int, L - 1>(), [&](auto level) {
-            constexpr int l = level;
-            const int first = t + ahead(l + 1);
-            if (first + STEP > 0 && first < T_) {
-              float acc[STEP][4];
-              rows.template convolve_rows<KERNELS::SIZES[l], WINDOW>(acc, plan.rings[l], plan.ring_rows[l],
-                                                                     plan.bands[l], first);
-#pragma unroll
-              for (int r = 0; r < STEP; ++r) {
-                Two<T> values[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  const float a = acc[r][2 * i], b = acc[r][2 * i + 1];
-                  values[i] =
-                      two_of<T>(pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f);
-                  if (inside(first + r))
-                    own(all_plan.slopes[l], all_plan.slope_rows[l], first + r, i) =
-                        two_of<T>(gelu_slope<T>(a), gelu_slope<T>(b));
-                }
-                rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs, values);
-              }
-            }
-            __syncwarp();
-          });
-
-          // the last level: its rows, the gates' gradients, the result again
-          const bool here = t + STEP > 0 && t < T_;  // the same for the whole block
-          float acc[STEP][4] = {};
-          if (here)
-            rows.template convolve_rows<KERNELS::SIZES[L - 1], WINDOW>(acc, plan.rings[L - 1], plan.ring_rows[L - 1],
-                                                                       plan.bands[L - 1], t);
-          if (here && (p.gates_parts || p.ctx_all.data)) {
-            Two<T>* const shares = reinterpret_cast<Two<T>*>(rows.memory + all_plan.products);
-            float total[STEP][4] = {};
-            for (int l = 0; l <= L; ++l) {
-              const float gate_bias = of_vector<T>(chain.gates_bias, l);
-              Two<T> gate[STEP][2];
-              if (p.ctx_all.data) fetch(gates, T_, t, gate, l);
-#pragma unroll
-              for (int r = 0; r < STEP; ++r)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  float value[2] = {global[i], global[i]};
-                  if (l == L - 1) {
-                    value[0] = gelu<T>(acc[r][2 * i]), value[1] = gelu<T>(acc[r][2 * i + 1]);
-                  } else if (l < L && pairs.at[i] >= 0 && inside(t + r)) {
-                    const T* const row = rows.row_of(plan.rings[l + 1], plan.ring_rows[l + 1], t + r);
-                    const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
-                    value[0] = to_float(two.values[0]), value[1] = to_float(two.values[1]);
-                  }
-                  shares[((l * STEP + r) * 2 + i) * 32 + lane] =
-                      two_of<T>(grad(t + r, i, 0) * value[0], grad(t + r, i, 1) * value[1]);
-                  if (p.ctx_all.data)
-#pragma unroll
-                    for (int j = 0; j < 2; ++j)
-                      total[r][2 * i + j] += (to_float(gate[r][i].values[j]) + gate_bias) * value[j];
-                }
-            }
-            if (p.ctx_all.data)
-#pragma unroll
-              for (int r = 0; r < STEP; ++r)
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                  if (inside(t + r) && pairs.columns[i] > 0)
-                    Lines<T>(p.ctx_all, pairs, channel)
-                        .store(i, t + r, total[r][2 * i] * chain.scale, total[r][2 * i + 1] * chain.scale);
-          }
-
-          // up: the gradient of what leaves each level's convolution, and from it that of what enters
-          for_all(std::make_integer_sequence<int, L>(), [&](auto level) {
-            constexpr int l = L - 1 - level;
-            const int first = t - ahead(l + 1);
-            if (first + STEP > 0 && first < T_) {
-              if constexpr (l < L - 1)
-                rows.template convolve_rows<KERNELS::SIZES[l + 1], WINDOW>(
-                    acc, all_plan.grads[l + 1], all_plan.grad_rows[l + 1], all_plan.flipped[l + 1], first);
-              const float gate_bias = of_vector<T>(chain.gates_bias, l);
-              Two<T> gate[STEP][2];
-              fetch(gates, T_, first, gate, l);
-              uint32_t both[STEP][2];
-#pragma unroll
-              for (int r = 0; r < STEP; ++r) {
-                Two<T> values[2];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  float value[2] = {};
-                  if (inside(first + r))
-#pragma unroll
-                    for (int j = 0; j < 2; ++j)
-                      if (j < pairs.columns[i]) {
-                        const float a = acc[r][2 * i + j];
-                        const float out = grad(first + r, i, j);
-                        const float slope =
-                            l == L - 1
-                                ? gelu_slope<T>(a)
-                                : to_float(own(all_plan.slopes[l], all_plan.slope_rows[l], first + r, i).values[j]);
-                        const float entering = (to_float(gate[r][i].values[j]) + gate_bias) * out;
-                        value[j] = (entering + (l == L - 1 ? to_mean[i] : a)) * slope;
-                      }
-                  values[i] = two_of<T>(value[0], value[1]);
-                  both[r][i] = packed(values[i]);
-                }
-                rows.put(all_plan.grads[l], all_plan.grad_rows[l], first + r, pairs, values);
-              }
-              if (p.weights_parts)
-                rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l)>(products, plan.rings[l],
-                                                                                  plan.ring_rows[l], first, both);
-            }
-            __syncwarp();
-          });
-          if (p.grad_ctx.data && t - reach + STEP > 0 && t - reach < T_) {
-            rows.template convolve_rows<KERNELS::SIZES[0], WINDOW>(acc, all_plan.grads[0], all_plan.grad_rows[0],
-                                                                   all_plan.flipped[0], t - reach);
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (inside(t - reach + r) && pairs.columns[i] > 0)
-                  Lines<T>(p.grad_ctx, pairs, channel).store(i, t - reach + r, acc[r][2 * i], acc[r][2 * i + 1]);
-          }
-
-          // the block's share of the gates' gradients: the sum over its channels
-          if (p.gates_parts && here) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < (L + 1) * STEP * 64; i += 32 * all_plan.channels) {
-              const int of_lane = i % 32, half = i / 32 % 2, row = t + i / 64 % STEP, level = i / 64 / STEP;
-              const int segment = of_lane / 4 + 8 * half, nth = segment / plan.segments;
-              const int64_t image = group * plan.images + nth;
-              const int column = segment % plan.segments * 8 + of_lane % 4 * 2;
-              if (nth >= plan.images || image >= g.B || !inside(row)) continue;
-              float sum[2] = {};
-              for (int w = 0; w < all_plan.channels; ++w) {
-                const Two<T> two =
-                    reinterpret_cast<const Two<T>*>(shared_memory<T>() + w * plan.elements + all_plan.products)[i];
-                sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
-              }
-              float* const to = p.gates_parts + (((slot * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
-              for (int j = 0; j < 2; ++j)
-                if (column + j < g.W) to[j] = sum[j] + (step ? to[j] : 0.0f);
-            }
-            __syncthreads();
-          }
+          if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t + STEP, next);
+          for_all<L - 1>([&](auto l) { recompute_level<l>(s, t); });
+          const bool last_level = s.any_inside(t);  // the same for the whole block
+          float z[STEP][4] = {};
+          if (last_level) s.template convolve<L - 1>(z, t);
+          if (last_level && (p.gate_sums || p.ctx_all.data)) accumulate_gates(s, means, t, z);
+          for_all<L>([&](auto i) { level_gradient<L - 1 - i>(s, means, t, z); });
+          ctx_gradient(s, t);
+          if (last_level && p.gate_sums) sum_gates(s, t, gate_part, step == 0);
         }
       }
-
-      // the taps' gradients: diagonals of the products
-      if (p.weights_parts) {
-        float* to = p.weights_parts + (run * g.C + channel) * KERNELS::TAPS;
-        float* const area = reinterpret_cast<float*>(rows.memory + all_plan.products);
-        for_all(std::make_integer_sequence<int, L>(), [&](auto level) {
-          constexpr int l = level, K = KERNELS::SIZES[l];
-#pragma unroll
-          for (int dt = 0; dt < K; ++dt) {
-            const float tap = Rows<T>::diagonal(products[KERNELS::before(l) + dt], K, area);
-            if (lane < K && valid) to[dt * K + lane] = tap;
-          }
-          to += K * K;
-        });
-      }
+      if (p.weight_sums) store_tap_gradients<KERNELS>(arguments, rows, channel, tap_products, run);
     }
   }
 }
@@ -303,63 +392,70 @@ bool with_kernels(const Chain& chain, const F& f) {
   return found;
 }
 
-}  // namespace
-
-RowsBackwardPlan plan_rows_bwd(const Chain& chain) {
-  const Geometry& g = chain.g;
-  const Device device = current_device();
-  RowsBackwardPlan plan{};
-  RowsPlan& rows = plan.rows;
-  if (!lay_out_rows(chain, rows) || rows.warps > 1 || !with_kernels(chain, [](auto) {})) return plan;
-  const auto at_most = [&](int n) { return int(std::min<int64_t>(n, g.T)); };  // a whole map needs no more
-  const int L = chain.L;
-  const auto ahead = [&](int l) { return rows.reach[L] - rows.reach[l]; };
+// The memory of a warp.
+void lay_out_warp(const Chain& chain, RowsBackwardPlan& plan) {
+  const RowsLayout& layout = plan.rows.layout;
+  RowsShared& shared = plan.rows.shared;
+  RowsBackwardShared& more = plan.shared;
+  const int L = chain.L, PAIRS = 64 * 2;  // elements of a row that only the lane that wrote them reads
+  const auto ahead = [&](int l) { return layout.reach[L] - layout.reach[l]; };
+  const auto ring = [&](int rows, int row) {  // of a whole map needs no more rows than that
+    return take_ring(shared, int(std::min<int64_t>(rows, chain.g.T)), row);
+  };
   for (int l = 0; l < L; ++l) {
-    rows.ring_rows[l] = at_most(2 * ahead(l) + STEP);
-    rows.rings[l] = take(rows, rows.ring_rows[l] * rows.row);
-    plan.grad_rows[l] = at_most(2 * int(chain.levels[l].size.rt()) + STEP);
-    plan.grads[l] = take(rows, plan.grad_rows[l] * rows.row);
+    shared.inputs.set(l, ring(2 * ahead(l) + STEP, layout.row));
+    more.grads.set(l, ring(2 * int(chain.levels[l].size.rt()) + STEP, layout.row));
   }
-  rows.zeros = take(rows, rows.row);
+  shared.zeros = take(shared, layout.row);
   for (int l = 0; l < L; ++l) {
     const int bands = int(chain.levels[l].size.kt) * 32 * 4;
-    rows.bands[l] = take(rows, bands);
-    plan.flipped[l] = take(rows, bands);
+    shared.bands[l] = take(shared, bands);
+    more.flipped[l] = take(shared, bands);
   }
-  for (int l = 0; l + 1 < L; ++l) {
-    plan.slope_rows[l] = at_most(2 * ahead(l + 1) + STEP);
-    plan.slopes[l] = take(rows, plan.slope_rows[l] * 128);
-  }
-  plan.grad_out_rows = at_most(ahead(1) + STEP);
-  plan.grad_out = take(rows, plan.grad_out_rows * 128);
-  plan.products = take(rows, (L + 1) * STEP * 128);
-  rows.sums = take(rows, 32);
+  for (int l = 0; l + 1 < L; ++l) more.slopes.set(l, ring(2 * ahead(l + 1) + STEP, PAIRS));
+  more.grad_out = ring(ahead(1) + STEP, PAIRS);
+  more.products = take(shared, (L + 1) * STEP * PAIRS);
+  shared.sums = take(shared, 32);
+}
 
-  const int64_t fitting = std::min<int64_t>(MOST_WARPS, device.shared_per_block / (2 * rows.elements));
-  if (fitting < std::min<int64_t>(2, g.C)) return plan;
+}  // namespace
+
+std::optional<RowsBackwardPlan> plan_rows_bwd(const Chain& chain) {
+  const Geometry& g = chain.g;
+  const Device device = current_device();
+  const std::optional<RowsLayout> layout = lay_out_rows(chain);
+  if (!layout || layout->warps > 1 || !with_kernels(chain, [](auto) {})) return std::nullopt;
+  RowsBackwardPlan plan{};
+  plan.rows.layout = *layout;
+  lay_out_warp(chain, plan);
+
+  const int64_t bytes = 2 * int64_t(plan.rows.shared.elements);
+  const int64_t fitting = std::min<int64_t>(MOST_WARPS, device.shared_per_block / bytes);
+  if (fitting < std::min<int64_t>(2, g.C)) return std::nullopt;
   const int64_t least = (g.C + fitting - 1) / fitting;  // blocks along the channels,
   plan.channels = int((g.C + least - 1) / least);       // as full as each other
-  const int64_t blocks = (g.C + plan.channels - 1) / plan.channels;
-  const int64_t spare = std::max<int64_t>(1, rows.groups * blocks / (3 * device.processors));
+  const int64_t blocks = (g.C + plan.channels - 1) / plan.channels, groups = layout->image_groups;
+  const int64_t spare = std::max<int64_t>(1, groups * blocks / (3 * device.processors));
   plan.channel_run = std::min(blocks, spare);
-  plan.slots = (blocks + plan.channel_run - 1) / plan.channel_run;
-  rows.run = std::max<int64_t>(1, std::min(rows.groups, spare / plan.channel_run));
-  rows.runs = (rows.groups + rows.run - 1) / rows.run;
-  rows.tasks = plan.slots * rows.runs;
-  rows.blocks = std::min<int64_t>(rows.tasks, 1 << 20);
-  rows.threads = 32 * plan.channels;
-  rows.owners = plan.channels;
-  rows.shared = int64_t(rows.elements) * 2 * plan.channels;
-  rows.fits = true;
+  plan.channel_runs = (blocks + plan.channel_run - 1) / plan.channel_run;
+  RowsSchedule& schedule = plan.rows.schedule;
+  schedule.run = std::max<int64_t>(1, std::min(groups, spare / plan.channel_run));
+  schedule.runs = (groups + schedule.run - 1) / schedule.run;
+  schedule.tasks = plan.channel_runs * schedule.runs;
+  schedule.blocks = std::min<int64_t>(schedule.tasks, 1 << 20);
+  schedule.threads = 32 * plan.channels;
+  schedule.owners = plan.channels;
+  schedule.shared_bytes = bytes * plan.channels;
   return plan;
 }
 
-void run_rows_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream) {
+void run_context_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream) {
+  const RowsSchedule& schedule = plan.rows.schedule;
   with_kernels(p.chain, [&](auto kernels) {
     using K = decltype(kernels);
     launch(
         p.chain.dtype == DType::bf16 ? context_bwd_rows_kernel<__nv_bfloat16, K> : context_bwd_rows_kernel<__half, K>,
-        plan.rows.blocks, int(plan.rows.threads), plan.rows.shared, stream, Arguments{p, plan});
+        schedule.blocks, int(schedule.threads), schedule.shared_bytes, stream, Arguments{p, plan});
   });
 }
 

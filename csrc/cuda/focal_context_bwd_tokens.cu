@@ -18,22 +18,21 @@ struct MeanGradient {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS) tokens_mean_gradient_kernel(MeanGradient p) {
-  const int64_t first_channel = blockIdx.x % p.channel_tiles * TILE, i = blockIdx.x / p.channel_tiles;
-  const int64_t part = i % SUM_PARTS, b = i / SUM_PARTS, channel = first_channel + threadIdx.x % GROUPS * 4;
+  const ChannelTile tile(p.channel_tiles);
+  const int64_t part = tile.rest % SUM_PARTS, b = tile.rest / SUM_PARTS;
   constexpr int LANES = THREADS / GROUPS;
   const int W = int(p.g.W), M = int(p.g.M), pixels = int(p.g.pixels());
   float sum[4] = {};
-  if (channel < p.g.C)
+  if (tile.channel < p.g.C)
     for (int pixel = int(part) * LANES + int(threadIdx.x) / GROUPS; pixel < pixels; pixel += SUM_PARTS * LANES) {
       const int w = pixel % W, m = pixel / W % M, t = pixel / W / M;
       const float factor = to_float(*element<const T>(p.gate, b, 0, t, m, w));
       float grad[4];
-      load_channels(element<const T>(p.grad, b, channel, t, m, w), grad);
+      load_channels(element<const T>(p.grad, b, tile.channel, t, m, w), grad);
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[c] += factor * grad[c];
     }
-  const int channels = int(std::min<int64_t>(TILE, p.g.C - first_channel));
-  sum_lanes(sum, shared_memory<float>(), channels, p.parts + (b * SUM_PARTS + part) * p.g.C + first_channel);
+  sum_lanes(sum, shared_memory<float>(), tile.channels(p.g), p.parts + (b * SUM_PARTS + part) * p.g.C + tile.first);
 }
 
 // At every token: the gates' gradients, ctx_all again, and dz of the last level over its z.
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(THREADS) tokens_gradients_kernel(Gradients p) 
 // e = conv^T(dz above); into `to` goes e, or where there is a level's own z: dz = (gate G + e) GELU'(z).
 struct LevelBackward {
   Geometry g;
-  TokensPlan plan;
+  TokensTiling tiling;
   LevelWeights above;
   MapView from, grad_out, gate, z, to;
   float scale;
@@ -110,7 +109,7 @@ struct LevelBackward {
 
 template <class T, int KW>
 __global__ void __launch_bounds__(THREADS, KW > 7 ? 1 : 2) tokens_level_bwd_kernel(LevelBackward p) {
-  const PassBlock at(p.g, p.plan);
+  const PassBlock at(p.g, p.tiling);
   float* const taps = shared_memory<float>();
   load_tile_taps<T>(p.above, at.first_channel, p.g.C, true, taps);
   __syncthreads();
@@ -141,28 +140,29 @@ __global__ void __launch_bounds__(THREADS, KW > 7 ? 1 : 2) tokens_level_bwd_kern
 // One kernel row of a level's weights' gradient over a part of the segments: dz times the level's input, tap by tap.
 struct WeightsGradient {
   Geometry g;
-  TokensPlan plan;
+  TokensTiling tiling;
   Level size;
   MapView from, dz;
-  float* to;  // [plan.weights_parts][C][all_taps], from this level's first tap on
+  int64_t parts;  // partial sums
+  float* to;      // [parts][C][all_taps], from this level's first tap on
   int64_t all_taps;
 };
 
 template <class T, int KW>
 __global__ void __launch_bounds__(THREADS) tokens_weights_kernel(WeightsGradient p) {
-  const int64_t tiles = p.plan.channel_tiles, rows = p.size.kt * p.size.km;
-  const int64_t first_channel = blockIdx.x % tiles * TILE, part = blockIdx.x / tiles / rows;
-  const int row = int(blockIdx.x / tiles % rows), km = int(p.size.km), W = int(p.g.W);
+  const ChannelTile tile(p.tiling.channel_tiles);
+  const int64_t rows = p.size.kt * p.size.km, part = tile.rest / rows;
+  const int row = int(tile.rest % rows), km = int(p.size.km), W = int(p.g.W);
   const int dt = row / km - int(p.size.kt) / 2, dm = row % km - km / 2;
-  const int64_t channel = first_channel + threadIdx.x % GROUPS * 4, units = p.g.B * p.plan.image_blocks;
+  const int64_t channel = tile.channel, units = p.g.B * p.tiling.image_blocks;
   constexpr int N = SEGMENT + KW - 1;
   float acc[KW][4] = {};
-  for (int64_t unit = part; unit < units && channel < p.g.C; unit += p.plan.weights_parts) {
-    const int64_t b = unit / p.plan.image_blocks;
-    const int segment = int(unit % p.plan.image_blocks) * p.plan.lanes + int(threadIdx.x) / GROUPS;
+  for (int64_t unit = part; unit < units && channel < p.g.C; unit += p.parts) {
+    const int64_t b = unit / p.tiling.image_blocks;
+    const int segment = int(unit % p.tiling.image_blocks) * p.tiling.lanes + int(threadIdx.x) / GROUPS;
     const SegmentAt s(p.g, segment);
     const int t = s.t + dt, m = s.m + dm, column = s.w - KW / 2;
-    if (segment >= p.plan.segments || t < 0 || t >= p.g.T || m < 0 || m >= p.g.M) continue;
+    if (segment >= p.tiling.segments || t < 0 || t >= p.g.T || m < 0 || m >= p.g.M) continue;
     Channels<T> dz[SEGMENT], x[N];
     load_columns(element<const T>(p.dz, b, channel, s.t, s.m, s.w), int(p.dz.w), columns_inside<SEGMENT>(s.w, W), dz);
     load_columns(element<const T>(p.from, b, channel, t, m, column), int(p.from.w), columns_inside<N>(column, W), x);
@@ -180,38 +180,39 @@ __global__ void __launch_bounds__(THREADS) tokens_weights_kernel(WeightsGradient
     }
   }
   float *const area = shared_memory<float>(), *const sums = area + THREADS * 4;
-  const int channels = int(std::min<int64_t>(TILE, p.g.C - first_channel));
+  const int channels = tile.channels(p.g);
 #pragma unroll
   for (int a = 0; a < KW; ++a) sum_lanes(acc[a], area, channels, sums + a * TILE);
   if (int(threadIdx.x) >= channels) return;
-  float* const to = p.to + (part * p.g.C + first_channel + threadIdx.x) * p.all_taps + row * KW;
+  float* const to = p.to + (part * p.g.C + tile.first + threadIdx.x) * p.all_taps + row * KW;
   for (int a = 0; a < KW; ++a) to[a] = sums[a * TILE + threadIdx.x];
 }
 
 // The gradients of one chunk of images.
 class Backward {
  public:
-  Backward(const ContextBackward& whole, const TokensPlan& plan, int64_t first, void* scratch, float* floats,
-           void* stream)
-      : chain_(whole.chain), plan_(plan), stream_(stream) {
+  Backward(const ContextBackward& whole, const TokensBackwardPlan& plan, int64_t first, void* stream)
+      : chain_(whole.chain), tiling_(plan.tokens.tiling), weight_parts_(plan.chunk_weight_parts), stream_(stream) {
     const DType dtype = chain_.dtype;
+    const TokensScratch& scratch = plan.tokens.scratch;
     Geometry& g = chain_.g;
-    g.B = std::min(plan.chunk, g.B - first);
+    g.B = std::min(scratch.images, g.B - first);
     chain_.ctx = images_from(chain_.ctx, first, dtype), chain_.gates = images_from(chain_.gates, first, dtype);
     grad_out_ = images_from(whole.grad_out, first, dtype);
     grad_ctx_ = images_from(whole.grad_ctx, first, dtype);
-    mean_ = whole.mean + first * g.C;
-    parts_ = floats, global_ = parts_ + plan.chunk * SUM_PARTS * g.C, mean_grad_ = global_ + plan.chunk * g.C;
-    for (int l = 0; l < chain_.L; ++l) {
-      z_[l] = scratch_map(scratch, l, plan, g, dtype);
-      input_[l] = l ? scratch_map(scratch, chain_.L + l - 1, plan, g, dtype) : chain_.ctx;
-    }
-    down_ = whole.grad_ctx.data || whole.weights_parts;
     grad_gates_ = images_from(whole.grad_gates, first, dtype);
     ctx_all_ = images_from(whole.ctx_all, first, dtype);
-    for (int l = 0; l < chain_.L; ++l) all_taps_ += chain_.levels[l].size.taps();
-    if (whole.weights_parts)
-      weights_parts_ = whole.weights_parts + first / plan.chunk * plan.weights_parts * g.C * all_taps_;
+    mean_ = whole.mean + first * g.C;
+    mean_parts_ = reinterpret_cast<float*>(static_cast<char*>(whole.scratch) + scratch.floats_at);
+    global_ = mean_parts_ + scratch.images * SUM_PARTS * g.C;
+    mean_grad_ = global_ + scratch.images * g.C;
+    for (int l = 0; l < chain_.L; ++l) {
+      z_[l] = scratch_map(whole.scratch, l, scratch, g, dtype);
+      input_[l] = l ? scratch_map(whole.scratch, chain_.L + l - 1, scratch, g, dtype) : chain_.ctx;
+      all_taps_ += chain_.levels[l].size.taps();
+    }
+    down_ = whole.grad_ctx.data || whole.weight_sums;
+    if (whole.weight_sums) weights_ = whole.weight_sums + first / scratch.images * weight_parts_ * g.C * all_taps_;
   }
 
   void run() const {
@@ -220,14 +221,14 @@ class Backward {
     gates_gradient();
     if (!down_) return;
     for (int l = chain_.L - 1; l >= 0; --l) level_gradient(l);
-    if (weights_parts_) weights_gradients();
+    if (weights_) weights_gradients();
   }
 
  private:
   void recompute_levels() const {
     for (int l = 0; l < chain_.L; ++l) {
       const MapView next = l + 1 < chain_.L ? input_[l + 1] : MapView{};
-      run_level_fwd(LevelForward{chain_.g, plan_, chain_.levels[l], input_[l], z_[l], next, nullptr}, chain_.dtype,
+      run_level_fwd(LevelForward{chain_.g, tiling_, chain_.levels[l], input_[l], z_[l], next, nullptr}, chain_.dtype,
                     stream_);
     }
   }
@@ -241,10 +242,10 @@ class Backward {
   void mean_gradient() const {
     const Geometry& g = chain_.g;
     with_type(chain_.dtype, [&](auto zero) {
-      launch(tokens_mean_gradient_kernel<decltype(zero)>, g.B * SUM_PARTS * plan_.channel_tiles, THREADS, THREADS * 16,
-             stream_, MeanGradient{g, plan_.channel_tiles, grad_out_, gate(chain_.L), parts_});
+      launch(tokens_mean_gradient_kernel<decltype(zero)>, g.B * SUM_PARTS * tiling_.channel_tiles, THREADS,
+             THREADS * 16, stream_, MeanGradient{g, tiling_.channel_tiles, grad_out_, gate(chain_.L), mean_parts_});
     });
-    run_means(Means{g.B, g.C, SUM_PARTS, parts_, double(g.pixels()) / chain_.scale, mean_, mean_grad_, global_},
+    run_means(Means{g.B, g.C, SUM_PARTS, mean_parts_, double(g.pixels()) / chain_.scale, mean_, mean_grad_, global_},
               stream_);
   }
 
@@ -262,27 +263,25 @@ class Backward {
   // dz of level l - 1 from that of level l, or of level 0: the gradient of ctx
   void level_gradient(int l) const {
     if (l == 0 && !grad_ctx_.data) return;
-    LevelBackward p{chain_.g, plan_, chain_.levels[l], z_[l], grad_out_, {}, {}, grad_ctx_, chain_.scale};
+    LevelBackward p{chain_.g, tiling_, chain_.levels[l], z_[l], grad_out_, {}, {}, grad_ctx_, chain_.scale};
     if (l > 0) p.gate = gate(l - 1), p.z = p.to = z_[l - 1];
     with_type(chain_.dtype, [&](auto zero) {
       with_width(p.above.size.kw, [&](auto width) {
-        launch(tokens_level_bwd_kernel<decltype(zero), decltype(width)::value>,
-               p.g.B * plan_.image_blocks * plan_.channel_tiles, plan_.lanes * GROUPS, p.above.size.taps() * TILE * 4,
-               stream_, p);
+        launch(tokens_level_bwd_kernel<decltype(zero), width>, p.g.B * tiling_.image_blocks * tiling_.channel_tiles,
+               tiling_.lanes * GROUPS, p.above.size.taps() * TILE * 4, stream_, p);
       });
     });
   }
 
   void weights_gradients() const {
-    float* to = weights_parts_;
+    float* to = weights_;
     for (int l = 0; l < chain_.L; ++l) {
       const Level& k = chain_.levels[l].size;
-      const WeightsGradient p{chain_.g, plan_, k, input_[l], z_[l], to, all_taps_};
+      const WeightsGradient p{chain_.g, tiling_, k, input_[l], z_[l], weight_parts_, to, all_taps_};
       with_type(chain_.dtype, [&](auto zero) {
         with_width(k.kw, [&](auto width) {
-          launch(tokens_weights_kernel<decltype(zero), decltype(width)::value>,
-                 plan_.weights_parts * k.kt * k.km * plan_.channel_tiles, plan_.lanes * GROUPS,
-                 THREADS * 16 + k.kw * TILE * 4, stream_, p);
+          launch(tokens_weights_kernel<decltype(zero), width>, weight_parts_ * k.kt * k.km * tiling_.channel_tiles,
+                 tiling_.lanes * GROUPS, THREADS * 16 + k.kw * TILE * 4, stream_, p);
         });
       });
       to += k.taps();
@@ -290,20 +289,20 @@ class Backward {
   }
 
   Chain chain_;
-  TokensPlan plan_;
+  TokensTiling tiling_;
+  int64_t weight_parts_, all_taps_ = 0;
   void* stream_;
   MapView grad_out_, grad_ctx_, grad_gates_, ctx_all_, z_[MAX_LEVELS], input_[MAX_LEVELS];
   const float* mean_;
-  float *parts_, *global_, *mean_grad_, *weights_parts_ = nullptr;
-  int64_t all_taps_ = 0;
+  float *mean_parts_, *global_, *mean_grad_, *weights_ = nullptr;
   bool down_;
 };
 
 }  // namespace
 
-void run_tokens_bwd(const ContextBackward& p, const TokensPlan& plan, void* scratch, float* floats, void* stream) {
-  for (int64_t first = 0; first < p.chain.g.B; first += plan.chunk)
-    Backward(p, plan, first, scratch, floats, stream).run();
+void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, void* stream) {
+  for (int64_t first = 0; first < p.chain.g.B; first += plan.tokens.scratch.images)
+    Backward(p, plan, first, stream).run();
 }
 
 }  // namespace focalnet::cuda

@@ -1,7 +1,6 @@
 // focal_context, forward, for every shape, kernel and dtype: a channel's levels run over planes of floats in shared
 // memory (or in scratch, where a map is too large), on CUDA cores.
-#include "cuda/context_plan.h"
-#include "cuda/planes.h"
+#include "cuda/planes_plan.h"
 
 namespace focalnet::cuda {
 
@@ -9,38 +8,36 @@ namespace {
 
 struct Arguments {
   ContextForward p;
-  ContextPlan plan;
+  PlanesPlan plan;
 };
 
 template <class T, bool IN_SHARED>
 __global__ void __launch_bounds__(LARGEST_BLOCK, 1) context_fwd_kernel(Arguments arguments) {
   const ContextForward& p = arguments.p;
-  const ContextPlan& plan = arguments.plan;
+  const PlanesSchedule& schedule = arguments.plan.schedule;
   const Chain& chain = p.chain;
   const Frame f(chain);
-  const int group = threadIdx.x / plan.group, thread = threadIdx.x % plan.group;
-  const Memory memory(chain, plan, f, IN_SHARED ? nullptr : p.scratch, false);
-  float* const taps = memory.taps;
-  float* const planes = memory.planes;
+  const Group group(chain, arguments.plan.block, f, IN_SHARED ? nullptr : p.scratch, false);
+  float* const planes = group.planes;
   float* const total = planes + 2 * f.size;  // of the levels so far, segment by segment
 
-  for (int i = thread; i < 2 * f.size; i += plan.group) planes[i] = 0;
+  for (int i = group.thread; i < 2 * f.size; i += group.threads()) planes[i] = 0;
 
-  for (int64_t task = blockIdx.x; task < plan.tasks(); task += gridDim.x) {
-    const int64_t image = task / plan.channel_blocks;
-    const int64_t channel = task % plan.channel_blocks * plan.groups + group;
+  for (int64_t task = blockIdx.x; task < schedule.tasks(); task += gridDim.x) {
+    const int64_t image = task / schedule.channel_blocks;
+    const int64_t channel = task % schedule.channel_blocks * arguments.plan.block.channels + group.index;
     const bool valid = channel < chain.g.C;
     __syncthreads();
-    if (valid) load_taps<T>(chain, channel, taps, false, thread, plan.group);
-    float sum = load_ctx<T>(chain, f, image, channel, valid, planes, thread, plan.group);
-    const float* level_taps = taps;
+    if (valid) load_taps<T>(chain, channel, group.taps, false, group.thread, group.threads());
+    float sum = load_ctx<T>(chain, f, image, channel, valid, planes, group.thread, group.threads());
+    const float* level_taps = group.taps;
     for (int l = 0; l < chain.L; ++l) {
       const float* from = planes + l % 2 * f.size;
       float* to = planes + (1 - l % 2) * f.size;
       const Level& k = chain.levels[l].size;
       __syncthreads();
       sum = 0;
-      for (int i = thread; i < f.segments && valid; i += plan.group) {
+      for (int i = group.thread; i < f.segments && valid; i += group.threads()) {
         const Segment s(f, i);
         float acc[ROWS][4] = {};
         convolve(from, f, level_taps, k, s, acc);
@@ -58,10 +55,10 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 1) context_fwd_kernel(Arguments
       }
       level_taps += padded_taps(k);
     }
-    const float mean = group_sum(sum, memory.sums, plan.group) / float(chain.g.pixels());
-    if (valid && thread == 0) p.mean[image * chain.g.C + channel] = mean;
+    const float mean = group_sum(sum, group.sums, group.threads()) / float(chain.g.pixels());
+    if (valid && group.thread == 0) p.mean[image * chain.g.C + channel] = mean;
     const float global = gelu<T>(mean);
-    for (int i = thread; i < f.segments && valid; i += plan.group) {
+    for (int i = group.thread; i < f.segments && valid; i += group.threads()) {
       const Segment s(f, i);
       for (int r = 0; r < ROWS && s.t + r < f.T; ++r) {
         float gate[4], out[4];
@@ -76,13 +73,14 @@ __global__ void __launch_bounds__(LARGEST_BLOCK, 1) context_fwd_kernel(Arguments
 
 }  // namespace
 
-ContextPlan plan_context_fwd(const Chain& chain) { return plan_planes(chain, false); }
+PlanesPlan plan_planes_fwd(const Chain& chain) { return plan_planes(chain, false); }
 
-void run_context_fwd(const ContextForward& p, const ContextPlan& plan, void* stream) {
+void run_context_fwd(const ContextForward& p, const PlanesPlan& plan, void* stream) {
   with_type(p.chain.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(plan.planes_in_shared ? context_fwd_kernel<T, true> : context_fwd_kernel<T, false>, plan.blocks,
-           plan.group * plan.groups, plan.shared, stream, Arguments{p, plan});
+    launch(plan.block.planes_in_shared ? context_fwd_kernel<T, true> : context_fwd_kernel<T, false>,
+           plan.schedule.blocks, plan.block.group_threads * plan.block.channels, plan.block.shared_bytes, stream,
+           Arguments{p, plan});
   });
 }
 

@@ -8,7 +8,7 @@ namespace {
 struct Arguments {
   ContextForward p;
   RowsPlan plan;
-  float* shares;  // [strips][B][C]: sums of the last level, where there are several strips
+  float* strip_sums;  // [strips][B][C]: sums of the last level, where there are several strips
 };
 
 // gate * value of this lane's pair i of row t, added to two sums
@@ -21,72 +21,83 @@ __device__ void add_gated(const Lines<const T>& gates, const Vector& biases, int
   sums[1] += (to_float(gate.values[1]) + bias) * b;
 }
 
+// The last level's rows and the gates: adds up this lane's part of the result, all but the global context.
+template <class T>
+__device__ __forceinline__ void gate_levels(const Rows<T>& rows, const Chain& chain, const Pairs& pairs,
+                                            const Lines<const T>& gates, const Lines<T>& out, int i, int t, float a,
+                                            float b) {
+  const int last = chain.L - 1;
+  float total[2] = {};
+  add_gated<T>(gates, chain.gates_bias, i, last, t, a, b, total);
+  for (int l = 0; l < last; ++l) {  // those before lie in their rings still
+    const Two<T> level = rows.pair_of(rows.plan.shared.inputs[l + 1], t, pairs, i);
+    add_gated<T>(gates, chain.gates_bias, i, l, t, to_float(level.values[0]), to_float(level.values[1]), total);
+  }
+  out.store(i, t, total[0], total[1]);
+}
+
+// The means from the last level's sums over the images, and the global context. A strip leaves its sums instead, for
+// context_finish_kernel.
+template <class T>
+__device__ __forceinline__ void finish_images(const Arguments& arguments, const Task& task, const Pairs& pairs,
+                                              const Lines<const T>& gates, const float (&sum)[2]) {
+  const ContextForward& p = arguments.p;
+  const Chain& chain = p.chain;
+  const Geometry& g = chain.g;
+  const bool in_strips = arguments.plan.schedule.strips > 1;
+  const Lines<T> out(p.out, pairs, task.channel);
+  for (int i = 0; i < 2; ++i) {
+    const bool inside = pairs.columns[i] > 0;
+    if (inside && pairs.column[i] == 0) {
+      const int64_t at = pairs.image[i] * g.C + task.channel;
+      if (in_strips)
+        arguments.strip_sums[task.strip * g.B * g.C + at] = sum[i];
+      else
+        p.mean[at] = sum[i] / float(g.pixels());
+    }
+    const float global = gelu<T>(sum[i] / float(g.pixels()));
+    if (in_strips || !inside) continue;
+    for (int t = task.begin; t < task.end; ++t) {  // what this lane wrote itself
+      const Two<T> levels = out.load(i, t, true);
+      float total[2] = {to_float(levels.values[0]), to_float(levels.values[1])};
+      add_gated<T>(gates, chain.gates_bias, i, chain.L, t, global, global, total);
+      out.store(i, t, total[0] * chain.scale, total[1] * chain.scale);
+    }
+  }
+}
+
 template <class T, int WINDOW>
 __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Arguments arguments) {
   const ContextForward& p = arguments.p;
   const Chain& chain = p.chain;
-  const RowsPlan& plan = arguments.plan;
   const Geometry& g = chain.g;
-  const int L = chain.L;
-  const Rows<T> rows(plan, g);
+  const Rows<T> rows(arguments.plan, g);
   rows.for_tasks(g, [&](const Task& task) {
-    const int64_t channel = task.channel;
-    const float bias = of_vector<T>(chain.ctx_bias, channel);
-    for (int l = 0; l < L && rows.mine < 32; ++l) rows.make_bands(chain.levels[l], channel, plan.bands[l], false);
-    for (int64_t group = task.first_group; group < task.last_group; ++group) {
-      const Pairs pairs(plan, g, group);
-      const Lines<const T> ctx(chain.ctx, pairs, channel), gates(chain.gates, pairs, 0);
+    const float bias = of_vector<T>(chain.ctx_bias, task.channel);
+    rows.make_all_bands(chain, task.channel, false);
+    rows.for_groups(g, task, [&](int64_t group, const Pairs& pairs) {
+      const Lines<const T> ctx(chain.ctx, pairs, task.channel), gates(chain.gates, pairs, 0);
       float sum[2] = {};
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.T_, t, to); },
+          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
           [&](int l, int first, float (&acc)[STEP][4]) {
 #pragma unroll
             for (int r = 0; r < STEP; ++r)
 #pragma unroll
               for (int j = 0; j < 4; ++j) acc[r][j] = j % 2 < pairs.columns[j / 2] ? gelu<T>(acc[r][j]) : 0.0f;
-            if (l + 1 < L) return;
-            // gates: of this level, and of those before, which lie in their rings
-            const Lines<T> out(p.out, pairs, channel);
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (task.has(first + r) && pairs.columns[i] > 0) {
-                  sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
-                  float total[2] = {};
-                  add_gated<T>(gates, chain.gates_bias, i, l, first + r, acc[r][2 * i], acc[r][2 * i + 1], total);
-                  for (int j = 0; j + 1 < L; ++j) {
-                    const T* const row = rows.row_of(plan.rings[j + 1], plan.ring_rows[j + 1], first + r);
-                    const Two<T> two = *reinterpret_cast<const Two<T>*>(row + pairs.at[i]);
-                    add_gated<T>(gates, chain.gates_bias, i, j, first + r, to_float(two.values[0]),
-                                 to_float(two.values[1]), total);
-                  }
-                  out.store(i, first + r, total[0], total[1]);
-                }
+            if (l + 1 < chain.L) return;
+            const Lines<T> out(p.out, pairs, task.channel);
+            for_pairs([&](int r, int i) {
+              if (task.has(first + r) && pairs.columns[i] > 0) {
+                sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
+                gate_levels(rows, chain, pairs, gates, out, i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
+              }
+            });
           });
-
       rows.sum_over_images(pairs, group, sum);
-      const Lines<T> out(p.out, pairs, channel);
-      for (int i = 0; i < 2; ++i) {
-        const bool inside = pairs.columns[i] > 0;
-        if (inside && pairs.column[i] == 0) {
-          const int64_t at = pairs.image[i] * g.C + channel;
-          if (plan.strips > 1)
-            arguments.shares[task.strip * g.B * g.C + at] = sum[i];
-          else
-            p.mean[at] = sum[i] / float(g.pixels());
-        }
-        const float global = gelu<T>(sum[i] / float(g.pixels()));
-        if (plan.strips > 1 || !inside) continue;
-        for (int row = task.begin; row < task.end; ++row) {  // what this lane wrote itself
-          const Two<T> two = out.load(i, row, true);
-          float total[2] = {to_float(two.values[0]), to_float(two.values[1])};
-          add_gated<T>(gates, chain.gates_bias, i, L, row, global, global, total);
-          out.store(i, row, total[0] * chain.scale, total[1] * chain.scale);
-        }
-      }
-    }
+      finish_images(arguments, task, pairs, gates, sum);
+    });
   });
 }
 
@@ -98,7 +109,8 @@ __global__ void __launch_bounds__(256) context_finish_kernel(Arguments arguments
   const float gate_bias = of_vector<T>(p.chain.gates_bias, p.chain.L);
   for (int64_t plane = blockIdx.x; plane < g.B * g.C; plane += gridDim.x) {
     float mean = 0;
-    for (int64_t strip = 0; strip < arguments.plan.strips; ++strip) mean += arguments.shares[strip * g.B * g.C + plane];
+    for (int64_t strip = 0; strip < arguments.plan.schedule.strips; ++strip)
+      mean += arguments.strip_sums[strip * g.B * g.C + plane];
     mean /= float(g.pixels());
     if (threadIdx.x == 0) p.mean[plane] = mean;
     const float global = gelu<T>(mean);
@@ -118,23 +130,27 @@ __global__ void __launch_bounds__(256) context_finish_kernel(Arguments arguments
 
 }  // namespace
 
-RowsPlan plan_rows_fwd(const Chain& chain) {
-  RowsPlan plan{};
-  if (!lay_out_rows(chain, plan)) return plan;
-  lay_out_rings(chain, plan, true);
-  cut_into_tasks(chain, plan, plan.groups);
-  plan.shares = plan.strips > 1 ? plan.strips * chain.g.B * chain.g.C : 0;
-  plan.fits = fill_blocks(plan, chain.g.C * plan.strips * plan.runs);
+std::optional<RowsForwardPlan> plan_rows_fwd(const Chain& chain) {
+  const std::optional<RowsLayout> layout = lay_out_rows(chain);
+  if (!layout) return std::nullopt;
+  RowsForwardPlan plan{};
+  RowsSchedule& schedule = plan.rows.schedule;
+  plan.rows.layout = *layout;
+  plan.rows.shared = lay_out_rings(chain, *layout, true);
+  cut_into_tasks(chain, *layout, layout->image_groups, schedule);
+  if (!fill_blocks(plan.rows, chain.g.C * schedule.strips * schedule.runs)) return std::nullopt;
+  plan.strip_sums = schedule.strips > 1 ? schedule.strips * chain.g.B * chain.g.C : 0;
   return plan;
 }
 
-void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream) {
-  const Arguments arguments{p, plan, shares};
+void run_context_fwd(const ContextForward& p, const RowsForwardPlan& plan, void* stream) {
+  const RowsPlan& rows = plan.rows;
+  const Arguments arguments{p, rows, static_cast<float*>(p.scratch)};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    launch(plan.window == 16 ? context_fwd_rows_kernel<T, 16> : context_fwd_rows_kernel<T, 32>, plan.blocks,
-           int(plan.threads), plan.shared, stream, arguments);
-    if (plan.strips > 1)
+    launch(rows.layout.window == 16 ? context_fwd_rows_kernel<T, 16> : context_fwd_rows_kernel<T, 32>,
+           rows.schedule.blocks, int(rows.schedule.threads), rows.schedule.shared_bytes, stream, arguments);
+    if (rows.schedule.strips > 1)
       launch(context_finish_kernel<T>, std::min<int64_t>(p.chain.g.B * p.chain.g.C, 1 << 20), 256, 0, stream,
              arguments);
   };

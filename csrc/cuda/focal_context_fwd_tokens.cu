@@ -9,7 +9,7 @@ constexpr int THREADS = 256;
 
 template <class T, int KW>
 __global__ void __launch_bounds__(THREADS, KW > 7 ? 1 : 2) tokens_level_fwd_kernel(LevelForward p) {
-  const PassBlock at(p.g, p.plan);
+  const PassBlock at(p.g, p.tiling);
   float* const taps = shared_memory<float>();
   load_tile_taps<T>(p.level, at.first_channel, p.g.C, false, taps);
   __syncthreads();
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(THREADS, KW > 7 ? 1 : 2) tokens_level_fwd_kern
   }
   if (p.sums) {
     float* const area = taps + p.level.size.taps() * TILE;
-    float* const sums = p.sums + (at.image * p.plan.image_blocks + at.block) * p.g.C + at.first_channel;
+    float* const sums = p.sums + (at.image * p.tiling.image_blocks + at.block) * p.g.C + at.first_channel;
     sum_lanes(total, area, at.channels(p.g), sums);
   }
 }
@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(THREADS) tokens_means_kernel(Means p) {
 
 struct Combine {
   Chain chain;
-  TokensPlan plan;
   MapView levels[MAX_LEVELS], out;
   const float* global;  // GELU of the mean, (B, C)
 };
@@ -89,28 +88,39 @@ __global__ void __launch_bounds__(THREADS) tokens_combine_kernel(Combine p) {
   store_channels(element<T>(p.out, b, channel, t, m, w), total);
 }
 
-TokensPlan plan_of(const Chain& chain, std::initializer_list<MapView> maps, int64_t levels) {
-  const Geometry& g = chain.g;
-  TokensPlan plan{};
-  plan.fits = takes_tokens(chain) && !chain.ctx_bias.data && !chain.gates_bias.data && in_quads(maps, chain.dtype);
-  if (!plan.fits) return plan;
-  plan.segments = g.T * g.M * ((g.W + SEGMENT - 1) / SEGMENT);
-  plan.lanes = THREADS / GROUPS;
-  const auto blocks = [&](int lanes) { return (plan.segments + lanes - 1) / lanes; };
-  for (int lanes = plan.lanes / 2; lanes >= 8; lanes /= 2)  // of small maps, whatever leaves fewer lanes idle
-    if (blocks(lanes) * lanes < blocks(plan.lanes) * plan.lanes) plan.lanes = lanes;
-  plan.image_blocks = blocks(plan.lanes);
-  plan.channel_tiles = (g.C + TILE - 1) / TILE;
-  plan.pitch = (g.C + 7) / 8 * 8;
-  const int64_t image = g.pixels() * plan.pitch, bytes = chain.dtype == DType::f32 ? 4 : 2;
-  const int64_t room = current_device().scratch / 4 / bytes;
+TokensTiling tiling_of(const Geometry& g) {
+  TokensTiling tiling{};
+  tiling.segments = g.T * g.M * ((g.W + SEGMENT - 1) / SEGMENT);
+  tiling.lanes = THREADS / GROUPS;
+  const auto blocks = [&](int lanes) { return (tiling.segments + lanes - 1) / lanes; };
+  for (int lanes = tiling.lanes / 2; lanes >= 8; lanes /= 2)  // of small maps, whatever leaves fewer lanes idle
+    if (blocks(lanes) * lanes < blocks(tiling.lanes) * tiling.lanes) tiling.lanes = lanes;
+  tiling.image_blocks = blocks(tiling.lanes);
+  tiling.channel_tiles = (g.C + TILE - 1) / TILE;
+  return tiling;
+}
+
+// Scratch memory for that many maps.
+TokensScratch scratch_of(const Geometry& g, DType dtype, const TokensTiling& tiling, int64_t maps) {
+  TokensScratch scratch{};
+  scratch.pitch = (g.C + 7) / 8 * 8;
+  const int64_t image = g.pixels() * scratch.pitch, bytes = dtype == DType::f32 ? 4 : 2;
+  const int64_t available = current_device().scratch / 4 / bytes;
   const int64_t most =
-      std::min(room / (levels * image), (int64_t(1) << 31) / (plan.image_blocks * plan.channel_tiles + 1));
-  plan.chunk = std::max<int64_t>(1, std::min(g.B, most));
-  plan.map = plan.chunk * image;
-  plan.elements = levels * plan.map;
-  plan.floats = plan.chunk * (std::max<int64_t>(plan.image_blocks, SUM_PARTS) + 2) * g.C;
-  return plan;
+      std::min(available / (maps * image), (int64_t(1) << 31) / (tiling.image_blocks * tiling.channel_tiles + 1));
+  scratch.images = std::max<int64_t>(1, std::min(g.B, most));
+  scratch.map = scratch.images * image;
+  scratch.floats_at = maps * scratch.map * bytes;
+  const int64_t floats = scratch.images * (std::max<int64_t>(tiling.image_blocks, SUM_PARTS) + 2) * g.C;
+  scratch.bytes = scratch.floats_at + 4 * floats;
+  return scratch;
+}
+
+std::optional<TokensPlan> plan_tokens(const Chain& chain, std::initializer_list<MapView> maps, int64_t scratch_maps) {
+  if (!takes_tokens(chain) || chain.ctx_bias.data || chain.gates_bias.data || !in_quads(maps, chain.dtype))
+    return std::nullopt;
+  const TokensTiling tiling = tiling_of(chain.g);
+  return TokensPlan{tiling, scratch_of(chain.g, chain.dtype, tiling, scratch_maps)};
 }
 
 }  // namespace
@@ -123,27 +133,33 @@ bool takes_tokens(const Chain& chain) {
   return chain.L > 0 && chain.g.C % 4 == 0;
 }
 
-TokensPlan plan_tokens(const ContextForward& p) { return plan_of(p.chain, {p.chain.ctx, p.out}, p.chain.L); }
+std::optional<TokensPlan> plan_tokens_fwd(const ContextForward& p) {
+  return plan_tokens(p.chain, {p.chain.ctx, p.out}, p.chain.L);
+}
 
-// Kept by the backward: GELU(z) of all levels but the last, and every z, which turns into its gradient.
-TokensPlan plan_tokens(const ContextBackward& p) {
-  const Geometry& g = p.chain.g;
-  TokensPlan plan = plan_of(p.chain, {p.chain.ctx, p.grad_out, p.grad_ctx, p.ctx_all}, std::max(1, 2 * p.chain.L - 1));
-  if (!plan.fits) return plan;
-  const int64_t rows = p.chain.levels[p.chain.L - 1].size.kt, units = plan.chunk * plan.image_blocks;
+std::optional<TokensBackwardPlan> plan_tokens_bwd(const ContextBackward& p) {
+  const Chain& chain = p.chain;
+  // kept: GELU(z) of all levels but the last, and every z, which turns into its gradient
+  const std::optional<TokensPlan> tokens =
+      plan_tokens(chain, {chain.ctx, p.grad_out, p.grad_ctx, p.ctx_all}, std::max(1, 2 * chain.L - 1));
+  if (!tokens) return std::nullopt;
+  const TokensTiling& tiling = tokens->tiling;
+  const int64_t images = tokens->scratch.images, units = images * tiling.image_blocks;
+  const int64_t rows = chain.levels[chain.L - 1].size.kt;
   const int64_t enough = 8 * current_device().processors;  // blocks that a launch should have
-  plan.weights_parts = std::max<int64_t>(1, std::min(units, enough / std::max<int64_t>(1, rows * plan.channel_tiles)));
-  plan.all_weights_parts = plan.weights_parts * ((g.B + plan.chunk - 1) / plan.chunk);
+  TokensBackwardPlan plan{*tokens, (chain.g.B + images - 1) / images, 0};
+  plan.chunk_weight_parts =
+      std::max<int64_t>(1, std::min(units, enough / std::max<int64_t>(1, rows * tiling.channel_tiles)));
   return plan;
 }
 
 void run_level_fwd(const LevelForward& p, DType dtype, void* stream) {
-  const int threads = p.plan.lanes * GROUPS;
+  const int threads = p.tiling.lanes * GROUPS;
   const int64_t shared = p.level.size.taps() * TILE * 4 + (p.sums ? threads * 16 : 0);
   with_type(dtype, [&](auto zero) {
     with_width(p.level.size.kw, [&](auto width) {
-      launch(tokens_level_fwd_kernel<decltype(zero), decltype(width)::value>,
-             p.g.B * p.plan.image_blocks * p.plan.channel_tiles, threads, shared, stream, p);
+      launch(tokens_level_fwd_kernel<decltype(zero), width>, p.g.B * p.tiling.image_blocks * p.tiling.channel_tiles,
+             threads, shared, stream, p);
     });
   });
 }
@@ -152,25 +168,27 @@ void run_means(const Means& p, void* stream) {
   launch(tokens_means_kernel, (p.B * p.C + THREADS - 1) / THREADS, THREADS, 0, stream, p);
 }
 
-void run_tokens_fwd(const ContextForward& whole, const TokensPlan& plan, void* scratch, float* floats, void* stream) {
+void run_context_fwd(const ContextForward& whole, const TokensPlan& plan, void* stream) {
   const DType dtype = whole.chain.dtype;
-  for (int64_t first = 0; first < whole.chain.g.B; first += plan.chunk) {
-    Combine combine{whole.chain, plan, {}, images_from(whole.out, first, dtype), nullptr};
+  const TokensTiling& tiling = plan.tiling;
+  const TokensScratch& scratch = plan.scratch;
+  float* const sums = reinterpret_cast<float*>(static_cast<char*>(whole.scratch) + scratch.floats_at);
+  float* const global = sums + scratch.images * tiling.image_blocks * whole.chain.g.C;
+  for (int64_t first = 0; first < whole.chain.g.B; first += scratch.images) {
+    Combine combine{whole.chain, {}, images_from(whole.out, first, dtype), global};
     Chain& chain = combine.chain;
     Geometry& g = chain.g;
-    g.B = std::min(plan.chunk, g.B - first);
+    g.B = std::min(scratch.images, g.B - first);
     chain.ctx = images_from(chain.ctx, first, dtype), chain.gates = images_from(chain.gates, first, dtype);
-    float *const sums = floats, *const global = sums + plan.chunk * plan.image_blocks * g.C;
     MapView from = chain.ctx;
     for (int l = 0; l < chain.L; ++l) {
-      const MapView to = combine.levels[l] = scratch_map(scratch, l, plan, g, dtype);
-      run_level_fwd(LevelForward{g, plan, chain.levels[l], from, {}, to, l + 1 == chain.L ? sums : nullptr}, dtype,
+      const MapView to = combine.levels[l] = scratch_map(whole.scratch, l, scratch, g, dtype);
+      run_level_fwd(LevelForward{g, tiling, chain.levels[l], from, {}, to, l + 1 == chain.L ? sums : nullptr}, dtype,
                     stream);
       from = to;
     }
-    run_means(Means{g.B, g.C, plan.image_blocks, sums, double(g.pixels()), nullptr, whole.mean + first * g.C, global},
+    run_means(Means{g.B, g.C, tiling.image_blocks, sums, double(g.pixels()), nullptr, whole.mean + first * g.C, global},
               stream);
-    combine.global = global;
     with_type(dtype, [&](auto zero) {
       const int64_t quads = g.B * g.pixels() * (g.C / 4);
       launch(tokens_combine_kernel<decltype(zero)>, (quads + THREADS - 1) / THREADS, THREADS, 0, stream, combine);

@@ -1,5 +1,5 @@
 // The whole layer on a GPU. Between f and proj everything is a (channels, tokens) matrix, logically. In memory it is
-// either tokens (channels adjacent; products add their biases), or planes (tokens adjacent; who reads next adds them).
+// either tokens (channels adjacent; products add their biases), or planes (tokens adjacent; the next kernel adds them).
 #include "common/parameters.h"
 #include "cuda/ops.h"
 
@@ -90,7 +90,7 @@ std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vect
   const Tensor mean = context_fwd(layer.chain(projected, normalize), layer.planes(ctx_all), x, on);
   const Tensor modulator = layer.with_bias(p.h_weight, ctx_all, p.h_bias);
   ModulateForward modulate = layer.modulate(projected, modulator, ln_eps);
-  modulate.out = layer.line(ctx_all);  // which nobody needs any more
+  modulate.out = layer.line(ctx_all);  // which is not needed any more
   run_modulate_fwd(modulate, on.stream);
   const Tensor rows = linear(transposed(ctx_all), p.proj_weight, p.proj_bias);
   const Tensor y = strided_like(torch::stable::reshape(rows, x.sizes()), x);
@@ -109,7 +109,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
   const LayerNeeds needs(needed, p.levels());
   LayerGradients gradients(x, p.levels());
 
-  // what stands around q * modulator, with proj's input z made again in its gradient's place
+  // around q * modulator, with proj's input z recomputed in its gradient's place
   const Tensor dy = torch::stable::reshape(grad_y, {layer.tokens, C});
   Tensor grad_projected = layer.matrix(layer.outputs), grad_modulator = layer.matrix(C);
   const Tensor z = layer.product(transposed(p.proj_weight), transposed(dy));

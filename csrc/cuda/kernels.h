@@ -2,6 +2,8 @@
 // fill them in; the .cu files launch.
 #pragma once
 
+#include <optional>
+
 #include "common/geometry.h"
 
 namespace focalnet::cuda {
@@ -33,122 +35,223 @@ struct Chain {
 struct ContextForward {
   Chain chain;
   MapView out;
-  float* mean;     // (B, C): of the last level over all pixels
-  float* scratch;  // ContextPlan::scratch floats
+  float* mean;    // (B, C): of the last level over all pixels
+  void* scratch;  // as many bytes as the plan asks for
 };
 
 struct ContextBackward {
   Chain chain;
   MapView grad_out;
-  const float* mean;     // what the forward found
-  MapView grad_ctx;      // written where data is not null
-  MapView ctx_all;       // likewise: the forward's result again
-  MapView grad_gates;    // likewise, by tokens; other forms leave gates_parts
-  float* gates_parts;    // [ContextPlan::slots][B][L + 1][pixels], or null
-  float* weights_parts;  // [ContextPlan::image_runs][C][all levels' taps], or null
-  float* scratch;
+  const float* mean;   // what the forward found
+  MapView grad_ctx;    // written where data is not null
+  MapView ctx_all;     // likewise: the forward's result again
+  MapView grad_gates;  // likewise, by plans that have no gate_parts()
+  float* gate_sums;    // [gate_parts()][B][L + 1][pixels], or null: partial sums of the gates' gradients
+  float* weight_sums;  // [weight_parts()][C][all levels' taps], or null: of the weights' gradients
+  void* scratch;       // as many bytes as the plan asks for
 };
 
-// How a direction of focal_context is cut into blocks: over planes of floats, for every call.
-struct ContextPlan {
-  bool tensor_cores;                 // focal_context_*_rows.cu, not focal_context_*.cu
-  int group;                         // threads per channel
-  int groups;                        // channels side by side in a block
-  int64_t channel_blocks;            // of `groups` channels
+// Each form of the kernels has its plan: how a call is cut into blocks. A planner gives nothing where its form cannot
+// take the call. A plan answers
+//   scratch_bytes(): of ContextForward::scratch, ContextBackward::scratch;
+//   gate_parts(), weight_parts(): in the backward, how many partial sums there are; nothing where the gates' gradients
+//     are written at once;
+// and run_context_fwd or run_context_bwd launches it.
+
+// ---------------------------------------------------------------- planes of floats (planes.h): takes every call
+
+struct PlanesBlock {
+  int group_threads;      // threads per channel
+  int channels;           // side by side in a block, a group of threads each
+  bool planes_in_shared;  // or in scratch
+  int64_t shared_bytes;
+};
+
+struct PlanesSchedule {
+  int64_t channel_blocks;            // blocks of channels
   int64_t channel_run, image_run;    // channel blocks and images that a task takes one after the other
   int64_t channel_runs, image_runs;  // tasks along both
-  int64_t slots;                     // of gates_parts
-  int64_t shared;                    // bytes of shared memory
-  bool planes_in_shared;             // or in scratch
   int64_t blocks;                    // that run
-  int64_t scratch;                   // floats
   constexpr int64_t tasks() const { return channel_runs * image_runs; }
 };
 
-ContextPlan plan_context_fwd(const Chain& chain);
-ContextPlan plan_context_bwd(const Chain& chain);
-void run_context_fwd(const ContextForward& p, const ContextPlan& plan, void* stream);
-void run_context_bwd(const ContextBackward& p, const ContextPlan& plan, void* stream);
+struct PlanesPlan {
+  PlanesBlock block;
+  PlanesSchedule schedule;
+  int64_t scratch_floats;
 
-// The same by rows on tensor cores (rows.h), for 16-bit maps and kernels up to 13. Offsets count 16-bit elements of the
-// shared memory of a warp, or of a block where a map is too wide for one.
-constexpr int MOST_WARPS = 8;  // along a row: maps up to 1024 columns wide
-struct RowsPlan {
-  bool fits;                                     // whether this form can take the call
-  int window;                                    // 16 or 32 columns
-  int segments;                                  // of 8 columns, per row of one image
-  int images;                                    // side by side in a warp
-  int warps;                                     // along one row: 1, or as many as a wide map needs
-  int owners;                                    // of rows, in a block: its warps, or 1 where a row needs them all
-  int image_row, row;                            // elements of a ring's row: of one image, of all
-  int reach[MAX_LEVELS + 1];                     // rows that levels up to l together look up and down
-  int rings[MAX_LEVELS], ring_rows[MAX_LEVELS];  // of what enters level l
-  int zeros, bands[MAX_LEVELS], sums;
-  int elements;                    // in all
-  int64_t strips, strip_rows;      // of rows
-  int64_t groups, run, runs;       // of images, and how many of these a warp takes one after the other
-  int64_t first_run;               // of a launch
-  int64_t tasks, blocks, threads;  // threads: of a block
-  int64_t shared;                  // bytes
-  int64_t shares;                  // floats of [strips][B][C], sums of the last level where there are several strips
+  int64_t scratch_bytes() const { return 4 * scratch_floats; }
+  std::optional<int64_t> gate_parts() const { return schedule.channel_runs * block.channels; }
+  int64_t weight_parts() const { return schedule.image_runs; }
 };
 
-// What the backward has besides. A block's warps own neighbouring channels and go down the same maps together.
+PlanesPlan plan_planes_fwd(const Chain& chain);
+PlanesPlan plan_planes_bwd(const Chain& chain);
+void run_context_fwd(const ContextForward& p, const PlanesPlan& plan, void* stream);
+void run_context_bwd(const ContextBackward& p, const PlanesPlan& plan, void* stream);
+
+// ------------------------------------------------- rows on tensor cores (rows.h): 16-bit maps and kernels up to 13
+
+constexpr int MOST_WARPS = 8;  // along a row: maps up to 1024 columns wide
+
+// How rows lie in a warp, or in a block where a map is too wide for one.
+struct RowsLayout {
+  int window;                 // 16 or 32 columns
+  int segments;               // of 8 columns, per row of one image
+  int images;                 // side by side in a warp
+  int warps;                  // along one row: 1, or as many as a wide map needs
+  int image_row, row;         // elements of a ring's row: of one image, of all
+  int reach[MAX_LEVELS + 1];  // rows that levels up to l together look up and down
+  int64_t image_groups;       // of `images` images each
+};
+
+// A ring buffer of rows in shared memory. Device functions take it by value: through a reference to a kernel's
+// parameters it would be read again for every row.
+struct Ring {
+  int first;  // element
+  int rows;
+};
+// One for each level. Their numbers lie apart: read in one access of 64 bits they would cost aligned pairs of
+// registers.
+struct Rings {
+  int first[MAX_LEVELS], rows[MAX_LEVELS];
+  constexpr Ring operator[](int l) const { return {first[l], rows[l]}; }
+  void set(int l, const Ring& ring) { first[l] = ring.first, rows[l] = ring.rows; }
+};
+
+// Where everything lies in the shared memory of the rows' owner, in 16-bit elements.
+struct RowsShared {
+  Rings inputs;           // of what enters level l
+  int bands[MAX_LEVELS];  // of level l's kernel rows
+  int zeros;              // a row of them
+  int sums;               // of the images
+  int elements;           // in all
+};
+
+struct RowsSchedule {
+  int owners;                  // of rows, in a block: its warps, or 1 where a row needs them all
+  int64_t strips, strip_rows;  // of rows
+  int64_t run, runs;           // image groups that an owner takes one after the other, and how many such runs there are
+  int64_t first_run;           // of a launch
+  int64_t tasks, blocks;       // of a launch
+  int64_t threads;             // of a block
+  int64_t shared_bytes;        // of a block
+};
+
+struct RowsPlan {
+  RowsLayout layout;
+  RowsShared shared;
+  RowsSchedule schedule;
+};
+
+struct RowsForwardPlan {
+  RowsPlan rows;
+  int64_t strip_sums;  // [strips][B][C], of the last level: where there are several strips
+
+  int64_t scratch_bytes() const { return 4 * strip_sums; }
+};
+
+std::optional<RowsForwardPlan> plan_rows_fwd(const Chain& chain);
+void run_context_fwd(const ContextForward& p, const RowsForwardPlan& plan, void* stream);
+
+// What the backward's warps keep besides.
+struct RowsBackwardShared {
+  int flipped[MAX_LEVELS];  // bands of the transposes
+  Rings grads;              // of the gradients of what leaves level l's convolution
+  // Rings that only the lane that wrote them reads, 64 pairs to a row:
+  Rings slopes;  // of GELU, at what leaves level l's convolution
+  Ring grad_out;
+  int products;  // [L + 1][STEP][2][32] pairs: what a channel adds to the gates' gradients
+};
+
+// The backward at once, for the published kernels. A block's warps own neighbouring channels and go down the same maps
+// together.
 struct RowsBackwardPlan {
   RowsPlan rows;
-  int flipped[MAX_LEVELS];                       // bands of the transposes
-  int grads[MAX_LEVELS], grad_rows[MAX_LEVELS];  // rings of the gradients of what leaves level l's convolution
-  // and such that only the lane that wrote them reads, 64 pairs to a row
-  int slopes[MAX_LEVELS], slope_rows[MAX_LEVELS], grad_out, grad_out_rows;
-  int products;         // [L + 1][STEP][2][32] pairs: what a channel adds to the gates' gradients
-  int channels;         // of a block: its warps
-  int64_t channel_run;  // blocks of channels that a task takes one after the other
-  int64_t slots;        // of gates_parts: tasks along the channels
+  RowsBackwardShared shared;
+  int channels;                       // of a block: its warps
+  int64_t channel_run, channel_runs;  // blocks of channels that a task takes one after the other, and tasks along them
+
+  int64_t scratch_bytes() const { return 0; }
+  std::optional<int64_t> gate_parts() const { return channel_runs; }
+  int64_t weight_parts() const { return rows.schedule.runs; }
 };
 
-RowsBackwardPlan plan_rows_bwd(const Chain& chain);
-void run_rows_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream);
+std::optional<RowsBackwardPlan> plan_rows_bwd(const Chain& chain);
+void run_context_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream);
 
-// The backward again for whatever the forward takes by rows: in several passes, which hand rows on to each other in
-// global memory.
+// The backward in several passes, for whatever the forward takes by rows. From pass to pass rows go through global
+// memory: what leaves each level, GELU's slopes, and gradients.
+struct PassesWorkspace {
+  int64_t row, plane;    // elements of a row, and of a channel
+  int64_t elements;      // of each of the three, for all levels of a chunk
+  int64_t runs, images;  // of a chunk: as many as are in memory at once (runs: see RowsSchedule)
+};
+
+// Partial sums of the gates' gradients: channels of each, and how many of them.
+struct PassesGates {
+  int64_t channels, parts;
+};
+
 struct PassesPlan {
   RowsPlan down, up, weights;
-  int64_t row, plane, handed_on;  // elements of what is handed on: of a row, of a channel, of all levels of a chunk
-  int64_t chunk, chunk_images;    // runs (see RowsPlan), and images, that are there at once
-  int64_t slots, slot_channels;   // of gates_parts
-  int64_t image_runs;             // of weights_parts
-  int64_t scratch;                // floats
+  PassesWorkspace workspace;
+  PassesGates gates;
+  int64_t strip_sums;  // [strips][B][C], of the last gate times the gradient
+
+  int64_t scratch_bytes() const { return 4 * (3 * workspace.elements / 2 + strip_sums); }
+  std::optional<int64_t> gate_parts() const { return gates.parts; }
+  int64_t weight_parts() const { return down.schedule.runs * down.schedule.strips; }
 };
 
-PassesPlan plan_passes_bwd(const Chain& chain);
-void run_passes_bwd(const ContextBackward& p, const PassesPlan& plan, void* stream);
+std::optional<PassesPlan> plan_passes_bwd(const Chain& chain);
+void run_context_bwd(const ContextBackward& p, const PassesPlan& plan, void* stream);
 
-RowsPlan plan_rows_fwd(const Chain& chain);
-void run_rows_fwd(const ContextForward& p, const RowsPlan& plan, float* shares, void* stream);
+// ------------------ tokens (tokens.h), level by level: maps whose channels are adjacent in memory, in whole quads
 
-// Level by level over tokens: maps whose channels are adjacent in memory, in whole quads. A level is one pass over the
-// map, on CUDA cores, and leaves its result in scratch in the call's dtype.
-struct TokensPlan {
-  bool fits;              // whether this form can take the call
-  int lanes;              // of a block: segments of columns side by side
-  int64_t segments;       // of an image
-  int64_t image_blocks;   // of `lanes` segments each
-  int64_t channel_tiles;  // what a block has of the channels
-  int64_t chunk;          // images at once
-  int64_t pitch, map;     // elements of scratch from pixel to pixel, and of a level of a chunk
-  int64_t elements;       // of scratch
-  int64_t floats;         // of sums and means
-  int64_t weights_parts;  // of the weights' gradients: of a chunk, and of all
-  int64_t all_weights_parts;
-};
+// A level is one pass over the map, on CUDA cores, and leaves its result in scratch in the call's dtype.
 constexpr int SEGMENT = 8, TILE = 32, SUM_PARTS = 16;  // columns; channels; of a map's pixels, in the mean's gradient
 
+// What blocks of a pass have.
+struct TokensTiling {
+  int lanes;              // segments of columns side by side
+  int64_t segments;       // of an image
+  int64_t image_blocks;   // of `lanes` segments each
+  int64_t channel_tiles;  // of TILE channels
+};
+
+// Scratch memory: levels as maps, then sums and means as floats.
+struct TokensScratch {
+  int64_t images;     // at once: a chunk
+  int64_t pitch;      // elements from pixel to pixel
+  int64_t map;        // elements of one level of a chunk
+  int64_t floats_at;  // byte where the floats begin
+  int64_t bytes;      // in all
+};
+
+struct TokensPlan {
+  TokensTiling tiling;
+  TokensScratch scratch;
+
+  int64_t scratch_bytes() const { return scratch.bytes; }
+};
+
+struct TokensBackwardPlan {
+  TokensPlan tokens;
+  int64_t chunks, chunk_weight_parts;  // of images; partial sums of the weights' gradients that each leaves
+
+  int64_t scratch_bytes() const { return tokens.scratch.bytes; }
+  std::optional<int64_t> gate_parts() const { return std::nullopt; }
+  int64_t weight_parts() const { return chunks * chunk_weight_parts; }
+};
+
 bool takes_tokens(const Chain& chain);  // wherever its maps lie so
-TokensPlan plan_tokens(const ContextForward& p);
-TokensPlan plan_tokens(const ContextBackward& p);
-// `scratch`: TokensPlan::elements, then `floats`: TokensPlan::floats.
-void run_tokens_fwd(const ContextForward& p, const TokensPlan& plan, void* scratch, float* floats, void* stream);
-void run_tokens_bwd(const ContextBackward& p, const TokensPlan& plan, void* scratch, float* floats, void* stream);
+std::optional<TokensPlan> plan_tokens_fwd(const ContextForward& p);
+std::optional<TokensBackwardPlan> plan_tokens_bwd(const ContextBackward& p);
+void run_context_fwd(const ContextForward& p, const TokensPlan& plan, void* stream);
+void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, void* stream);
+
+// ------------------------------------------------------------------------------------------------- other kernels
 
 // out = the sum over j < count of parts[j * stride + (image * C + channel) * channel_stride + pixel], in a fixed order.
 struct SumJob {

@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(THREADS) modulate_tokens_bwd_kernel(ModulateBa
   const ModulateBackward& a = arguments;
   const ModulateForward& p = a.forward;
   constexpr int LANES = THREADS / GROUPS;
-  const int64_t C = p.g.C, tiles = (C + TILE - 1) / TILE, tokens = p.g.B * p.g.pixels();
-  const int64_t first_channel = blockIdx.x % tiles * TILE, part = blockIdx.x / tiles;
-  const int64_t c = first_channel + threadIdx.x % GROUPS * 4;
+  const int64_t C = p.g.C, tokens = p.g.B * p.g.pixels();
+  const ChannelTile tile((C + TILE - 1) / TILE);
+  const int64_t c = tile.channel, part = tile.rest;
   float sum[4] = {};
   for (int64_t i = part * LANES + threadIdx.x / GROUPS; i < tokens && c < C; i += a.parts * LANES) {
     const Pixel at(p.g, i);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(THREADS) modulate_tokens_bwd_kernel(ModulateBa
     store_channels(at.in<T>(a.grad_q, c), grad_q);
     store_channels(at.in<T>(a.grad_modulator, c), grad_modulator);
   }
-  float *const area = shared_memory<float>(), *const to = a.sums + part * 3 * C + first_channel;
-  const int channels = int(std::min<int64_t>(TILE, C - first_channel));
+  float *const area = shared_memory<float>(), *const to = a.sums + part * 3 * C + tile.first;
+  const int channels = tile.channels(p.g);
   sum_lanes(sum, area, channels, to);
   if (int(threadIdx.x) < channels) to[C + threadIdx.x] = 0, to[2 * C + threadIdx.x] = 0;
 }

@@ -14,7 +14,7 @@ constexpr int TOKENS = 32, WARPS = 8;
 struct Pixel {
   int64_t b = 0, t = 0, m = 0, w;
   __device__ Pixel(const Geometry& g, int64_t i) : w(i) {
-    if (i < g.W) return;  // divisions are dear
+    if (i < g.W) return;  // divisions are expensive
     w = i % g.W, i /= g.W;
     m = i % g.M, i /= g.M;
     t = i % g.T, b = i / g.T;

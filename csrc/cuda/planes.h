@@ -99,18 +99,8 @@ __device__ void convolve_rows(const float* plane, const Frame& f, const float* t
 
 __device__ inline void convolve(const float* plane, const Frame& f, const float* taps, const Level& k, const Segment& s,
                                 float (&acc)[ROWS][4]) {
-  switch (k.kw) {
-    case 3:
-      return convolve_rows<3>(plane, f, taps, k, s, acc);
-    case 5:
-      return convolve_rows<5>(plane, f, taps, k, s, acc);
-    case 7:
-      return convolve_rows<7>(plane, f, taps, k, s, acc);
-    case 9:
-      return convolve_rows<9>(plane, f, taps, k, s, acc);
-    default:
-      return convolve_rows<0>(plane, f, taps, k, s, acc);
-  }
+  const auto run = [&](auto kw) { convolve_rows<kw>(plane, f, taps, k, s, acc); };
+  if (!with_constant<3, 5, 7, 9>(k.kw, run)) run(std::integral_constant<int, 0>());
 }
 
 // Copies a channel's taps of all levels to shared memory, padded; `flipped`: in reverse order, which turns the

@@ -2,8 +2,9 @@
 //
 // A warp owns a channel of 16 segments of 8 columns: of one image, or of several narrow ones. Along a row, a level is a
 // product of the segments' windows (16 x WINDOW inputs, each window starting WINDOW / 4 columns left of its segment)
-// with a band of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a time; what
-// they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour has.
+// with a banded matrix of the kernel row's taps (WINDOW x 8). Levels follow each other down the map, four rows at a
+// time; what they read of each other lies in rings of rows in shared memory, so no level recomputes what a neighbour
+// has.
 #pragma once
 
 #include <algorithm>
@@ -22,19 +23,28 @@ struct Pairs {
   int column[2], columns[2];  // the first of two, and how many are inside the map
   int at[2];                  // in a ring's row
 
-  __device__ Pairs(const RowsPlan& plan, const Geometry& g, int64_t group) {
-    const int lane = threadIdx.x % 32, warp = plan.warps > 1 ? threadIdx.x / 32 : 0;
+  __device__ Pairs(const RowsLayout& layout, const Geometry& g, int64_t group) {
+    const int lane = threadIdx.x % 32, warp = layout.warps > 1 ? threadIdx.x / 32 : 0;
     for (int i = 0; i < 2; ++i) {
-      const int slot = warp * 16 + lane / 4 + 8 * i, nth = slot / plan.segments;
-      image[i] = group * plan.images + nth;
-      column[i] = slot % plan.segments * 8 + lane % 4 * 2;
-      const bool inside = nth < plan.images && image[i] < g.B;
+      const int segment = warp * 16 + lane / 4 + 8 * i, nth = segment / layout.segments;
+      image[i] = group * layout.images + nth;
+      column[i] = segment % layout.segments * 8 + lane % 4 * 2;
+      const bool inside = nth < layout.images && image[i] < g.B;
       columns[i] = inside ? int(std::min<int64_t>(2, std::max<int64_t>(0, g.W - column[i]))) : 0;
-      at[i] = (nth < plan.images ? nth : 0) * plan.image_row + plan.window / 4 + column[i];
-      if (nth >= plan.images) at[i] = -1;
+      at[i] = (nth < layout.images ? nth : 0) * layout.image_row + layout.window / 4 + column[i];
+      if (nth >= layout.images) at[i] = -1;
     }
   }
 };
+
+// f(r, i) for pair i of each of the STEP rows that a lane holds.
+template <class F>
+__device__ __forceinline__ void for_pairs(const F& f) {
+#pragma unroll
+  for (int r = 0; r < STEP; ++r)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) f(r, i);
+}
 
 template <class T>
 struct alignas(4) Two {
@@ -54,7 +64,7 @@ __device__ inline Two<__half> two_of<__half>(float a, float b) {
   return {both.x, both.y};
 }
 
-// This lane's pairs in a map, a plane at a time: addresses are dear, so what does not change is kept.
+// This lane's pairs in a map, a plane at a time: addresses are expensive to compute, so what does not change is kept.
 template <class T>
 struct Lines {
   const MapView& v;
@@ -95,28 +105,23 @@ __device__ Two<T> with_bias(Two<T> two, float bias, int n) {
   return two_of<T>(n > 0 ? to_float(two.values[0]) + bias : 0.0f, n > 1 ? to_float(two.values[1]) + bias : 0.0f);
 }
 
-// Rows first .. first + STEP - 1 of a map of T_ rows as this lane holds them; zeros outside.
+// Rows first .. first + STEP - 1 of a map as this lane holds them; zeros outside.
 template <class T>
-__device__ void fetch(const Lines<const T>& lines, int T_, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
-#pragma unroll
-  for (int r = 0; r < STEP; ++r)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < T_, planes);
+__device__ void fetch(const Lines<const T>& lines, int map_rows, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
+  for_pairs([&](int r, int i) { to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < map_rows, planes); });
 }
 // The same of ctx, with its bias.
 template <class T>
-__device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, float bias, int T_, int first,
+__device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, float bias, int map_rows, int first,
                           Two<T> (&to)[STEP][2]) {
-  fetch(lines, T_, first, to);
+  fetch(lines, map_rows, first, to);
   if (!biases.data) return;
-#pragma unroll
-  for (int r = 0; r < STEP; ++r)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < T_ ? lines.columns[i] : 0);
+  for_pairs([&](int r, int i) {
+    to[r][i] = with_bias(to[r][i], bias, first + r >= 0 && first + r < map_rows ? lines.columns[i] : 0);
+  });
 }
 
-// Where row t of a ring lies.
+// Which of a ring's rows is row t of the map.
 __device__ inline int ring_slot(int t, int rows) { return (t + 64 * rows) % rows; }
 
 // What rows' owners do one after the other: a channel, rows begin .. end - 1 of it, in some groups of images.
@@ -128,81 +133,110 @@ struct Task {
   __device__ bool has(int t) const { return t >= begin && t < end; }
 };
 
-// The rows of a warp, or of a block where a map is too wide for one, wherever they come from and go to.
+// f(std::integral_constant<int, K>()) with a kernel's height; only windows of 32 are for ones as tall as 11 and 13.
+// Tallest first: in order of size context_weights_kernel would take four registers more.
+template <int WINDOW, class F>
+__device__ void with_height(int kt, const F& f) {
+  if constexpr (WINDOW == 32)
+    with_constant<13, 11, 9, 7, 5, 3, 1>(kt, f);
+  else
+    with_constant<9, 7, 5, 3, 1>(kt, f);
+}
+
+// The rows of their owner: of a warp, or of a block where a map is too wide for one.
 template <class T>
 struct Rows {
   const RowsPlan& plan;
-  int owner, mine;  // which rows of the block, and which of their threads
+  int owner, thread;  // which rows of the block, and which of their threads
   T* memory;
-  int T_;         // rows of the map
-  int window_at;  // of the row that this lane shows to ldmatrix
+  int map_rows;   // along T
+  int window_at;  // of the row that this lane passes to ldmatrix
 
   __device__ Rows(const RowsPlan& plan, const Geometry& g)
       : plan(plan),
-        owner(plan.warps > 1 ? 0 : threadIdx.x / 32),
-        mine(plan.warps > 1 ? threadIdx.x : threadIdx.x % 32),
-        memory(shared_memory<T>() + owner * plan.elements),
-        T_(int(g.T)) {
-    const int lane = threadIdx.x % 32, warp = plan.warps > 1 ? threadIdx.x / 32 : 0;
-    for (int i = mine; i < plan.zeros + plan.row; i += 32 * plan.warps) memory[i] = from_float<T>(0.0f);
-    int slot = warp * 16 + lane % 16;
-    if (slot >= plan.images * plan.segments) slot = 0;  // nobody looks at its products
-    window_at = slot / plan.segments * plan.image_row + slot % plan.segments * 8 + lane / 16 * 8;
+        owner(plan.layout.warps > 1 ? 0 : threadIdx.x / 32),
+        thread(plan.layout.warps > 1 ? threadIdx.x : threadIdx.x % 32),
+        memory(shared_memory<T>() + owner * plan.shared.elements),
+        map_rows(int(g.T)) {
+    const RowsLayout& layout = plan.layout;
+    const int lane = threadIdx.x % 32, warp = layout.warps > 1 ? threadIdx.x / 32 : 0;
+    const int until = plan.shared.zeros + layout.row;
+    for (int i = thread; i < until; i += 32 * layout.warps) memory[i] = from_float<T>(0.0f);
+    int segment = warp * 16 + lane % 16;
+    if (segment >= layout.images * layout.segments) segment = 0;  // its products are not used
+    window_at = segment / layout.segments * layout.image_row + segment % layout.segments * 8 + lane / 16 * 8;
     sync();
   }
 
   // f(task) for all tasks of these rows' owner.
   template <class F>
   __device__ void for_tasks(const Geometry& g, const F& f) const {
-    for (int64_t i = int64_t(blockIdx.x) * plan.owners + owner; i < plan.tasks; i += int64_t(gridDim.x) * plan.owners) {
-      const int64_t strip = i / g.C % plan.strips, run = plan.first_run + i / g.C / plan.strips;
-      const int begin = int(strip * plan.strip_rows), end = int(std::min<int64_t>(g.T, begin + plan.strip_rows));
-      f(Task{i % g.C, strip, run, begin, end, run * plan.run, std::min(plan.groups, (run + 1) * plan.run)});
+    const RowsSchedule& schedule = plan.schedule;
+    const int64_t step = int64_t(gridDim.x) * schedule.owners;
+    for (int64_t i = int64_t(blockIdx.x) * schedule.owners + owner; i < schedule.tasks; i += step) {
+      const int64_t strip = i / g.C % schedule.strips, run = schedule.first_run + i / g.C / schedule.strips;
+      const int begin = int(strip * schedule.strip_rows);
+      const int end = int(std::min<int64_t>(g.T, begin + schedule.strip_rows));
+      f(Task{i % g.C, strip, run, begin, end, run * schedule.run,
+             std::min(plan.layout.image_groups, (run + 1) * schedule.run)});
     }
   }
 
-  // Lanes of the rows' owners wait for each other.
+  // f(group, pairs) for a task's groups of images, one after the other.
+  template <class F>
+  __device__ void for_groups(const Geometry& g, const Task& task, const F& f) const {
+    for (int64_t group = task.first_group; group < task.last_group; ++group) f(group, Pairs(plan.layout, g, group));
+  }
+
+  // A barrier of the rows' owner.
   __device__ void sync() const {
-    if (plan.warps > 1)
+    if (plan.layout.warps > 1)
       __syncthreads();
     else
       __syncwarp();
   }
 
-  __device__ T* row_of(int ring, int rows, int t) const { return memory + ring + ring_slot(t, rows) * plan.row; }
+  __device__ T* row_of(Ring ring, int t) const {
+    return memory + ring.first + ring_slot(t, ring.rows) * plan.layout.row;
+  }
+  // Pair i of row t as it lies in a ring.
+  __device__ Two<T> pair_of(Ring ring, int t, const Pairs& pairs, int i) const {
+    return *reinterpret_cast<const Two<T>*>(row_of(ring, t) + pairs.at[i]);
+  }
 
   // Puts this lane's pairs of row t into a ring, if that is a row of the map.
-  __device__ void put(int ring, int rows, int t, const Pairs& pairs, const Two<T> (&row)[2]) const {
-    if (t < 0 || t >= T_) return;
-    T* const to = row_of(ring, rows, t);
+  __device__ void put(Ring ring, int t, const Pairs& pairs, const Two<T> (&row)[2]) const {
+    if (t < 0 || t >= map_rows) return;
+    T* const to = row_of(ring, t);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (pairs.at[i] >= 0) *reinterpret_cast<Two<T>*>(to + pairs.at[i]) = row[i];
   }
 
-  // A sum over each image, of what this lane has of the images of its pairs. Nobody may come here again before a sync.
+  // A sum over each image, of what this lane has of the images of its pairs. Not reentrant before sync().
   __device__ void sum_over_images(const Pairs& pairs, int64_t group, float (&sum)[2]) const {
     const int lane = threadIdx.x % 32;
-    float* const segments = reinterpret_cast<float*>(memory + plan.sums);
+    float* const segments = reinterpret_cast<float*>(memory + plan.shared.sums);
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-      if (lane % 4 == 0) segments[mine / 32 * 16 + lane / 4 + 8 * i] = sum[i];
+      if (lane % 4 == 0) segments[thread / 32 * 16 + lane / 4 + 8 * i] = sum[i];
     }
     sync();
     for (int i = 0; i < 2; ++i) {
-      const int first = pairs.columns[i] > 0 ? int(pairs.image[i] - group * plan.images) * plan.segments : 0;
+      const int first =
+          pairs.columns[i] > 0 ? int(pairs.image[i] - group * plan.layout.images) * plan.layout.segments : 0;
       sum[i] = 0;
-      for (int j = 0; j < plan.segments; ++j) sum[i] += segments[first + j];
+      for (int j = 0; j < plan.layout.segments; ++j) sum[i] += segments[first + j];
     }
   }
 
-  // This lane's share of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
-  // to output n. Only this lane of each warp reads it again; where a block shares them, stream_rows waits before that
-  // and after. `flipped`: taps in reverse order, for the transpose.
+  // This lane's part of the bands of a level's kernel rows: element (i, n) is the tap that takes input i of a window
+  // to output n. Only the same lane of each warp reads it again; where a block's warps share the bands, stream_rows
+  // synchronizes before that and after. `flipped`: taps in reverse order, for the transpose.
   __device__ void make_bands(const LevelWeights& level, int64_t channel, int at, bool flipped) const {
-    const int lane = threadIdx.x % 32, kt = int(level.size.kt), kw = int(level.size.kw), halves = plan.window / 16;
-    const int shift = plan.window / 4 - kw / 2;
+    const int lane = threadIdx.x % 32, kt = int(level.size.kt), kw = int(level.size.kw);
+    const int halves = plan.layout.window / 16, shift = plan.layout.window / 4 - kw / 2;
     for (int i = 0; i < kt * halves; ++i) {
       const int dt = i / halves, first = i % halves * 16 + lane % 4 * 2, n = lane / 4;
       T taps[4];
@@ -215,10 +249,15 @@ struct Rows {
       *reinterpret_cast<Quad<T>*>(memory + at + (i * 32 + lane) * 4) = {taps[0], taps[1], taps[2], taps[3]};
     }
   }
+  // Those of all levels of a chain, by the first warp of the rows' owner.
+  __device__ void make_all_bands(const Chain& chain, int64_t channel, bool flipped) const {
+    for (int l = 0; l < chain.L && thread < 32; ++l)
+      make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
+  }
 
   // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.
   template <int K, int WINDOW>
-  __device__ void convolve_rows(float (&acc)[STEP][4], int ring, int rows, int bands, int first) const {
+  __device__ void convolve_rows(float (&acc)[STEP][4], Ring ring, int bands, int first) const {
     constexpr int HALVES = WINDOW / 16;
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -229,12 +268,13 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < K * HALVES; ++i)
       band[i] = *reinterpret_cast<const uint2*>(memory + bands + (i * 32 + lane) * 4);
-    int slot = ring_slot(first - K / 2, rows);
+    int slot = ring_slot(first - K / 2, ring.rows);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const int t = first - K / 2 + i;
-      const T* row = memory + (t >= 0 && t < T_ ? ring + slot * plan.row : plan.zeros) + window_at;
-      slot = slot + 1 == rows ? 0 : slot + 1;
+      const T* row =
+          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
+      slot = slot + 1 == ring.rows ? 0 : slot + 1;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         uint32_t windows[4];
@@ -247,39 +287,25 @@ struct Rows {
   }
 
   template <int WINDOW>
-  __device__ void convolve(float (&acc)[STEP][4], int kt, int ring, int rows, int bands, int first) const {
-    if constexpr (WINDOW == 32) {  // only then are kernels so tall: see lay_out_rows
-      if (kt == 11) return convolve_rows<11, WINDOW>(acc, ring, rows, bands, first);
-      if (kt == 13) return convolve_rows<13, WINDOW>(acc, ring, rows, bands, first);
-    }
-    switch (kt) {
-      case 1:
-        return convolve_rows<1, WINDOW>(acc, ring, rows, bands, first);
-      case 3:
-        return convolve_rows<3, WINDOW>(acc, ring, rows, bands, first);
-      case 5:
-        return convolve_rows<5, WINDOW>(acc, ring, rows, bands, first);
-      case 7:
-        return convolve_rows<7, WINDOW>(acc, ring, rows, bands, first);
-      default:
-        return convolve_rows<9, WINDOW>(acc, ring, rows, bands, first);
-    }
+  __device__ void convolve(float (&acc)[STEP][4], int kt, Ring ring, int bands, int first) const {
+    with_height<WINDOW>(kt, [&](auto k) { convolve_rows<k, WINDOW>(acc, ring, bands, first); });
   }
 
   // sums[OFFSET + dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of
   // its outputs: element (j, i) of input j of a window (16 to a half) and output i. Taps are its diagonals.
   template <int K, int OFFSET, int ALL, int HALVES>
-  __device__ void add_products(float (&sums)[ALL][HALVES][4], int ring, int rows, int first,
+  __device__ void add_products(float (&sums)[ALL][HALVES][4], Ring ring, int first,
                                const uint32_t (&grad)[STEP][2]) const {
     uint2 columns[STEP];
 #pragma unroll
     for (int r = 0; r < STEP; ++r) columns[r] = {transpose(grad[r][0]), transpose(grad[r][1])};
-    int slot = ring_slot(first - K / 2, rows);
+    int slot = ring_slot(first - K / 2, ring.rows);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const int t = first - K / 2 + i;
-      const T* row = memory + (t >= 0 && t < T_ ? ring + slot * plan.row : plan.zeros) + window_at;
-      slot = slot + 1 == rows ? 0 : slot + 1;
+      const T* row =
+          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
+      slot = slot + 1 == ring.rows ? 0 : slot + 1;
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         uint32_t windows[4];
@@ -316,27 +342,28 @@ struct Rows {
 template <int WINDOW, class T, class ENTER, class LEAVE>
 __device__ void stream_rows(const Rows<T>& rows, const Chain& chain, const Task& task, const Pairs& pairs,
                             const ENTER& enter, const LEAVE& leave) {
-  const RowsPlan& plan = rows.plan;
-  const int L = chain.L, all = plan.reach[L];
+  const RowsLayout& layout = rows.plan.layout;
+  const RowsShared& shared = rows.plan.shared;
+  const int L = chain.L, all = layout.reach[L];
   Two<T> next[STEP][2];
   // the last level's rows begin at `t`, level l's all - reach[l] further down, what enters the first at t + all
   int t = task.begin - (all + 1) / 2 * STEP;
   enter(t + all, next);
   for (; t < task.end; t += STEP) {
 #pragma unroll
-    for (int r = 0; r < STEP; ++r) rows.put(plan.rings[0], plan.ring_rows[0], t + all + r, pairs, next[r]);
+    for (int r = 0; r < STEP; ++r) rows.put(shared.inputs[0], t + all + r, pairs, next[r]);
     rows.sync();
     if (t + STEP < task.end) enter(t + STEP + all, next);
     for (int l = 0; l < L; ++l) {
-      const int first = t + all - plan.reach[l + 1], kt = int(chain.levels[l].size.kt);
-      if (first + STEP > 0 && first < rows.T_ && (l + 1 < L || first + STEP > task.begin)) {
+      const int first = t + all - layout.reach[l + 1], kt = int(chain.levels[l].size.kt);
+      if (first + STEP > 0 && first < rows.map_rows && (l + 1 < L || first + STEP > task.begin)) {
         float acc[STEP][4];
-        rows.template convolve<WINDOW>(acc, kt, plan.rings[l], plan.ring_rows[l], plan.bands[l], first);
+        rows.template convolve<WINDOW>(acc, kt, shared.inputs[l], shared.bands[l], first);
         leave(l, first, acc);
         if (l + 1 < L)
 #pragma unroll
           for (int r = 0; r < STEP; ++r)
-            rows.put(plan.rings[l + 1], plan.ring_rows[l + 1], first + r, pairs,
+            rows.put(shared.inputs[l + 1], first + r, pairs,
                      {two_of<T>(acc[r][0], acc[r][1]), two_of<T>(acc[r][2], acc[r][3])});
       }
       rows.sync();
@@ -345,73 +372,79 @@ __device__ void stream_rows(const Rows<T>& rows, const Chain& chain, const Task&
 }
 
 // Takes the next n elements of the shared memory of the rows' owner.
-inline int take(RowsPlan& plan, int n) {
-  const int first = plan.elements;
-  plan.elements += (n + 7) / 8 * 8;
+inline int take(RowsShared& shared, int n) {
+  const int first = shared.elements;
+  shared.elements += (n + 7) / 8 * 8;
   return first;
 }
+inline Ring take_ring(RowsShared& shared, int rows, int row) { return {take(shared, rows * row), rows}; }
 
-// Fills in how a map's rows lie in a warp; false where this form cannot take them.
-inline bool lay_out_rows(const Chain& chain, RowsPlan& plan) {
+// How a map's rows lie in a warp; nothing where this form cannot take them.
+inline std::optional<RowsLayout> lay_out_rows(const Chain& chain) {
   constexpr int64_t LARGEST_TAPS = 13;
   const Geometry& g = chain.g;
+  RowsLayout layout{};
   int64_t widest = 1, tallest = 1;
   for (int l = 0; l < chain.L; ++l) {
     const Level& k = chain.levels[l].size;
     widest = std::max(widest, k.kw), tallest = std::max(tallest, k.kt);
-    plan.reach[l + 1] = plan.reach[l] + int(k.rt());
-    if (k.km != 1) return false;
+    layout.reach[l + 1] = layout.reach[l] + int(k.rt());
+    if (k.km != 1) return std::nullopt;
   }
-  plan.segments = int(std::min<int64_t>((g.W + 7) / 8, 1 << 20));
+  layout.segments = int(std::min<int64_t>((g.W + 7) / 8, 1 << 20));
   if (chain.dtype == DType::f32 || chain.L == 0 || g.M != 1 || std::max(widest, tallest) > LARGEST_TAPS ||
-      plan.segments > 16 * MOST_WARPS || g.T > 1 << 20)
-    return false;
-  plan.window = std::max(widest, tallest) <= 9 ? 16 : 32;
-  plan.warps = (plan.segments + 15) / 16;
-  plan.images = plan.warps > 1 ? 1 : int(std::min<int64_t>(16 / plan.segments, std::max<int64_t>(1, g.B)));
-  plan.image_row = 8 * plan.segments + plan.window - 8;
-  plan.row = plan.images * plan.image_row;
-  plan.groups = (g.B + plan.images - 1) / plan.images;
-  return true;
+      layout.segments > 16 * MOST_WARPS || g.T > 1 << 20)
+    return std::nullopt;
+  layout.window = std::max(widest, tallest) <= 9 ? 16 : 32;
+  layout.warps = (layout.segments + 15) / 16;
+  layout.images = layout.warps > 1 ? 1 : int(std::min<int64_t>(16 / layout.segments, std::max<int64_t>(1, g.B)));
+  layout.image_row = 8 * layout.segments + layout.window - 8;
+  layout.row = layout.images * layout.image_row;
+  layout.image_groups = (g.B + layout.images - 1) / layout.images;
+  return layout;
 }
 
 // The memory of stream_rows. `to_the_end`: what enters a level stays until the last one has reached that row.
-inline void lay_out_rings(const Chain& chain, RowsPlan& plan, bool to_the_end) {
+inline RowsShared lay_out_rings(const Chain& chain, const RowsLayout& layout, bool to_the_end) {
+  RowsShared shared{};
   for (int l = 0; l < chain.L; ++l) {
-    const int lag = l > 0 && to_the_end ? plan.reach[chain.L] - plan.reach[l] : 0;
+    const int lag = l > 0 && to_the_end ? layout.reach[chain.L] - layout.reach[l] : 0;
     const int needed = STEP + std::max(lag, 2 * int(chain.levels[l].size.rt()));
-    plan.ring_rows[l] = int(std::min<int64_t>(needed, chain.g.T));  // a ring of the whole map needs no more
-    plan.rings[l] = take(plan, plan.ring_rows[l] * plan.row);
+    const int rows = int(std::min<int64_t>(needed, chain.g.T));  // a ring of the whole map needs no more
+    shared.inputs.set(l, take_ring(shared, rows, layout.row));
   }
-  plan.zeros = take(plan, plan.row);
+  shared.zeros = take(shared, layout.row);
   for (int l = 0; l < chain.L; ++l)
-    plan.bands[l] = take(plan, int(chain.levels[l].size.kt) * (plan.window / 16) * 32 * 4);
-  plan.sums = take(plan, 2 * 16 * plan.warps);
+    shared.bands[l] = take(shared, int(chain.levels[l].size.kt) * (layout.window / 16) * 32 * 4);
+  shared.sums = take(shared, 2 * 16 * layout.warps);
+  return shared;
 }
 
-// Strips of rows and runs of images: enough tasks to keep the device busy, and no more. `groups` are there at once.
-inline void cut_into_tasks(const Chain& chain, RowsPlan& plan, int64_t groups) {
+// Strips of rows and runs of images: enough tasks to keep the device busy, and no more. `groups`: in memory at once.
+inline void cut_into_tasks(const Chain& chain, const RowsLayout& layout, int64_t groups, RowsSchedule& schedule) {
   const Geometry& g = chain.g;
   const int64_t enough = 16 * current_device().processors;  // warps that a device wants
-  const int64_t planes = std::max<int64_t>(1, groups * g.C * plan.warps), halo = plan.reach[chain.L];
+  const int64_t planes = std::max<int64_t>(1, groups * g.C * layout.warps), halo = layout.reach[chain.L];
   // a strip computes `halo` rows again on both sides: none shorter than that
-  plan.strips =
+  schedule.strips =
       planes < enough / 2 ? std::max<int64_t>(1, std::min(enough / planes, g.T / std::max<int64_t>(8, 4 * halo))) : 1;
-  plan.strip_rows = ((g.T + plan.strips - 1) / plan.strips + STEP - 1) / STEP * STEP;
-  plan.strips = (g.T + plan.strip_rows - 1) / plan.strip_rows;
-  plan.run = std::max<int64_t>(1, std::min<int64_t>(groups, planes / (4 * enough)));
-  plan.runs = (plan.groups + plan.run - 1) / plan.run;
+  schedule.strip_rows = ((g.T + schedule.strips - 1) / schedule.strips + STEP - 1) / STEP * STEP;
+  schedule.strips = (g.T + schedule.strip_rows - 1) / schedule.strip_rows;
+  schedule.run = std::max<int64_t>(1, std::min<int64_t>(groups, planes / (4 * enough)));
+  schedule.runs = (layout.image_groups + schedule.run - 1) / schedule.run;
 }
 
 // Owners to a block, as many as its shared memory holds; false where that is none.
 inline bool fill_blocks(RowsPlan& plan, int64_t tasks) {
-  const int64_t room = current_device().shared_per_block / (2 * plan.elements);
-  plan.owners = int(std::min<int64_t>(plan.warps > 1 ? 1 : BLOCK_WARPS, room));
-  if (plan.owners == 0) return false;
-  plan.tasks = tasks;
-  plan.blocks = std::min<int64_t>((tasks + plan.owners - 1) / plan.owners, 1 << 20);
-  plan.threads = 32 * plan.warps * plan.owners;
-  plan.shared = int64_t(plan.elements) * 2 * plan.owners;
+  const RowsLayout& layout = plan.layout;
+  RowsSchedule& schedule = plan.schedule;
+  const int64_t fitting = current_device().shared_per_block / (2 * plan.shared.elements);
+  schedule.owners = int(std::min<int64_t>(layout.warps > 1 ? 1 : BLOCK_WARPS, fitting));
+  if (schedule.owners == 0) return false;
+  schedule.tasks = tasks;
+  schedule.blocks = std::min<int64_t>((tasks + schedule.owners - 1) / schedule.owners, 1 << 20);
+  schedule.threads = 32 * layout.warps * schedule.owners;
+  schedule.shared_bytes = int64_t(plan.shared.elements) * 2 * schedule.owners;
   return true;
 }
 

@@ -1,11 +1,11 @@
-// The second stage of every reduction: parts that blocks left behind, added in a fixed order.
+// The second stage of every reduction: partial sums that blocks have written, added in a fixed order.
 #include "cuda/device.h"
 
 namespace focalnet::cuda {
 
 namespace {
 
-constexpr int ELEMENTS = 32, LANES = 8;  // a block: elements of a result, and who shares the parts of each
+constexpr int ELEMENTS = 32, LANES = 8;  // a block: elements of a result, threads that add up the parts of each
 
 int64_t blocks_of(const SumJob& job) { return (job.g.B * job.g.C * job.g.pixels() + ELEMENTS - 1) / ELEMENTS; }
 

@@ -144,44 +144,38 @@ __device__ inline void sum_lanes(const float (&values)[4], float* area, int chan
   to[threadIdx.x] = sum;
 }
 
+// Which tile of channels this block has, and which four of them this thread.
+struct ChannelTile {
+  int64_t first, channel;
+  int64_t rest;  // what blockIdx.x counts besides
+  __device__ ChannelTile(int64_t tiles)
+      : first(blockIdx.x % tiles * TILE), channel(first + threadIdx.x % GROUPS * 4), rest(blockIdx.x / tiles) {}
+  __device__ int channels(const Geometry& g) const { return int(std::min<int64_t>(TILE, g.C - first)); }
+};
+
 // What block blockIdx.x has of a pass: a tile of channels of `lanes` segments of one image.
 struct PassBlock {
   int64_t image, first_channel;
   int block, segment, group;
   int64_t channel;
   bool valid;
-  __device__ PassBlock(const Geometry& g, const TokensPlan& plan) {
-    const unsigned tiles = unsigned(plan.channel_tiles), blocks = unsigned(plan.image_blocks);
+  __device__ PassBlock(const Geometry& g, const TokensTiling& tiling) {
+    const unsigned tiles = unsigned(tiling.channel_tiles), blocks = unsigned(tiling.image_blocks);
     const unsigned i = blockIdx.x / tiles;
     image = i / blocks, block = int(i % blocks);
     first_channel = int64_t(blockIdx.x % tiles) * TILE;
     group = threadIdx.x % GROUPS;
-    segment = block * plan.lanes + int(threadIdx.x) / GROUPS;
+    segment = block * tiling.lanes + int(threadIdx.x) / GROUPS;
     channel = first_channel + 4 * group;
-    valid = segment < plan.segments && channel < g.C;
+    valid = segment < tiling.segments && channel < g.C;
   }
   __device__ int channels(const Geometry& g) const { return int(std::min<int64_t>(TILE, g.C - first_channel)); }
 };
 
-// Runs f(std::integral_constant) with the kernel width kw: the widths that the passes are compiled for.
-template <int KW>
-using Width = std::integral_constant<int, KW>;
+// f(std::integral_constant<int, KW>()) with a kernel's width: those that the passes are compiled for.
 template <class F>
 void with_width(int64_t kw, const F& f) {
-  switch (kw) {
-    case 3:
-      return f(Width<3>());
-    case 5:
-      return f(Width<5>());
-    case 7:
-      return f(Width<7>());
-    case 9:
-      return f(Width<9>());
-    case 11:
-      return f(Width<11>());
-    case 13:
-      return f(Width<13>());
-  }
+  with_constant<3, 5, 7, 9, 11, 13>(kw, f);
 }
 
 // Whether all of the maps, where there is one, have their channels adjacent and every four of them on a boundary.
@@ -200,15 +194,16 @@ inline MapView images_from(const MapView& v, int64_t first, DType dtype) {
   if (v.data) moved.data = static_cast<char*>(v.data) + first * v.b * (dtype == DType::f32 ? 4 : 2);
   return moved;
 }
-inline MapView scratch_map(void* scratch, int64_t index, const TokensPlan& plan, const Geometry& g, DType dtype) {
-  char* const data = static_cast<char*>(scratch) + index * plan.map * (dtype == DType::f32 ? 4 : 2);
-  return {data, g.pixels() * plan.pitch, 1, g.M * g.W * plan.pitch, g.W * plan.pitch, plan.pitch};
+inline MapView scratch_map(void* memory, int64_t index, const TokensScratch& scratch, const Geometry& g, DType dtype) {
+  const int64_t pitch = scratch.pitch;
+  char* const data = static_cast<char*>(memory) + index * scratch.map * (dtype == DType::f32 ? 4 : 2);
+  return {data, g.pixels() * pitch, 1, g.M * g.W * pitch, g.W * pitch, pitch};
 }
 
 // A pass's level: z = conv(from), and GELU(z).
 struct LevelForward {
   Geometry g;
-  TokensPlan plan;
+  TokensTiling tiling;
   LevelWeights level;
   MapView from, z, to;  // z and to are written where data is not null
   float* sums;          // [B][image_blocks][C]: of GELU(z), or null

@@ -1,5 +1,5 @@
-// CUDA's language on a CPU, for tests: as much of it as csrc/cuda uses. A kernel's threads are fibres of one thread of
-// the machine (fibres.h), which run in a random order from one synchronisation to the next.
+// A stub header that emulates CUDA's language on a CPU, for tests: as much of it as csrc/cuda uses. A kernel's threads
+// are fibres of one CPU thread (fibres.h), which run in a random order from one synchronization to the next.
 #pragma once
 
 #include <algorithm>

@@ -28,11 +28,11 @@ struct Fibre {
   std::vector<char> stack = std::vector<char>(STACK);
 };
 
-// One block at a time runs, whichever thread of the machine asks for it.
+// One block runs at a time, whichever thread of the process launches it.
 struct Machine {
   std::vector<Fibre> fibres;
   std::vector<unsigned char> mail, shared;
-  std::mt19937_64 lots{0};
+  std::mt19937_64 random{0};
   Running running;
   size_t current = 0;
   jmp_buf scheduler;
@@ -68,7 +68,7 @@ void wait(State state, Place place) {
   if (_setjmp(fibre.resume) == 0) _longjmp(machine.scheduler, 1);
 }
 
-// Lets those go on whose barrier everybody has reached; threads that are done count as having reached it.
+// Releases a barrier that all threads have reached; those that are done count as having reached it.
 bool release(size_t first, size_t last, State barrier) {
   const Fibre* before = nullptr;
   for (size_t i = first; i < last; ++i) {
@@ -88,7 +88,7 @@ bool release(size_t first, size_t last, State barrier) {
 bool run_warp(size_t first, size_t last) {
   size_t order[32];
   for (size_t i = first; i < last; ++i) order[i - first] = i;
-  std::shuffle(order, order + (last - first), machine.lots);
+  std::shuffle(order, order + (last - first), machine.random);
   bool ran = false;
   for (size_t j = 0; j < last - first; ++j)
     if (machine.fibres[order[j]].state == State::ready) {
@@ -120,10 +120,11 @@ void run_block(int threads) {
   std::vector<size_t> warps((threads + 31) / 32);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = 32 * i;
   while (true) {
-    std::shuffle(warps.begin(), warps.end(), machine.lots);
+    std::shuffle(warps.begin(), warps.end(), machine.random);
     bool ran = false;
-    for (size_t warp : warps)  // how far one gets ahead of the others is drawn by lot as well: a step, or all it can
-      for (unsigned turns = 1u << machine.lots() % 12; turns > 0 && run_warp(warp, last_of(warp)); --turns) ran = true;
+    for (size_t warp : warps)  // how far one gets ahead of the others is random too: a step, or all it can
+      for (unsigned turns = 1u << machine.random() % 12; turns > 0 && run_warp(warp, last_of(warp)); --turns)
+        ran = true;
     const bool released = release(0, threads, State::at_block);
     if (ran || released) continue;
     for (int i = 0; i < threads; ++i)
@@ -158,7 +159,7 @@ void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::fu
   }
 }
 
-void seed(uint64_t seed) { machine.lots.seed(seed); }
+void seed(uint64_t seed) { machine.random.seed(seed); }
 
 }  // namespace focalnet_shim
 

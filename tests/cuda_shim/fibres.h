@@ -1,5 +1,5 @@
-// Blocks of CUDA threads as fibres. Between two synchronisations a fibre runs alone; which one runs next, and how far a
-// warp gets ahead of the others, is drawn by lot, so that a missing barrier shows: whoever reads too early finds NaN or
+// Blocks of CUDA threads as fibres. Between two synchronizations a fibre runs alone; which one runs next, and how far a
+// warp gets ahead of the others, is random, so that a missing barrier shows: a thread that reads too early finds NaN or
 // stale values in shared memory, which is filled with NaN before every block.
 #pragma once
 
@@ -21,13 +21,13 @@ struct Running {
 const Running& running();
 inline int lane() { return running().thread.x % 32; }
 
-// Barriers know where they stand in the source: threads that wait at different ones are an error.
+// Barriers carry their place in the source: threads that wait at different ones are an error.
 using Place = std::source_location;
 void wait_for_block(Place place);
 void wait_for_warp(Place place);
 
-// What lanes of the running thread's warp tell each other: a place of 64 bytes for each, two sets in turn, so that one
-// wait is enough. `turn` starts a lane's next set.
+// Values exchanged between the lanes of the running thread's warp: a mailbox of 64 bytes for each, in two alternating
+// sets, so that one wait is enough. `turn` switches a lane to its other set.
 void turn();
 unsigned char* mailbox(int lane);
 
@@ -59,7 +59,7 @@ void* shared_memory();
 // Runs `kernel` in `blocks` blocks of `threads` threads, one block after the other.
 void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
-// Draws the lots from `seed` from now on.
+// Seeds the random order from now on.
 void seed(uint64_t seed);
 
 }  // namespace focalnet_shim

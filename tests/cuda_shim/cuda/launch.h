@@ -1,4 +1,4 @@
-// In the place of csrc/cuda/launch.h: kernels run on the CPU.
+// Replaces csrc/cuda/launch.h: kernels run on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ inline int64_t from_environment(const char* name, int64_t otherwise) {
   return value ? std::atoll(value) : otherwise;
 }
 
-// A small one, so that tests come to every way of cutting work.
+// A small one, so that tests reach every way of dividing work.
 inline Device current_device() {
   return {2, from_environment("FOCALNET_SHIM_SHARED", 99 * 1024),
           from_environment("FOCALNET_SHIM_SCRATCH", int64_t(1) << 30)};
@@ -26,7 +26,8 @@ inline Device current_device() {
 
 template <class Parameters>
 void launch(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared, void*, Parameters p) {
-  if (shared > current_device().shared_per_block) throw std::runtime_error("a block has not so much shared memory");
+  if (shared > current_device().shared_per_block)
+    throw std::runtime_error("a block does not have that much shared memory");
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
   focalnet_shim::run_blocks(blocks, threads, shared, [&] { kernel(p); });
 }

@@ -1,4 +1,4 @@
-// In the place of csrc/cuda/mma.h: the tensor cores' instructions over the warp's mailboxes.
+// Replaces csrc/cuda/mma.h: emulates the tensor cores' instructions over the warp's mailboxes.
 #pragma once
 
 #include <cuda_bf16.h>

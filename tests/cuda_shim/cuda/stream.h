@@ -1,4 +1,4 @@
-// In the place of csrc/cuda/stream.h: there is no device.
+// Replaces csrc/cuda/stream.h: there is no device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
