@@ -148,7 +148,7 @@ class _Scope:
 class _Thread:
     """A thread's open blocks, the innermost last and once more in `scope`; `last`: its choice that may become one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.scopes: list[_Scope] = []
         self.scope: _Scope | None = None
         self.last: _Choice | None = None

@@ -82,7 +82,8 @@ class FocalModulationNd(nn.Module):
         else:
             args, kwargs = self.functional_arguments(x)
             if not return_gates:
-                return dropped(self.proj_drop, focal_modulation(*args, **kwargs))
+                result: Any = focal_modulation(*args, **kwargs)
+                return dropped(self.proj_drop, result)
             y, gates, modulator = focal_modulation(*args, **kwargs, return_gates=True)
         y = self.proj_drop(y)
         return (y, gates, modulator) if return_gates else y
