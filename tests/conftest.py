@@ -16,7 +16,7 @@ from focalnet_kernels.testing import fresh_seed
 settings.register_profile(
     "focalnet_kernels",
     deadline=None,
-    max_examples=10 if INTERPRETED else 30,
+    max_examples=6 if INTERPRETED else 30,
     print_blob=True,
     # our fixtures say what is tested, and keep nothing of an example that the next one could see
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -259,7 +259,7 @@ def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
 def assert_order_does_not_matter(seed_threads, op, inputs, grad_output, seed):
     """A missing barrier makes results depend on the order in which threads run."""
     results = []
-    for order in range(seed, seed + 4):
+    for order in range(seed, seed + 3):
         seed_threads(order)
         with fk.use_backend("cuda"):
             results.append(run(op, inputs, grad_output))

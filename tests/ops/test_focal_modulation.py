@@ -19,7 +19,13 @@ def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=Fal
 
 @pytest.mark.parametrize("path", golden.FILES, ids=golden.NAMES)
 @pytest.mark.parametrize(
-    "dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.float16, 1e-2)], ids=dtype_name
+    "dtype, limit",
+    [
+        (torch.float64, 1e-9),
+        (torch.float32, 1e-5),
+        pytest.param(torch.float16, 1e-2, marks=pytest.mark.slow_interpreted),
+    ],
+    ids=dtype_name,
 )
 def test_authors_numbers(backend, path, dtype, limit):
     skip_what_cannot_run(backend, dtype)

@@ -85,7 +85,9 @@ def test_opcheck(kernels, name, layout, seed):
     opcheck(name, kernels, layout, torch.float32, seed)
 
 
-@pytest.mark.parametrize("name", RAW_OPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=SLOW if n.endswith(("some", "postln")) else ()) for n in RAW_OPS]
+)
 def test_opcheck_16_bits(kernels, name, seed):
     dtype = torch.float16 if kernels == "triton" else torch.bfloat16  # which Triton's interpreter computes wrongly
     opcheck(name, kernels, "contiguous", dtype, seed)
