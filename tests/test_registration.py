@@ -31,11 +31,7 @@ def training_step(function, x, parameters):
     return y.detach(), *gradients
 
 
-@pytest.mark.parametrize(
-    "name, postln",
-    [("1d", True), ("2d", False), ("2d", True), ("3d", False)],
-    ids=lambda value: {True: "postln", False: "plain"}.get(value, value),
-)
+@pytest.mark.parametrize("postln, name", [(True, "1d"), (False, "2d"), (True, "2d"), (False, "3d")])
 def test_modules_compile_without_a_break(backend, name, postln, seed):
     module, size = MODULES[name]
     torch.manual_seed(seed)
