@@ -245,9 +245,10 @@ def _from_mean(grad_means, g, TILE: tl.constexpr):
     """The mean's gradient of each segment's image, in the form of `convolve`'s result."""
     NB: tl.constexpr = TILE[0]
     SEG: tl.constexpr = TILE[1]
+    ROWS: tl.constexpr = TILE[2]
     value = tl.load(grad_means + g[None, :] * NB + tl.arange(0, NB)[:, None])[:, :, None]
     sums = ()
-    for _ in tl.static_range(TILE[2]):
+    for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros([NB, SEG, 8], tl.float32) + value,)
     return sums
 
@@ -258,6 +259,7 @@ def _write_gradient(
 ):
     """The gradient of ctx, of these rows: from dz_1, or where there is no level from the mean."""
     NB: tl.constexpr = TILE[0]
+    ROWS: tl.constexpr = TILE[2]
     pointer, strides = grad_ctx
     b, n_images, channel, channels_inside = block
     t1 = rows[1]
@@ -273,7 +275,7 @@ def _write_gradient(
             sums = convolve(dz_planes, center, weights[0], block, frame, tl.constexpr(KERNELS[0]), True, TILE)
         columns = w[:, None] + tl.arange(0, 8)[None, :]
         to = pointer + ((b + g) * strides[0])[None, :, None] + channel[:, None, None] * strides[1]
-        for r in tl.static_range(TILE[2]):
+        for r in tl.static_range(ROWS):
             inside = (live & (t + r < t1))[:, None] & (columns < W)
             offset = in_map((t + r)[:, None], m[:, None], columns, strides)[None, :, :]
             mask = channels_inside[:, None, None] & inside[None, :, :]
