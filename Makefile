@@ -34,7 +34,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops
 
-# the CPU kernels' tests over the same binary under an older torch, which is installed beside. One thread: waiting ones
+# the CPU kernels' tests, dispatch's and torch.compile's over the same binary under an older torch, which is installed beside. One thread: waiting ones
 # spin, and this is to be quick on busy machines too
 OLD_TORCH ?= 2.10
 OLD = build/torch-$(OLD_TORCH)
@@ -47,7 +47,8 @@ test-old-torch: install $(OLD)/.installed
 	PYTHONPATH=. $(BIN)/python tests/loaded.py > $(OLD)/new
 	PYTHONPATH=. $(OLD)/bin/python tests/loaded.py > $(OLD)/old
 	cmp $(OLD)/new $(OLD)/old
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLD)/bin/python -m pytest -m 'not slow' -k 'not cuda' -p no:cacheprovider tests/ops $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLD)/bin/python -m pytest -m 'not slow' -k 'not cuda' -p no:cacheprovider \
+		tests/ops tests/test_registration.py tests/test_dispatch.py tests/test_functional.py $(ARGS)
 
 # what the Triton kernels compile to on GPUs that need not be there: spilled registers are failures
 TARGETS = sm_80,sm_90,sm_100,gfx942

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._calls import Kind, NoTensor, kinds_of
 
+_WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")  # torch.compile of torch 2.10 cannot ask is_autocast_available
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,7 +101,7 @@ def follow_autocast(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not of meta tensors
+    if device in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     kinds = kinds_of(tensors)

@@ -88,9 +88,12 @@ def element(matrix, strides, row, i):
 
 
 @triton.jit
-def sum_programs_kernel(sums, outs, programs, C, BLOCK: tl.constexpr):
-    """outs[j] (C,) = the sum over programs of sums[:, j] (programs, 3, C), in order. Three tensors: results must
-    not share memory."""
+def sum_programs_kernel(
+    sums,  # (programs, 3, C) float32, adjacent
+    outs,  # three of (C,), adjacent; written
+    programs, C, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """outs[j] = the sum over programs of sums[:, j], in order. Three tensors: results must not share memory."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for program in range(0, programs):
