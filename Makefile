@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/python -m focalnet_kernels demo $(ARGS)
 
-# a process per core, of two threads each, for kernels share their work out: who waits sleeps, or it would take the others' time
+# a process per core, of two threads each, for kernels share their work out; who waits sleeps, or it would take the others'
+# time
 JOBS ?= auto
 PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
@@ -34,8 +35,8 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops
 
-# the CPU kernels' tests, dispatch's and torch.compile's over the same binary under an older torch, which is installed beside. One thread: waiting ones
-# spin, and this is to be quick on busy machines too
+# the CPU kernels' tests, dispatch's and torch.compile's over the same binary under an older torch, which is installed
+# beside. One thread: waiting ones spin, and this is to be quick on busy machines too
 OLD_TORCH ?= 2.10
 OLD = build/torch-$(OLD_TORCH)
 $(OLD)/.installed: Makefile

@@ -215,9 +215,8 @@ def _candidates(
     on "auto", is not to; and whether the order was measured on this device."""
     known, order = _implementations[call.op], None
     if name == "auto" and call.sizes_are_known():
-        order = measured.backends(
-            call.op, call.device, call.dtype, training, call.channels, call.kernels, call.shape
-        )  # not slower than eager
+        # those that are not slower than eager
+        order = measured.backends(call.op, call.device, call.dtype, training, call.channels, call.kernels, call.shape)
     if order is None:
         found = list(known)
     else:

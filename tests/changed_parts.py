@@ -87,6 +87,11 @@ def another_level(layer):
     layer.f, layer.focal_level = nn.Linear(C, 2 * C + 4).double(), layer.focal_level + 1
 
 
+def function_for_norm(layer):
+    del layer.ln
+    layer.ln = torch.tanh
+
+
 # of float64 layers of C channels and two levels with a post norm, in the authors' names; `layer.ndim` spatial axes
 CHANGES = {
     "hook on f": hooked("f"),
@@ -102,6 +107,7 @@ CHANGES = {
     "subclass": replace(f=lambda layer: Doubled(C, 2 * C + 3)),
     "h sees neighbours": replace(h=lambda layer: CONV[layer.ndim](C, C, 3, padding=1)),
     "another norm": replace(ln=lambda layer: nn.RMSNorm(C)),
+    "a function for a norm": function_for_norm,
     "norm without weights": replace(ln=lambda layer: nn.LayerNorm(C, elementwise_affine=False)),
     "a level more": another_level,
     "bare level": lambda layer: layer.focal_layers.__setitem__(1, layer.focal_layers[1][0]),

@@ -63,7 +63,12 @@ class Adapter:
 
     def post_norm(self, module: Module) -> nn.Module | None:
         """The LayerNorm between q * modulator and proj, if the layer has one."""
-        return module._modules.get(self.norm) if getattr(module, self.norm_flag) else None
+        return self.called_norm(module) if getattr(module, self.norm_flag) else None
+
+    def called_norm(self, module: Module) -> Module | None:
+        """What the class calls by the norm's name: also where somebody put no module there."""
+        norm = module._modules.get(self.norm)
+        return getattr(module, self.norm, None) if norm is None else norm
 
     def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         """Calls to try the layer with, each the shapes of its arguments; small, and no two axes alike."""
@@ -79,7 +84,7 @@ class Adapter:
 
     def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         """(B, *spatial, C) in the layout and memory order in which the original answers for `x`, after dropout."""
-        return dropped(module._modules[self.drop], y.contiguous())
+        return dropped(getattr(module, self.drop), y.contiguous())
 
     def functional_arguments(self, module: Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation`."""

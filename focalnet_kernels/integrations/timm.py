@@ -18,7 +18,7 @@ class Timm(Adapter):
         return [((2, C, 5, 4),)]
 
     def post_norm(self, module: Module) -> nn.Module | None:
-        norm = module._modules.get(self.norm)  # called whatever the flag says
+        norm = self.called_norm(module)  # called whatever the flag says
         return None if type(norm) is nn.Identity and why_call(norm) is None else norm
 
     def channels_last(self, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Timm(Adapter):
         # its own convolutions pass on the order of x or of their weights; its post norm permutes to and
         # fro, so that proj sees channels_last whatever the layer was given
         last = parts.norm is not None or is_channels_last(x) or is_channels_last(parts.f._parameters["weight"])
-        return dropped(module._modules[self.drop], channels_first(y, last))
+        return dropped(getattr(module, self.drop), channels_first(y, last))
 
 
 def channels_first(y: Tensor, channels_last: bool) -> Tensor:

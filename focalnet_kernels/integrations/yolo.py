@@ -25,4 +25,4 @@ class Yolo(Timm):
     def as_original(self, module: Module, parts: Parts, y: Tensor, x: Tensor) -> Tensor:
         # it makes every map contiguous, and only proj's convolution can pass on another order: its weight's
         last = is_channels_last(parts.proj._parameters["weight"])
-        return dropped(module._modules[self.drop], channels_first(y, last))
+        return dropped(getattr(module, self.drop), channels_first(y, last))

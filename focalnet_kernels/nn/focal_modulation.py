@@ -67,7 +67,8 @@ class FocalModulationNd(nn.Module):
     def parts(self) -> Parts:
         """The inner modules as they are now."""
         inner: Any = self._modules
-        return Parts(inner["f"], inner["h"], inner["proj"], inner["focal_layers"], inner.get("ln"))
+        ln = inner["ln"] if "ln" in inner else vars(self).get("ln")  # somebody may have put a function there
+        return Parts(inner["f"], inner["h"], inner["proj"], inner["focal_layers"], ln)
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
         """What `forward` hands to `functional`."""

@@ -79,6 +79,31 @@ def test_the_identity_in_a_norm_s_place_acts(change):
     assert relative_error(y, expected) < 1e-12
 
 
+@pytest.mark.parametrize("form, name", [("authors", "ln"), ("timm", "norm")])
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+def test_a_function_in_a_norm_s_place_acts(form, name, called):
+    """Which is no module, so that the layer's table of modules does not name it."""
+    layer = build(form, C, postln=form == "authors").double()
+    x = example(form, C, dtype=torch.float64)
+    accelerate(layer)
+    if called:
+        layer(x)
+    delattr(layer, name)
+    setattr(layer, name, torch.tanh)
+    y, expected = run(layer, x)
+    assert relative_error(y, expected) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["authors", "timm", "yolo"])
+def test_a_function_in_the_dropout_s_place_acts(form):
+    layer, x = build(form).double(), example(form, dtype=torch.float64)
+    accelerate(layer)
+    delattr(layer, "proj_drop")
+    layer.proj_drop = torch.tanh
+    y, expected = run(layer, x)
+    assert relative_error(y, expected) < 1e-12
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_a_norm_given_to_a_yolo_layer(on):
     """Its class calls it where the flag is on, and over the width, which here is C."""

@@ -77,6 +77,24 @@ def test_shapes(backend, shape, kernels, dtype, seed):
     check(backend, shape, kernels, seed, dtype=dtype)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+def test_weights_of_pointwise_convolutions(backend, memory_format, seed):
+    """The same numbers, and gradients of the weights' own shapes and strides, which DDP asks for."""
+    inputs = make_layer_inputs((2, 6, 5, 10), [3, 5], seed=seed)
+    names = ("f_weight", "h_weight", "proj_weight")
+    of_convolutions = {name: inputs[name][:, :, None, None].clone(memory_format=memory_format) for name in names}
+    grad_output = torch.randn(2, 6, 5, 10)
+    with fk.use_backend(backend):
+        expected = run(fk.focal_modulation, inputs, grad_output)
+        results = run(fk.focal_modulation, inputs | of_convolutions, grad_output)
+    for name in names:
+        gradient = results[f"grad {name}"]
+        assert gradient.stride() == of_convolutions[name].stride() and gradient.shape[2:] == (1, 1)
+        results[f"grad {name}"] = gradient[:, :, 0, 0]
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalize", [False, True], ids=["sum", "normalize"])
 @pytest.mark.parametrize("postln", [False, True], ids=["plain", "postln"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
