@@ -6,7 +6,15 @@ Importing touches no GPU driver and works without any compiled extension: then t
 from ._version import __version__
 from .dispatch import BackendError, use_backend
 from .forms import SequenceFocalNet, SimilarityFocalModulation, similarity_focal_modulation
-from .functional import cross_focal_modulation, explain, focal_context, focal_modulation, modulate
+from .functional import (
+    cross_focal_modulation,
+    explain,
+    focal_branch,
+    focal_context,
+    focal_modulation,
+    mlp_branch,
+    modulate,
+)
 from .integrations import accelerate, restore
 from .models import FocalNet, FocalNetBackbone, create_model, list_models, load_checkpoint
 from .nn import (
@@ -45,10 +53,12 @@ __all__ = [
     "create_model",
     "cross_focal_modulation",
     "explain",
+    "focal_branch",
     "focal_context",
     "focal_modulation",
     "list_models",
     "load_checkpoint",
+    "mlp_branch",
     "modulate",
     "restore",
     "similarity_focal_modulation",

@@ -25,6 +25,7 @@ class Call:
         kernels: each level's, a size per axis; none for an op without levels.
         shape: (B, *spatial).
         norm_dtype: of the layer's LayerNorm; None without one.
+        residual_dtype: of x and what scales a residual branch, where its body is in `dtype`; None elsewhere.
         channels_adjacent: whether C is the innermost axis of the maps in memory.
     """
 
@@ -35,6 +36,7 @@ class Call:
     kernels: tuple[Sizes, ...]
     shape: Sizes
     norm_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None
     channels_adjacent: bool = False
     chosen: dict = field(default_factory=dict, repr=False)  # dispatch's: by backend asked for and direction
 

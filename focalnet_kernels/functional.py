@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +19,25 @@ from ._arguments import (
     check_matrix,
     check_same_kind,
     check_shape,
+    check_tensor,
     follow_autocast,
 )
 from ._calls import Call, Kind, kinds_of, looked_up
 from .dispatch import Explanation, explain_call
 from .ops._autograd import needs_grad
+from .ops.focal_branch.parameters import FocalBranchParameters
 from .ops.focal_modulation.parameters import LayerParameters, as_matrix
+from .ops.mlp_branch.parameters import MlpBranchParameters
 
-__all__ = ["cross_focal_modulation", "explain", "focal_context", "focal_modulation", "modulate"]
+__all__ = [
+    "cross_focal_modulation",
+    "explain",
+    "focal_branch",
+    "focal_context",
+    "focal_modulation",
+    "mlp_branch",
+    "modulate",
+]
 
 
 def focal_context(
@@ -134,6 +146,98 @@ def focal_modulation(
     return _after_modulation(q * modulator, p, ln_eps), gates, modulator
 
 
+def focal_branch(
+    x: Tensor,
+    f_weight: Tensor,
+    f_bias: Tensor | None,
+    focal_weights: Sequence[Tensor],
+    h_weight: Tensor,
+    h_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 1e-5,
+    normalize: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    post_norm: bool = False,
+    gamma: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The first branch of a block (paper, figure 2): y = x + drop_path * gamma * post_norm?(layer(pre_norm?(x))).
+
+    Args:
+        x: (B, *spatial, C), any strides.
+        f_weight ... normalize: the layer's, see `focal_modulation`.
+        norm_weight ... backend: see `mlp_branch`.
+
+    The layer may have 16 bits where all else is float32; autocast casts it alone. Where no kernel has the whole branch,
+    the layer still runs on the kernels that take it.
+
+    Returns:
+        (B, *spatial, C), dtype of `x`, from kernels with its memory order.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+    """
+    call, (x, *parameters) = _prepare_focal_branch(
+        x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight=ln_weight,
+        ln_bias=ln_bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
+    )  # fmt: skip
+    options = bool(normalize), float(ln_eps), float(norm_eps), bool(post_norm)
+    return ops.focal_branch(call, x, FocalBranchParameters(parameters), *options, backend)
+
+
+def mlp_branch(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    post_norm: bool = False,
+    gamma: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The second branch of a block (paper, figure 2): y = x + drop_path * gamma * post_norm?(mlp(pre_norm?(x))).
+
+    The MLP is fc2(GELU(fc1(z))) with the exact (erf) GELU.
+
+    Args:
+        x: (B, *spatial, C), one to three spatial axes, any strides.
+        fc1_weight, fc1_bias: (M, C), or a 1x1 convolution's, and (M,) or None.
+        fc2_weight, fc2_bias: (C, M), or a 1x1 convolution's, and (C,) or None.
+        norm_weight, norm_bias: (C,) each, of a LayerNorm; None without it.
+        norm_eps: its epsilon.
+        post_norm: the norm follows the MLP.
+        gamma: (C,), the layer scale; None without it.
+        drop_path: (B,), a factor per sample: 0 where the branch is dropped, otherwise 1 / (1 - rate); None without it.
+            No gradient is made of it.
+        backend: see `focal_context`.
+
+    The linear layers may have 16 bits where all else is float32; autocast casts them alone.
+
+    Returns:
+        (B, *spatial, C), dtype of `x`, from kernels with its memory order.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+    """
+    call, (x, *parameters) = _prepare_mlp_branch(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
+    )  # fmt: skip
+    return ops.mlp_branch(call, x, MlpBranchParameters(parameters), float(norm_eps), bool(post_norm), backend)
+
+
 def cross_focal_modulation(
     x: Tensor,
     target: Tensor,
@@ -240,7 +344,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         raise TypeError(f"explain(op): expected {', '.join(_PREPARE)} or a focal modulation module, got {op!r}")
     _bound(globals()[name], name, args, kwargs)
     backend = kwargs.pop("backend", None)
-    for option in ("normalize", "ln_eps", "return_gates"):
+    for option in ("normalize", "ln_eps", "return_gates", "norm_eps", "post_norm"):
         kwargs.pop(option, None)
     call, tensors = _PREPARE[name](*args, **kwargs)
     return explain_call(call, needs_grad(tensors), backend)
@@ -334,6 +438,81 @@ def _check_focal_modulation(kinds: tuple[Kind, ...]) -> Call:
     return Call("focal_modulation", device, dtype, C, kernels, tuple(shape[:-1]), norm_dtype)
 
 
+def _prepare_focal_branch(
+    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, ln_weight=None, ln_bias=None,
+    norm_weight=None, norm_bias=None, gamma=None, drop_path=None,
+) -> tuple[Call, Sequence[Any]]:  # fmt: skip
+    levels = as_levels("focal_weights", focal_weights)
+    layer = follow_autocast((f_weight, f_bias, *levels, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias))
+    _check_drop_path(drop_path)
+    tensors = (x, *layer, norm_weight, norm_bias, gamma, drop_path)
+    return _check_focal_branch(kinds_of(tensors)), tensors
+
+
+@looked_up
+def _check_focal_branch(kinds: tuple[Kind, ...]) -> Call:
+    x = kinds[0]
+    p: Any = FocalBranchParameters(kinds[1:])
+    check_map("x", x, layout="(B, *spatial, C)")
+    _check_body("f_weight", p.layer.f_weight, x)
+    check_residual(x, p.residual)
+    call = _check_focal_modulation(((x[0], p.layer.f_weight[1], x[2]), *p.layer))
+    return dataclasses.replace(call, op="focal_branch", residual_dtype=x[1], chosen={})
+
+
+def _check_drop_path(drop_path) -> None:
+    if isinstance(drop_path, Tensor) and drop_path.requires_grad:
+        raise ValueError("drop_path: expected factors that require no gradient, got a tensor that does")
+
+
+def _check_body(name: str, kind: Kind, x: Kind) -> None:
+    """That a branch's body is of the kind of x, or of 16 bits beside float32."""
+    _, residual_dtype, device = x
+    check_tensor(name, kind)
+    fits = kind[1] == residual_dtype or (residual_dtype == torch.float32 and kind[1].itemsize == 2)
+    if not fits or kind[2] != device:
+        expected = f"{residual_dtype}{' or 16 bits' if residual_dtype == torch.float32 else ''} on {device} as x"
+        raise TypeError(f"{name}: expected {expected}, got {kind[1]} on {kind[2]}")
+
+
+def _prepare_mlp_branch(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, norm_weight=None, norm_bias=None, gamma=None, drop_path=None
+) -> tuple[Call, Sequence[Any]]:
+    mlp = follow_autocast((fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    _check_drop_path(drop_path)
+    tensors = (x, *mlp, norm_weight, norm_bias, gamma, drop_path)
+    return _check_mlp_branch(kinds_of(tensors)), tensors
+
+
+@looked_up
+def _check_mlp_branch(kinds: tuple[Kind, ...]) -> Call:
+    x = kinds[0]
+    p: Any = MlpBranchParameters(kinds[1:])
+    check_map("x", x, layout="(B, *spatial, C)")
+    shape, residual_dtype, device = x
+    C = shape[-1]
+    _check_body("fc1_weight", p.fc1_weight, x)
+    M, dtype = p.fc1_weight[0][0], p.fc1_weight[1]
+    check_matrix("fc1_weight", p.fc1_weight, M, C)
+    check_matrix("fc2_weight", p.fc2_weight, C, M)
+    check_shape("fc1_bias", p.fc1_bias, (M,), "(M,)", optional=True)
+    check_shape("fc2_bias", p.fc2_bias, (C,), "(C,)", optional=True)
+    check_residual(x, p.residual)
+    check_same_kind(kinds[1:5], p.names[:4])
+    return Call("mlp_branch", device, dtype, C, (), tuple(shape[:-1]), residual_dtype=residual_dtype)
+
+
+def check_residual(x: Kind, residual: Any) -> None:
+    """The tensors of a `Residual` around a branch of x."""
+    shape = x[0]
+    for name in ("norm_weight", "norm_bias", "gamma"):
+        check_shape(name, getattr(residual, name), (shape[-1],), "(C,)", optional=True)
+    check_shape("drop_path", residual.drop_path, (shape[0],), "(B,)", optional=True)
+    if (residual.norm_weight is None) != (residual.norm_bias is None):
+        raise ValueError("norm_weight, norm_bias: give both or neither")
+    check_same_kind((x, *residual), ("x", *residual._fields))
+
+
 def _prepare_cross_focal_modulation(x, target, *args, **kwargs) -> tuple[Tensor, Tensor, LayerParameters]:
     _, (x, *parameters) = _prepare_focal_modulation(x, *args, **kwargs)
     x, target = follow_autocast((x, target))
@@ -358,5 +537,7 @@ _PREPARE: dict[str, Callable[..., tuple[Call, Sequence[Any]]]] = {
     "focal_context": _prepare_focal_context,
     "modulate": _prepare_modulate,
     "focal_modulation": _prepare_focal_modulation,
+    "focal_branch": _prepare_focal_branch,
+    "mlp_branch": _prepare_mlp_branch,
     "cross_focal_modulation": _prepare_cross_context,
 }

@@ -160,12 +160,8 @@ def make_layer_inputs(
     def matrix(rows):
         return draw((rows, C), layout, generator, scale=C**-0.5, **options)
 
-    if x_layout == "channels_last":
-        x = draw((shape[0], C, *shape[1:-1]), "contiguous", generator, **of_x).movedim(1, -1)
-    else:
-        x = draw(shape, x_layout, generator, **of_x)
     return {
-        "x": x,
+        "x": _tokens(shape, x_layout, generator, **of_x),
         "f_weight": matrix(f_out),
         "f_bias": vector(f_out, bias),
         "focal_weights": _level_weights(C, ndim, kernels, layout, generator, options),
@@ -178,14 +174,107 @@ def make_layer_inputs(
     }
 
 
+def make_mlp_branch_inputs(
+    shape: Sequence[int],
+    hidden: int,
+    *,
+    bias: bool = True,
+    norm: bool = True,
+    post_norm: bool = False,
+    gamma: bool = False,
+    drop_path: bool = False,
+    dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    mean: float = 0.0,
+) -> dict:
+    """Arguments of `mlp_branch` for x of `shape` (B, *spatial, C) and so many hidden channels.
+
+    Layouts are as in `make_layer_inputs`. `residual_dtype`: of all but the MLP; None: the same. `mean`: of x.
+    """
+    generator = _generator(seed)
+    x_layout, layout = layout, "contiguous" if layout == "expanded" else layout
+    C = shape[-1]
+    options, of_residual = {"dtype": dtype, "device": device}, {"dtype": residual_dtype or dtype, "device": device}
+    return {
+        "x": _tokens(shape, x_layout, generator, mean=mean, **of_residual),
+        "fc1_weight": draw((hidden, C), layout, generator, scale=C**-0.5, **options),
+        "fc1_bias": draw((hidden,), layout, generator, **options) if bias else None,
+        "fc2_weight": draw((C, hidden), layout, generator, scale=hidden**-0.5, **options),
+        "fc2_bias": draw((C,), layout, generator, **options) if bias else None,
+        **_residual_inputs(shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path),
+    }
+
+
+def make_focal_branch_inputs(
+    shape: Sequence[int],
+    kernels: Sequence[int | Sequence[int]],
+    *,
+    bias: bool = True,
+    postln: bool = False,
+    norm: bool = True,
+    post_norm: bool = False,
+    gamma: bool = False,
+    drop_path: bool = False,
+    dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    mean: float = 0.0,
+) -> dict:
+    """Arguments of `focal_branch`: those of `make_layer_inputs`, and of the residual as in `make_mlp_branch_inputs`."""
+    seed = fresh_seed() if seed is None else seed
+    layer = {"bias": bias, "postln": postln, "dtype": dtype, "layout": layout, "device": device, "mean": mean}
+    inputs = make_layer_inputs(shape, kernels, seed=seed, **layer)
+    of_residual = {"dtype": residual_dtype or dtype, "device": device}
+    layout = "contiguous" if layout == "expanded" else layout
+    inputs["x"] = inputs["x"].to(of_residual["dtype"])
+    return inputs | _residual_inputs(
+        shape, layout, _generator(seed + 1), of_residual, norm, post_norm, gamma, drop_path
+    )
+
+
+def _residual_inputs(shape, layout, generator, options, norm, post_norm, gamma, drop_path) -> dict:
+    B, C = shape[0], shape[-1]
+
+    def vector(present, mean=0.0):
+        return draw((C,), layout, generator, mean=mean, **options) if present else None
+
+    kept = torch.rand(B, generator=generator) < 0.75
+    return {
+        "norm_weight": vector(norm, 1.0),
+        "norm_bias": vector(norm),
+        "post_norm": post_norm,
+        "gamma": vector(gamma, 1.0),
+        "drop_path": (kept / 0.75).to(options["device"], options["dtype"]) if drop_path else None,
+    }
+
+
 def layer_tensors(inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
     """x and the parameters of `make_layer_inputs`, as the raw ops take them."""
     x, f_weight, f_bias, focal_weights, *others = inputs.values()
     return x, [f_weight, f_bias, *focal_weights, *others]
 
 
+def branch_tensors(inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
+    """The same of `make_mlp_branch_inputs` and `make_focal_branch_inputs`."""
+    x, *others = [value for name, value in inputs.items() if name != "post_norm"]
+    flat = [t for value in others for t in (value if isinstance(value, list) else [value])]
+    return x, flat
+
+
 def _generator(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(fresh_seed() if seed is None else seed)
+
+
+def _tokens(shape, layout, generator, **options) -> Tensor:
+    """A map of `shape` (B, *spatial, C), of which "channels_last" means the other memory order."""
+    if layout == "channels_last":
+        return draw((shape[0], shape[-1], *shape[1:-1]), "contiguous", generator, **options).movedim(1, -1)
+    return draw(shape, layout, generator, **options)
 
 
 def _level_weights(C, ndim, kernels, layout, generator, options) -> list[Tensor]:

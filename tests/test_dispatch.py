@@ -345,7 +345,9 @@ def test_explain_takes_a_call_by_name():
 
 @pytest.mark.parametrize("op", ["focal", torch.relu, torch.nn.Linear(2, 2), None, 3])
 def test_explain_refuses_what_it_does_not_know(op):
-    with pytest.raises(TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation, cross_"):
+    with pytest.raises(
+        TypeError, match=r"^explain\(op\): expected focal_context, modulate, focal_modulation, focal_branch"
+    ):
         fk.explain(op, torch.zeros(1))
 
 
@@ -415,5 +417,5 @@ def test_what_is_remembered_is_bounded():
     for size in range(1, 1200):
         fk.explain(fk.modulate, **make_modulate_inputs((1, 1, size), device="meta"))
     sizes = [table.cache_info() for table in _calls._tables]
-    assert len(sizes) == 3 and all(info.currsize <= info.maxsize == 1024 for info in sizes)
+    assert len(sizes) == 5 and all(info.currsize <= info.maxsize == 1024 for info in sizes)
     assert max(info.currsize for info in sizes) == 1024

@@ -17,6 +17,7 @@ from focalnet_kernels.testing import (
     assert_op_accurate,
     make_context_inputs,
     make_layer_inputs,
+    make_mlp_branch_inputs,
     make_modulate_inputs,
     run,
 )
@@ -38,6 +39,17 @@ LAYERS = [
     ((1, 4, 9, 10, 32), (3, 5), False),
     ((1, 200, 334, 96), (3, 5, 7), False),
     ((0, 8, 8, 16), (3,), False),
+]
+BRANCHES = [
+    # (B, *spatial, C), hidden channels, post-norm
+    ((2, 28, 28, 96), 384, False),
+    ((3, 14, 14, 128), 512, True),
+    ((4, 14, 14, 192), 768, False),
+    ((2, 9, 11, 33), 71, True),
+    ((3, 100, 24), 96, False),
+    ((5, 7, 7, 384), 1536, True),
+    ((2, 7, 7, 768), 3072, False),
+    ((1, 1, 1, 16), 64, False),
 ]
 
 
@@ -94,6 +106,8 @@ def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callabl
         for dtype in dtypes:
             name = f"layer {'x'.join(map(str, shape))} k={kernels}{' postln' if postln else ''} {str(dtype)[6:]}"
             yield name, lambda s=shape, k=kernels, p=postln, d=dtype: _layer(backend, device, s, k, d, postln=p)
+    if backend in ("triton",):
+        yield from _branches(backend, device, tiny, dtypes)
     for layout in LAYOUTS:
         for dtype in dtypes[-1:] if tiny else dtypes:
             yield f"strides {layout} {str(dtype)[6:]}", lambda lay=layout, d=dtype: _layouts(backend, device, lay, d)
@@ -102,6 +116,25 @@ def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callabl
             name = f"sums of one sign, {'x'.join(map(str, shape))} {str(dtype)[6:]}"
             yield name, lambda s=shape, d=dtype: _one_sign(backend, device, s, d)
     yield "autocast", lambda: _autocast(backend, device)
+
+
+def _branches(backend, device, tiny, dtypes):
+    for shape, hidden, post in [((2, 5, 6, 16), 64, False)] if tiny else BRANCHES:
+        for dtype in dtypes:
+            for residual_dtype in {dtype, torch.float32}:
+                name = f"mlp {'x'.join(map(str, shape))} {hidden}{' post' if post else ''} {str(dtype)[6:]}"
+                name += "" if residual_dtype == dtype else f" around {str(residual_dtype)[6:]}"
+                options = {"dtype": dtype, "residual_dtype": residual_dtype, "post_norm": post}
+                yield name, lambda s=shape, h=hidden, o=options: _mlp(backend, device, s, h, **o)
+
+
+def _mlp(backend, device, shape, hidden, **options):
+    inputs = make_mlp_branch_inputs(shape, hidden, gamma=True, drop_path=True, device=device, mean=0.5, **options)
+    wanted = [name for name, t in inputs.items() if isinstance(t, torch.Tensor) and name != "drop_path"]
+    grad = torch.randn(shape, device=device).to(inputs["x"].dtype)
+    assert_op_accurate(fk.mlp_branch, inputs, backend, grad, wanted)
+    inputs |= {"gamma": None, "drop_path": None}
+    assert_op_accurate(fk.mlp_branch, inputs, backend, grad, [name for name in wanted if name != "gamma"])
 
 
 def _layer(backend, device, shape, kernels, dtype, **options):

@@ -29,6 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import branches
 import correctness
 import counters
 import measure
@@ -47,7 +48,7 @@ SHOWN = (
 )  # fmt: skip
 PARTS = (
     "correct", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
-    "experiments", "convolutions", "tiles",
+    "experiments", "convolutions", "tiles", "branches", "branch_tiles",
 )  # fmt: skip
 LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
@@ -131,15 +132,18 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
         yield from measure.kernels(backends, device, tiny)
     elif part == "counters":
         yield from counters.counters(backends, until)
-    elif part in ("experiments", "tiles") and "triton" not in backends:
+    elif part in ("experiments", "tiles", "branches", "branch_tiles") and "triton" not in backends:
         yield {"case": part, "provider": "triton", "skipped": absent.get("triton") or "it was not asked for, or faults"}
     else:
         rows = {
             "experiments": measure.experiments,
             "convolutions": measure.convolutions,
             "tiles": measure.tiles,
+            "branches": branches.branches,
+            "branch_tiles": branches.tiles,
         }
-        for row in rows[part](device, tiny):
+        more = (options.workers, until) if rows[part].__module__ == "branches" else ()
+        for row in rows[part](device, tiny, *more):
             yield row
             if time.monotonic() > until:
                 return

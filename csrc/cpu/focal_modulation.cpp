@@ -24,8 +24,10 @@ struct Outputs {
 // What the groups of images share, and the steps that each goes through.
 class LayerForward {
  public:
-  LayerForward(const Tensor& x, const LayerParameters& p, bool normalize, double ln_eps, bool save, const Outputs& out)
+  LayerForward(const Tensor& x, const LayerParameters& p, const ResidualFloats& residual, bool normalize, double ln_eps,
+               bool save, const Outputs& out)
       : x_(x),
+        residual_(residual),
         out_(out),
         g_(geometry_of(x, 1, x.dim() - 1)),
         dtype_(dtype_of(x)),
@@ -83,6 +85,7 @@ class LayerForward {
     p.weight = f_.packed;
     p.bias = f_bias_.empty() ? nullptr : f_bias_.data() + first_;
     p.in = group.rows(x_);
+    p.residual = residual_.values(group.first);
     p.out = group.rows(projected, width());
     for_blocks(blocks, k_.linear_scratch(p, blocks.size),
                [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k_.linear_fwd(p, row0, row1, scratch); });
@@ -110,13 +113,14 @@ class LayerForward {
     p.bias = data_or_null(h_bias_);
     p.ctx_all = rows_of(ctx_all, group.g);
     p.out = group.rows(out_.y);
+    p.x = group.rows(x_);
+    p.residual = residual_.values(group.first);
     if (save_) {
       p.q = group.rows(projected, F_);
       p.modulator = group.rows(group.part(out_.modulator()), g_.C);
     } else {
       p.f_q = f_q_.packed;
       p.f_q_bias = data_or_null(f_bias_);
-      p.x = group.rows(x_);
     }
     p.proj = proj_.packed;
     p.proj_bias = data_or_null(proj_bias_);
@@ -132,6 +136,7 @@ class LayerForward {
 
   const Kernels& k_ = kernels();
   const Tensor& x_;
+  const ResidualFloats& residual_;
   const Outputs& out_;
   const Geometry g_;
   const DType dtype_;
@@ -145,19 +150,31 @@ class LayerForward {
   const std::vector<float> f_bias_, h_bias_, proj_bias_, ln_weight_, ln_bias_;
 };
 
-}  // namespace
-
-std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                             bool normalize, double ln_eps, bool save) {
-  const LayerParameters p(parameters);
+std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerParameters& p,
+                                                  const ResidualFloats& residual, bool normalize, double ln_eps,
+                                                  bool save) {
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const int64_t tokens = g.B * g.pixels();
   Outputs out{torch::stable::empty_like(x), {}};
   if (save)
     out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}), torch::stable::new_empty(x, {tokens, g.C}),
                  torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
-  if (tokens > 0) LayerForward(x, p, normalize, ln_eps, save, out).run();
+  if (tokens > 0) LayerForward(x, p, residual, normalize, ln_eps, save, out).run();
   return {out.y, out.saved};
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                             bool normalize, double ln_eps, bool save) {
+  return layer_fwd(x, LayerParameters(parameters), {}, normalize, ln_eps, save);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> focal_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                         bool normalize, double ln_eps, double norm_eps, bool post,
+                                                         bool save) {
+  const FocalBranchParameters p(parameters);
+  return layer_fwd(x, p.layer, {p.residual, norm_eps, post}, normalize, ln_eps, save);
 }
 
 }  // namespace focalnet::cpu

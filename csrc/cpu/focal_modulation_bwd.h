@@ -2,23 +2,79 @@
 
 template <class T>
 struct ModulateBackScratch {
-  RowBlock<T> grad_out, q, modulator, grad_q, grad_modulator, z, grad_ctx_all;
-  float *dz, *row, *sums;
+  RowBlock<T> grad_out, grad_u, q, modulator, grad_q, grad_modulator, z, grad_ctx_all;
+  const float* factors;
+  float *dz, *row, *other, *sums;
   operand_t<T>* operand;
 
   ModulateBackScratch(Arena& arena, const ModulateBackward& p, int64_t row0, int64_t n)
       : grad_out(row_block<T>(arena, p.grad_out, row0, n)),
+        grad_u(row_block<T>(arena, p.grad_u, row0, n)),
         q(row_block<T>(arena, p.q, row0, n)),
         modulator(row_block<T>(arena, p.modulator, row0, n)),
         grad_q(row_block<T>(arena, p.grad_q, row0, n)),
         grad_modulator(row_block<T>(arena, p.grad_modulator, row0, n)),
         z(row_block<T>(arena, p.z, row0, n)),
         grad_ctx_all(row_block<T>(arena, p.grad_ctx_all, row0, n)),
+        factors(row_factors(arena, p.residual, p.grad_out.pixels, row0, n)),
         dz(arena.take<float>(n * p.proj_t.N)),
         row(arena.take<float>(p.proj_t.N)),
+        other(arena.take<float>(p.proj_t.N)),
         sums(arena.take<float>(ModulateBackward::SUMS * p.proj_t.N)),
         operand(operand_memory<T>(arena, n, p.proj_t.N)) {}
 };
+
+// q * modulator, row i.
+template <class T>
+FK_INLINE void modulated_row(const ModulateBackward& p, const ModulateBackScratch<T>& s, int64_t i, float* to) {
+  const int64_t C = p.proj_t.N;
+  for (int64_t c = 0; c < C; c += VL) {
+    const int lanes = lanes_of(C - c);
+    store_lanes(to + c, lanes, 1, load_lanes(s.q[i] + c, lanes, 1) * load_lanes(s.modulator[i] + c, lanes, 1));
+  }
+}
+
+// The gradient of the body's result, of that of y: the operand of proj's product. In a residual branch u is made again
+// where its value counts, and written where it is not y's gradient.
+template <class T>
+static OperandRows<operand_t<T>> modulate_grad_u(const ModulateBackward& p, const ModulateBackScratch<T>& s,
+                                                 const RowSums& sums) {
+  using CT = operand_t<T>;
+  const Residual& r = p.residual;
+  const int64_t n = s.grad_out.n, C = p.proj_t.N, Cp = padded_k<CT>(C);
+  if (!p.grad_u.data) return operand_rows(s.grad_out, C, s.operand);
+  if (p.proj.panels) {
+    for (int64_t i = 0; i < n; ++i) {
+      CT* to = s.operand + i * Cp;
+      modulated_row(p, s, i, s.row);
+      for (int64_t c = 0; c < C; c += VL)
+        store_lanes(to + c, lanes_of(C - c), 1, load_lanes(s.row + c, lanes_of(C - c), 1));
+      for (int64_t c = C; c < Cp; ++c) to[c] = CT{};
+    }
+    if (p.ln_weight) layer_norm_rows(s.operand, Cp, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
+    product(OperandRows<CT>{s.operand, Cp, n}, p.proj,
+            NoRows{[&](int64_t row, int64_t column, int lanes, vf u) FK_LAMBDA {
+              if (p.proj_bias) u += load_lanes(p.proj_bias + column, lanes, 1);
+              store_lanes(s.dz + row * C + column, lanes, 1, u);
+            }});
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    float* d = s.row;
+    for (int64_t c = 0; c < C; c += VL) store_lanes(d + c, lanes_of(C - c), 1, s.grad_out.load(i, c, lanes_of(C - c)));
+    residual_row_back(r, s.factors ? s.factors[i] : 1, p.proj.panels ? s.dz + i * C : nullptr, d, s.other, C, sums,
+                      4 * C, 6 * C);
+    CT* to = s.operand + i * Cp;
+    for (int64_t c = 0; c < C; c += VL) {
+      const int lanes = lanes_of(C - c);
+      const vf value = load_lanes(d + c, lanes, 1);
+      store_lanes(s.grad_u[i] + c, lanes, 1, value);
+      store_lanes(to + c, lanes, 1, value);
+    }
+    for (int64_t c = C; c < Cp; ++c) to[c] = CT{};
+    sums.end_of_row(i, n);
+  }
+  return {s.operand, Cp, n};
+}
 
 template <class T>
 static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t row0, int64_t row1, void* memory) {
@@ -27,20 +83,17 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   const ModulateBackScratch<T> s(arena, p, row0, n);
   const RowSums sums(s.sums, p.sums + block * all_sums, all_sums);
   const int64_t proj_bias = 0, h_bias = C, ln_weight = 2 * C, ln_bias = 3 * C;
+  const RowBlock<T>& grad_u = p.grad_u.data ? s.grad_u : s.grad_out;
 
-  product(operand_rows(s.grad_out, C, s.operand), p.proj_t,
+  product(modulate_grad_u(p, s, sums), p.proj_t,
           NoRows{[&](int64_t row, int64_t column, int lanes, vf value)
                      FK_LAMBDA { store_lanes(s.dz + row * C + column, lanes, 1, value); }});
 
   for (int64_t i = 0; i < n; ++i) {
     float *dz = s.dz + i * C, *row = s.row;
     T *q = s.q[i], *modulator = s.modulator[i], *z = s.z[i];
-    for (int64_t c = 0; c < C; c += VL)
-      sums.add(proj_bias + c, lanes_of(C - c), s.grad_out.load(i, c, lanes_of(C - c)));
-    for (int64_t c = 0; c < C; c += VL) {
-      const int lanes = lanes_of(C - c);
-      store_lanes(row + c, lanes, 1, load_lanes(q + c, lanes, 1) * load_lanes(modulator + c, lanes, 1));
-    }
+    for (int64_t c = 0; c < C; c += VL) sums.add(proj_bias + c, lanes_of(C - c), grad_u.load(i, c, lanes_of(C - c)));
+    modulated_row(p, s, i, row);
     if (p.ln_weight)
       layer_norm_row_back(row, dz, z, C, p.ln_weight, p.ln_bias, p.ln_eps, sums, ln_weight, ln_bias);
     else
@@ -62,14 +115,19 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
 
 template <class T>
 struct ProjectBackScratch {
-  RowBlock<T> grad, grad_x;
-  float* sums;
+  RowBlock<T> grad, grad_x, x, grad_y, z;
+  float *sums, *grad_z, *row;
   operand_t<T>* operand;
 
   ProjectBackScratch(Arena& arena, const ProjectBackward& p, int64_t row0, int64_t n)
       : grad(row_block<T>(arena, p.grad_projected, row0, n)),
         grad_x(row_block<T>(arena, p.grad_x, row0, n)),
-        sums(arena.take<float>(p.f_t.K)),
+        x(row_block<T>(arena, p.x, row0, n)),
+        grad_y(row_block<T>(arena, p.grad_y, row0, n)),
+        z(row_block<T>(arena, p.z, row0, n)),
+        sums(arena.take<float>(p.all_sums())),
+        grad_z(arena.take<float>(p.residual.pre_norm() ? n * p.f_t.N : 0)),
+        row(arena.take<float>(p.f_t.N)),
         operand(operand_memory<T>(arena, n, p.f_t.K)) {}
 };
 
@@ -78,7 +136,7 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
   Arena arena(memory);
   const int64_t n = row1 - row0, F = p.f_t.K, first = F - p.gates, pixels = p.g.pixels();
   const ProjectBackScratch<T> s(arena, p, row0, n);
-  const RowSums sums(s.sums, p.sums + block * F, F);
+  const RowSums sums(s.sums, p.sums + block * p.all_sums(), p.all_sums());
   for (int64_t i = 0; i < n; ++i) {
     const int64_t image = (row0 + i) / pixels, pixel = (row0 + i) % pixels;
     const float* partial = p.grad_gates + image * p.channel_blocks * p.gates * pixels + pixel;
@@ -90,12 +148,31 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
     for (int64_t c = 0; c < F; c += VL) sums.add(c, lanes_of(F - c), load_lanes(s.grad[i] + c, lanes_of(F - c), 1));
     sums.end_of_row(i, n);
   }
-  if (p.grad_x.data) product(operand_rows(s.grad, F, s.operand), p.f_t, StoreBias<T>{s.grad_x, nullptr});
+  const Residual& r = p.residual;
+  const int64_t C = p.f_t.N;
+  const bool norm = r.pre_norm();
+  if (!p.grad_x.data && !norm) return;
+  if (!r.add) return product(operand_rows(s.grad, F, s.operand), p.f_t, StoreBias<T>{s.grad_x, nullptr});
+  product(operand_rows(s.grad, F, s.operand), p.f_t,
+          ReadRows{s.grad_y, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+                     if (norm) return store_lanes(s.grad_z + row * C + column, lanes, 1, value);
+                     s.grad_x.store(row, column, lanes, value + s.grad_y.load(row, column, lanes));
+                   }});
+  for (int64_t i = 0; i < n && norm; ++i) {
+    float* d = s.grad_z + i * C;
+    for (int64_t c = 0; c < C; c += VL) store_lanes(s.row + c, lanes_of(C - c), 1, s.x.load(i, c, lanes_of(C - c)));
+    layer_norm_row_back(s.row, d, s.z[i], C, r.norm_weight, r.norm_bias, r.norm_eps, sums, F, F + C);
+    sums.end_of_row(i, n);
+    for (int64_t c = 0; c < C && p.grad_x.data; c += VL) {
+      const int lanes = lanes_of(C - c);
+      s.grad_x.store(i, c, lanes, load_lanes(d + c, lanes, 1) + s.grad_y.load(i, c, lanes));
+    }
+  }
 }
 
-// Tokens whose products are summed in registers: equal parts of a unit.
+// Tokens whose products are summed before they are added to the gradient in memory: equal parts of a unit.
 FK_INLINE int64_t gradient_tokens(const WeightGradient& p) {
-  constexpr int64_t MOST = 256;
+  constexpr int64_t MOST = 1024;
   const int64_t parts = (p.unit + MOST - 1) / MOST;
   return (p.unit + parts - 1) / parts;
 }
@@ -108,7 +185,7 @@ struct WeightGradientScratch {
   WeightGradientScratch(Arena& arena, const WeightGradient& p, int64_t N)
       : columns(arena.take<T*>(N)),
         grad(operand_memory<T>(arena, N, gradient_tokens(p))),
-        in(arena.take<operand_t<T>>(panels_elements<operand_t<T>>(p.K, gradient_tokens(p)))) {}
+        in(arena.take<operand_t<T>>(panels_elements<operand_t<T>>(at_most(NR, p.K), gradient_tokens(p)))) {}
 };
 
 // Rows n0..n1 of the weight's gradient, over tokens row0..row1: the same product with tokens as the summed axis.
@@ -125,11 +202,16 @@ static void weight_gradient_of(const WeightGradient& p, int64_t n0, int64_t n1, 
     T* grad = RowCursor<T>(p.grad, from).next();
     for (int64_t i = 0; i < N; ++i) s.columns[i] = grad + (n0 + i) * p.grad.channel;
     const auto columns = operand_rows(RowBlock<T>{s.columns, N, p.grad.w}, tokens, s.grad);
-    pack_matrix_of(in, p.in.channel, p.in.w, p.K, tokens, 0, p.K, s.in);
     const bool add = p.add || from > row0;
-    product(columns, Packed{p.K, tokens, s.in}, NoRows{[&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
-              float* to = p.grad_weight + (n0 + row) * p.K + column;
-              store_lanes(to, lanes, 1, add ? load_lanes(to, lanes, 1) + value : value);
-            }});
+    for (int64_t k = 0; k < p.K; k += NR) {  // a panel is used while it is in cache
+      const int64_t width = at_most(NR, p.K - k);
+      pack_matrix_of(in + k * p.in.channel, p.in.channel, p.in.w, width, tokens, 0, width, s.in);
+      float* grad_weight = p.grad_weight + n0 * p.K + k;
+      product(columns, Packed{width, tokens, s.in},
+              NoRows{[&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
+                float* to = grad_weight + row * p.K + column;
+                store_lanes(to, lanes, 1, add ? load_lanes(to, lanes, 1) + value : value);
+              }});
+    }
   }
 }

@@ -21,12 +21,16 @@ namespace FK_ISA {
 #include "cpu/epilogues.h"
 #include "cpu/layer_norm.h"
 //
+#include "cpu/residual_rows.h"
+//
 #include "cpu/focal_context_fwd.h"
 #include "cpu/linear_fwd.h"
 #include "cpu/modulate_fwd.h"
 //
 #include "cpu/focal_context_bwd.h"
 #include "cpu/focal_modulation_bwd.h"
+//
+#include "cpu/mlp_branch.h"
 
 // What a scratch struct takes from an arena, for a task of at most n rows.
 template <template <class> class Scratch, class Task>
@@ -103,6 +107,12 @@ static void modulate_bwd(const ModulateBackward& p, int64_t block, int64_t row0,
 static void project_bwd(const ProjectBackward& p, int64_t block, int64_t row0, int64_t row1, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { project_bwd_of<decltype(v)>(p, block, row0, row1, scratch); });
 }
+static void mlp_fwd(const MlpForward& p, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { mlp_fwd_of<decltype(v)>(p, row0, row1, scratch); });
+}
+static void mlp_bwd(const MlpBackward& p, int64_t block, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { mlp_bwd_of<decltype(v)>(p, block, row0, row1, scratch); });
+}
 static void weight_gradient(const WeightGradient& p, int64_t n0, int64_t n1, int64_t row0, int64_t row1,
                             void* scratch) {
   with_dtype(p.dtype, [&](auto v) { weight_gradient_of<decltype(v)>(p, n0, n1, row0, row1, scratch); });
@@ -136,6 +146,10 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::modulate_bwd,
     FK_ISA::scratch_bytes<FK_ISA::ProjectBackScratch>,
     FK_ISA::project_bwd,
+    FK_ISA::scratch_bytes<FK_ISA::MlpScratch>,
+    FK_ISA::mlp_fwd,
+    FK_ISA::scratch_bytes<FK_ISA::MlpBackScratch>,
+    FK_ISA::mlp_bwd,
     FK_ISA::weight_gradient_scratch,
     FK_ISA::weight_gradient,
 };

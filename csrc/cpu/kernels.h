@@ -49,11 +49,24 @@ struct Rows {
   int64_t M = 1, W = 1;
 };
 
+// y = x + drop_path * gamma * post_norm?(body(pre_norm?(x))): what a residual branch has around its body.
+struct Residual {
+  bool add;                              // false: the body alone
+  const float *norm_weight, *norm_bias;  // null: no norm
+  float norm_eps;
+  bool post;
+  const float* gamma;      // (C,), or null
+  const float* drop_path;  // a factor per image, or null
+  bool pre_norm() const { return norm_weight && !post; }
+  bool post_norm() const { return norm_weight && post; }
+};
+
 struct LinearForward {
   DType dtype;
   Packed weight;
   const float* bias;  // N, or null
   Rows in, out;
+  Residual residual;  // its pre-norm comes before the product
 };
 
 struct ModulateForward {
@@ -66,11 +79,12 @@ struct ModulateForward {
   Packed f_q;
   const float* f_q_bias;
   Rows x;
-  // the rest of the layer, when proj.panels is not null: out = proj(LN?(q * modulator))
+  // the rest of the layer, when proj.panels is not null: u = proj(LN?(q * modulator)), and the residual around it
   Packed proj;
   const float* proj_bias;
   const float *ln_weight, *ln_bias;  // null: no LayerNorm
   float ln_eps;
+  Residual residual;
 };
 
 // Backward of ModulateForward with proj, up to the gradient of ctx_all.
@@ -79,13 +93,17 @@ struct ModulateBackward {
   Packed proj_t, h_t;  // both transposed
   const float *ln_weight, *ln_bias;
   float ln_eps;
+  Residual residual;
+  Packed proj;  // where u has to be made again: for a last norm, and for gamma's gradient
+  const float* proj_bias;
   Rows grad_out, q, modulator;
+  Rows grad_u;          // written where data is not null: where it is not grad_out
   Rows grad_q;          // written
   Rows grad_modulator;  // written
   Rows z;               // written: proj's input, LN?(q * modulator)
   Rows grad_ctx_all;    // written where data is not null
-  float* sums;          // per block of rows [SUMS][C]: proj's bias, h's bias, LN's weight, LN's bias
-  static constexpr int64_t SUMS = 4;
+  float* sums;          // per block of rows [SUMS][C]: proj's bias, h's bias, LN's, the residual's norm's and gamma
+  static constexpr int64_t SUMS = 7;
 };
 
 // The last step back to x: sums the gates' gradients over channel blocks, then grad_x = grad_projected @ f.
@@ -96,8 +114,42 @@ struct ProjectBackward {
   const float* grad_gates;  // ContextBackward::grad_gates
   Packed f_t;
   Rows grad_projected;  // F channels; the gates' are written here
+  Residual residual;    // its pre-norm is f's input
+  Rows x, grad_y;       // of the branch
+  Rows z;               // written, f's input again, where it is not x
   Rows grad_x;          // written where data is not null
-  float* sums;          // per block of rows [F]: f's bias
+  float* sums;          // per block of rows [F + 2 C]: f's bias, the pre-norm's weight and bias
+  int64_t all_sums() const { return f_t.K + 2 * f_t.N; }
+};
+
+// A branch whose body is fc2(GELU(fc1(z))).
+struct MlpForward {
+  DType dtype;
+  Packed fc1, fc2;
+  const float *fc1_bias, *fc2_bias;  // or null
+  Residual residual;
+  Rows x, y;
+  Rows u;  // fc2's result; written when data is not null
+};
+
+// Its backward, of a group of tokens from row `first` on, up to the weights' gradients. Rows of one width are dense
+// and count from `first`; x, grad_y, u and grad_x are all tokens'.
+struct MlpBackward {
+  DType dtype;
+  Packed fc1, fc1_t, fc2_t;
+  const float* fc1_bias;
+  Residual residual;
+  int64_t first;
+  Rows x, grad_y;
+  Rows u;              // what the forward kept, where the norm is last
+  Rows grad_x;         // written where data is not null
+  Rows z;              // written: fc1's input
+  Rows grad_u;         // written: the gradient of fc2's result; without a last norm before gamma is multiplied in
+  Rows hidden;         // written: fc2's input
+  Rows grad_hidden;    // written: the gradient of fc1's result
+  float* sums;         // per block of rows [SUMS][C]: grad_u, norm's weight and bias; gamma where the norm is last
+  float* hidden_sums;  // per block of rows [fc1.N]: grad_hidden
+  static constexpr int64_t SUMS = 4;
 };
 
 // grad_weight[n, k] += sum over rows of grad[row, n] * in[row, k].
@@ -153,6 +205,10 @@ struct Kernels {
   void (*modulate_bwd)(const ModulateBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
   int64_t (*project_bwd_scratch)(const ProjectBackward&, int64_t rows);
   void (*project_bwd)(const ProjectBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
+  int64_t (*mlp_scratch)(const MlpForward&, int64_t rows);
+  void (*mlp_fwd)(const MlpForward&, int64_t row0, int64_t row1, void* scratch);
+  int64_t (*mlp_bwd_scratch)(const MlpBackward&, int64_t rows);
+  void (*mlp_bwd)(const MlpBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
   int64_t (*weight_gradient_scratch)(const WeightGradient&, int64_t columns);
   void (*weight_gradient)(const WeightGradient&, int64_t n0, int64_t n1, int64_t row0, int64_t row1, void* scratch);
 };

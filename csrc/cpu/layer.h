@@ -2,8 +2,7 @@
 // flows between the layer's parts stays in cache.
 #pragma once
 
-#include "common/parameters.h"
-#include "cpu/tensors.h"
+#include "cpu/residual.h"
 
 namespace focalnet::cpu {
 

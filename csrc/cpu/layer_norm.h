@@ -1,25 +1,24 @@
 // LayerNorm of token rows, statistics in float.
 
+struct RowStatistics {
+  float mean, rstd;
+};
+// In two passes; the second one also finds what rounding took from the mean, which counts where a row hardly varies.
 template <class T>
-FK_INLINE float row_mean(const T* x, int64_t C) {
-  vf sums = {};
+FK_INLINE RowStatistics row_statistics(const T* x, int64_t C, float eps) {
+  vf sums = {}, rest = {}, squares = {};
   for (int64_t c = 0; c < C; c += VL) sums += load_lanes(x + c, lanes_of(C - c), 1);
-  return sum_lanes(sums) / float(C);
-}
-template <class T>
-FK_INLINE float row_squares(const T* x, int64_t C, float mean) {
-  vf squares = {};
+  const float mean = sum_lanes(sums) / float(C);
   for (int64_t c = 0; c < C; c += VL) {
     const int lanes = lanes_of(C - c);
     vf d = load_lanes(x + c, lanes, 1) - mean;
     if (lanes < VL)
       for (int j = lanes; j < VL; ++j) d[j] = 0;
+    rest += d;
     squares += d * d;
   }
-  return sum_lanes(squares);
-}
-FK_INLINE float row_rstd(float squares, int64_t C, float eps) {
-  return 1.0f / __builtin_sqrtf(squares / float(C) + eps);
+  const float lost = sum_lanes(rest) / float(C), variance = sum_lanes(squares) / float(C) - lost * lost;
+  return {mean + lost, 1.0f / __builtin_sqrtf((variance > 0 ? variance : variance * 0) + eps)};
 }
 
 // Each of n rows in place.
@@ -27,7 +26,7 @@ template <class CT>
 static void layer_norm_rows(CT* x, int64_t stride, int64_t n, int64_t C, const float* weight, const float* bias,
                             float eps) {
   for (int64_t i = 0; i < n; ++i, x += stride) {
-    const float mean = row_mean(x, C), rstd = row_rstd(row_squares(x, C, mean), C, eps);
+    const auto [mean, rstd] = row_statistics(x, C, eps);
     for (int64_t c = 0; c < C; c += VL) {
       const int lanes = lanes_of(C - c);
       const vf normal = (load_lanes(x + c, lanes, 1) - mean) * rstd;
@@ -36,12 +35,36 @@ static void layer_norm_rows(CT* x, int64_t stride, int64_t n, int64_t C, const f
   }
 }
 
+// The operand form of LN(x).
+template <class T>
+static OperandRows<operand_t<T>> layer_norm_operand(const RowBlock<T>& x, int64_t C, const float* weight,
+                                                    const float* bias, float eps, operand_t<T>* memory) {
+  using CT = operand_t<T>;
+  const int64_t Cp = padded_k<CT>(C);
+  if (x.channel != 1) {
+    const auto copy = operand_rows(x, C, memory);
+    layer_norm_rows(memory, Cp, x.n, C, weight, bias, eps);
+    return copy;
+  }
+  for (int64_t i = 0; i < x.n; ++i) {
+    CT* to = memory + i * Cp;
+    const auto [mean, rstd] = row_statistics(x[i], C, eps);
+    for (int64_t c = 0; c < C; c += VL) {
+      const int lanes = lanes_of(C - c);
+      const vf normal = (load_lanes(x[i] + c, lanes, 1) - mean) * rstd;
+      store_lanes(to + c, lanes, 1, normal * load_lanes(weight + c, lanes, 1) + load_lanes(bias + c, lanes, 1));
+    }
+    for (int64_t c = C; c < Cp; ++c) to[c] = CT{};
+  }
+  return {memory, Cp, x.n};
+}
+
 // The backward of one row: d, y's gradient, becomes x's; x becomes (x - mean) * rstd; y is made again. The gradients of
 // weight and bias are summed from `weight_sums` and `bias_sums` on.
 template <class T>
 FK_INLINE void layer_norm_row_back(float* x, float* d, T* y, int64_t C, const float* weight, const float* bias,
                                    float eps, const RowSums& sums, int64_t weight_sums, int64_t bias_sums) {
-  const float mean = row_mean(x, C), rstd = row_rstd(row_squares(x, C, mean), C, eps);
+  const auto [mean, rstd] = row_statistics(x, C, eps);
   vf dot = {}, sum = {};
   for (int64_t c = 0; c < C; c += VL) {
     const int lanes = lanes_of(C - c);

@@ -1,4 +1,4 @@
-// out = in @ weight^T + bias over rows of tokens.
+// out = pre_norm?(in) @ weight^T + bias over rows of tokens.
 
 template <class T>
 struct LinearScratch {
@@ -15,5 +15,5 @@ template <class T>
 static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, void* memory) {
   Arena arena(memory);
   const LinearScratch<T> s(arena, p, row0, row1 - row0);
-  product(operand_rows(s.in, p.weight.K, s.operand), p.weight, StoreBias<T>{s.out, p.bias});
+  product(branch_operand(p.residual, s.in, p.weight.K, s.operand), p.weight, StoreBias<T>{s.out, p.bias});
 }

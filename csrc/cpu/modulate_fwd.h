@@ -1,10 +1,12 @@
-// q * (h ctx_all + bias), and where proj is given the rest of the layer: proj(LN?(q * modulator)), a block of
-// rows at a time so that q * modulator never leaves the cache.
+// q * (h ctx_all + bias), and where proj is given the rest of the layer, proj(LN?(q * modulator)), and of its residual
+// branch: a block of rows at a time so that q * modulator never leaves the cache.
 
 template <class T>
 struct ModulateScratch {
   RowBlock<T> ctx_all, out, modulator, x, q;
   operand_t<T>*operand, *z;
+  const float* factors;
+  float* u;
 
   ModulateScratch(Arena& arena, const ModulateForward& p, int64_t row0, int64_t n)
       : ctx_all(row_block<T>(arena, p.ctx_all, row0, n)),
@@ -13,7 +15,9 @@ struct ModulateScratch {
         x(row_block<T>(arena, p.x, row0, n)),
         q(p.q.data ? row_block<T>(arena, p.q, row0, n) : new_row_block<T>(arena, n, p.weight.K)),
         operand(operand_memory<T>(arena, n, p.weight.K)),
-        z(operand_memory<T>(arena, n, p.weight.K)) {}
+        z(operand_memory<T>(arena, n, p.weight.K)),
+        factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
+        u(arena.take<float>(p.residual.post_norm() ? n * p.weight.K : 0)) {}
 };
 
 template <class T>
@@ -24,7 +28,7 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   const ModulateScratch<T> s(arena, p, row0, n);
   const bool to_proj = p.proj.panels != nullptr;
 
-  if (!p.q.data) product(operand_rows(s.x, C, s.operand), p.f_q, StoreBias<T>{s.q, p.f_q_bias});
+  if (!p.q.data) product(branch_operand(p.residual, s.x, C, s.operand), p.f_q, StoreBias<T>{s.q, p.f_q_bias});
   product(operand_rows(s.ctx_all, C, s.operand), p.weight,
           ReadRows{s.q, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
                      if (p.bias) modulator += load_lanes(p.bias + column, lanes, 1);
@@ -40,5 +44,17 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = C; c < ldz; ++c) s.z[i * ldz + c] = CT{};
   if (p.ln_weight) layer_norm_rows(s.z, ldz, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
-  product(OperandRows<CT>{s.z, ldz, n}, p.proj, StoreBias<T>{s.out, p.proj_bias});
+  const OperandRows<CT> z{s.z, ldz, n};
+  if (!p.residual.add) return product(z, p.proj, StoreBias<T>{s.out, p.proj_bias});
+
+  const AddResidual<T> finish{p.residual, s.factors, s.x, s.out};
+  const bool post = p.residual.post_norm();
+  product(z, p.proj, ReadRows{s.x, [&](int64_t row, int64_t column, int lanes, vf u) FK_LAMBDA {
+                                if (p.proj_bias) u += load_lanes(p.proj_bias + column, lanes, 1);
+                                if (post)
+                                  store_lanes(s.u + row * C + column, lanes, 1, u);
+                                else
+                                  finish(row, column, lanes, u);
+                              }});
+  if (post) post_norm_rows(finish, s.u, n, C);
 }

@@ -85,6 +85,11 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
     for (int j = 0; j < N; ++j) store(out + (i * N + j) * VL, acc[i][j]);
 }
 
+// Which columns of a packed weight (whole panels, or to its end) and which k (from a whole step on) make a product.
+struct Part {
+  int64_t column0, column1, k0, k1;
+};
+
 // The tile at (row, column): up to MR rows, and `columns` of its N * VL columns.
 template <int N, class CT, class Epilogue>
 static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row, int64_t column, int64_t columns,
@@ -108,16 +113,20 @@ static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t r
       if (columns > j * VL) epilogue.edge(row + i, column + j * VL, lanes_of(columns - j * VL), load(sum));
 }
 
-// a times the packed weight. One panel stays in cache while the rows pass.
+// a times a part of the packed weight; a's first k is the part's. One panel stays in cache while the rows pass.
 template <class CT, class Epilogue>
-static void product(const OperandRows<CT>& a, const Packed& w, const Epilogue& epilogue) {
-  const int64_t K = padded_k<CT>(w.K);
-  const CT* panel = static_cast<const CT*>(w.panels);
-  for (int64_t column = 0; column < w.N; column += NR) {
-    const int64_t columns = at_most(NR, w.N - column), vectors = (columns + VL - 1) / VL;
+static void product(const OperandRows<CT>& a, const Packed& w, const Part& part, const Epilogue& epilogue) {
+  const int64_t whole_k = padded_k<CT>(w.K), K = padded_k<CT>(part.k1) - part.k0;
+  for (int64_t column = part.column0; column < part.column1; column += NR) {
+    const int64_t columns = at_most(NR, part.column1 - column), vectors = (columns + VL - 1) / VL;
+    const CT* panel = static_cast<const CT*>(w.panels) + column * whole_k + part.k0 * vectors * VL;
     for (int64_t row = 0; row < a.n; row += MR)
       with_constant_up_to<NV>(vectors,
                               [&](auto n) FK_LAMBDA { tile<n.value>(a, panel, K, row, column, columns, epilogue); });
-    panel += vectors * VL * K;
   }
+}
+// a times all of it.
+template <class CT, class Epilogue>
+static void product(const OperandRows<CT>& a, const Packed& w, const Epilogue& epilogue) {
+  product(a, w, Part{0, w.N, 0, w.K}, epilogue);
 }

@@ -15,6 +15,16 @@ std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vect
 std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                          Tensor projected, Tensor modulator, Tensor mean, bool normalize, double ln_eps,
                                          int64_t needed);
+std::tuple<Tensor, std::vector<Tensor>> focal_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                         bool normalize, double ln_eps, double norm_eps, bool post,
+                                                         bool save);
+std::vector<Tensor> focal_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                     std::vector<Tensor> saved, bool normalize, double ln_eps, double norm_eps,
+                                     bool post, int64_t needed);
+std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                       double norm_eps, bool post, bool save);
+std::vector<Tensor> mlp_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                   std::vector<Tensor> saved, double norm_eps, bool post, int64_t needed);
 
 std::string cpu_isa() { return kernels().name; }
 
@@ -26,6 +36,10 @@ STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
   m.impl("modulate_fwd", TORCH_BOX(&focalnet::cpu::modulate_fwd));
   m.impl("focal_modulation_fwd", TORCH_BOX(&focalnet::cpu::focal_modulation_fwd));
   m.impl("focal_modulation_bwd", TORCH_BOX(&focalnet::cpu::focal_modulation_bwd));
+  m.impl("focal_branch_fwd", TORCH_BOX(&focalnet::cpu::focal_branch_fwd));
+  m.impl("focal_branch_bwd", TORCH_BOX(&focalnet::cpu::focal_branch_bwd));
+  m.impl("mlp_branch_fwd", TORCH_BOX(&focalnet::cpu::mlp_branch_fwd));
+  m.impl("mlp_branch_bwd", TORCH_BOX(&focalnet::cpu::mlp_branch_bwd));
 }
 STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -35,13 +36,15 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// f(i) for every i, on torch's threads.
+// f(i) for every i, on torch's threads. Whoever is free takes the next: tasks may be of any size, and cores busy.
 template <class F>
 void parallel(int64_t n, const F& f) {
-  if (n > 0)
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = next++; i < n; i = next++) f(i);
+  };
+  if (n > 0) torch::stable::parallel_for(0, std::min<int64_t>(n, torch::stable::get_num_threads()), 1, take);
 }
 
 // How tokens are cut where sums over them are made: by the shape alone, so that neither threads nor groups of images

@@ -229,10 +229,18 @@ FK_INLINE void transpose(vf* x) {
   }
 }
 
+// In a tree, so that no addition waits for more than a few others.
+template <int WIDTH, int... I>
+FK_INLINE vf rotate(vf x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + WIDTH) % VL)...);
+}
+template <int WIDTH = VL / 2>
 FK_INLINE float sum_lanes(vf x) {
-  float s = 0;
-  for (int i = 0; i < VL; ++i) s += x[i];
-  return s;
+  x += rotate<WIDTH>(x, std::make_integer_sequence<int, VL>{});
+  if constexpr (WIDTH > 1)
+    return sum_lanes<WIDTH / 2>(x);
+  else
+    return x[0];
 }
 
 // 2^f for |f| <= 1/2. Relative error 8e-8; roughly, 8e-5.

@@ -28,6 +28,8 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return f"the tensors are on {call.device}, not on {'the CPU' if backend == 'cpu' else 'a GPU'}"
     if reason := why_no_kernel(call):
         return reason
+    if call.residual_dtype not in (None, call.dtype):
+        return f"a residual of {call.residual_dtype} around a body of {call.dtype} is left to the reference"
     if backend == "cpu":
         return _libraries.cpu_missing
     return _why_too_large(call) or _libraries.cuda_missing or _why_too_old(call.device)

@@ -10,9 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import (
+    branch_tensors,
     layer_tensors,
     make_context_inputs,
+    make_focal_branch_inputs,
     make_layer_inputs,
+    make_mlp_branch_inputs,
     make_modulate_inputs,
     map_tensors,
 )
@@ -82,6 +85,35 @@ def test_focal_modulation(variant, size, kernels):
         assert counted(backward, *arguments)[0] == backward_of_reference(fk.focal_modulation, inputs, tensors, needed)
 
 
+BRANCH_VARIANTS = [variant for variant in VARIANTS if variant != "_cuda"]
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("variant", BRANCH_VARIANTS)
+def test_mlp_branch(variant, post):
+    inputs = on_meta(make_mlp_branch_inputs((2, 5, 6, 8), 24, post_norm=post, gamma=True))
+    check_branch(fk.mlp_branch, f"mlp_branch_fwd{variant}", inputs, (1e-5, post))
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("variant", BRANCH_VARIANTS)
+def test_focal_branch(variant, post):
+    inputs = on_meta(make_focal_branch_inputs((2, 5, 6, 8), [3, 5], post_norm=post, gamma=True, postln=True))
+    check_branch(fk.focal_branch, f"focal_branch_fwd{variant}", inputs, (False, 1e-5, 1e-5, post))
+
+
+def check_branch(op, forward, inputs, options):
+    x, parameters = branch_tensors(inputs)
+    flops, (y, saved) = counted(getattr(OPS, forward), x, parameters, *options, True)
+    assert flops == counted(op, **inputs, backend="reference")[0] > 0
+    tensors = (x, *parameters)
+    differentiable = [i for i, t in enumerate(tensors) if t is not None]
+    for needed in [1 << i for i in differentiable] + [sum(1 << i for i in differentiable)]:
+        arguments = (torch.empty_like(y), x, parameters, saved, *options, needed)
+        found = counted(getattr(OPS, forward.replace("_fwd", "_bwd")), *arguments)[0]
+        assert found == backward_of_reference(op, inputs, tensors, needed)
+
+
 ORDERS = """
 import sys
 for name in sys.argv[1:]:
@@ -94,4 +126,4 @@ print(sum(str(op).startswith("focalnet_kernels.") for op in flop_registry))
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "focalnet_kernels"])
 def test_whichever_is_imported_first(first):
     done = subprocess.run([sys.executable, "-c", ORDERS, first, "focalnet_kernels"], capture_output=True, text=True)
-    assert done.stdout.strip() == "15", done.stderr
+    assert done.stdout.strip() == "23", done.stderr

@@ -7,9 +7,12 @@ from torch.utils._pytree import tree_leaves
 from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import (
     LAYOUTS,
+    branch_tensors,
     layer_tensors,
     make_context_inputs,
+    make_focal_branch_inputs,
     make_layer_inputs,
+    make_mlp_branch_inputs,
     make_modulate_inputs,
     map_tensors,
 )
@@ -22,6 +25,8 @@ SLOW = pytest.mark.slow if INTERPRETED else ()  # the interpreter takes its time
 
 
 def raw_op(name, backend):
+    if "branch" in name and backend == "cuda":
+        pytest.skip("the branches have no raw op of backend cuda")
     return getattr(OPS, name + SUFFIX[backend])
 
 
@@ -66,7 +71,46 @@ def layer_bwd_arguments(needed, postln=True):
     return make
 
 
+def mlp_branch_arguments(save, post=False):
+    def make(backend, layout, dtype, seed):
+        inputs = make_mlp_branch_inputs(
+            (2, 5, 6, 10), 24, post_norm=post, gamma=post, drop_path=True, layout=layout, dtype=dtype, seed=seed
+        )
+        return *branch_tensors(inputs), 1e-5, post, save
+
+    return make
+
+
+def focal_branch_arguments(save, post=False):
+    def make(backend, layout, dtype, seed):
+        inputs = make_focal_branch_inputs(
+            (2, 5, 6, 10), [3, 5], post_norm=post, gamma=post, drop_path=True, layout=layout, dtype=dtype, seed=seed
+        )
+        return *branch_tensors(inputs), False, 1e-5, 1e-5, post, save
+
+    return make
+
+
+def branch_bwd_arguments(forward, make_forward, needed):
+    def make(backend, layout, dtype, seed):
+        x, parameters, *options, save = make_forward(backend, layout, dtype, seed)
+        _, saved = raw_op(forward, backend)(x, parameters, *options, save)
+        return torch.randn(x.shape).to(dtype), x, parameters, saved, *options, needed
+
+    return make
+
+
 RAW_OPS = {
+    "mlp_branch_fwd": mlp_branch_arguments(False),
+    "mlp_branch_fwd-post": mlp_branch_arguments(True, post=True),
+    "focal_branch_fwd": focal_branch_arguments(False),
+    "focal_branch_fwd-post": focal_branch_arguments(True, post=True),
+    "mlp_branch_bwd": branch_bwd_arguments("mlp_branch_fwd", mlp_branch_arguments(True), 0b1111111),
+    "mlp_branch_bwd-post": branch_bwd_arguments("mlp_branch_fwd", mlp_branch_arguments(True, True), 0b11111111),
+    "focal_branch_bwd": branch_bwd_arguments("focal_branch_fwd", focal_branch_arguments(True), 0b1100111111111),
+    "focal_branch_bwd-post": branch_bwd_arguments(
+        "focal_branch_fwd", focal_branch_arguments(True, True), 0b11100111111111
+    ),
     "focal_context_fwd": context_arguments,
     "modulate_fwd": modulate_arguments,
     "focal_modulation_fwd": layer_arguments(False),

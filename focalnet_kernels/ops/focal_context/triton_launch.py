@@ -10,17 +10,12 @@ from torch import Tensor
 from ..._calls import Call
 from .._autograd import bit_mask
 from ..triton.geometry import padded_size, strided_like, view
-from ..triton.launch import cdiv, implement_triton, launch, why_not_triton
+from ..triton.launch import cdiv, exact_gelu, implement_triton, launch, why_not_triton
 from .triton_plan import make_plan, why_too_large
 
 
 def why_not(call: Call) -> str | None:
     return why_not_triton(call) or why_too_large(call)
-
-
-def exact_gelu(dtype: torch.dtype) -> bool:
-    """Whether GELU's erf is worth its instructions: bfloat16 rounds 100 times what the logistic form is off."""
-    return dtype != torch.bfloat16
 
 
 def focal_context_fwd(ctx, gates, weights, normalize) -> tuple[Tensor, Tensor]:

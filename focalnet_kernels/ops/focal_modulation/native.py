@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..._calls import Call
 from ...dispatch import Implementation
-from .._autograd import bit_mask
 from .._native import raw_op, why_not_native
 from ..focal_context import native as context
 from .parameters import LayerParameters
@@ -35,7 +34,7 @@ def focal_modulation_bwd(
     backend, grad_y, x, parameters: LayerParameters, saved, normalize, ln_eps, needed
 ) -> list[Tensor]:
     raw = raw_op("focal_modulation_bwd", backend)
-    return raw(grad_y, x, list(parameters), *saved, normalize, ln_eps, bit_mask(needed))
+    return raw(grad_y, x, list(parameters), *saved, normalize, ln_eps, needed)
 
 
 def trains_fast(backend: str, call: Call) -> bool:

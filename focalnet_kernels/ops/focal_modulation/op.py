@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ..._calls import Call
-from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
+from .._autograd import run
 from .._flops import level_gradients, levels, linear
 from .._library import define
 from ..focal_context import triton_launch as context_launch
@@ -33,29 +33,38 @@ def _forward_flops(x, parameters, *options, **results) -> int:
 
 @define("focal_modulation_fwd" + _FORWARD, flops=_forward_flops)
 def _(x, parameters, normalize, ln_eps, save):
-    return _forward_results(x, parameters, save, lambda x, rows, tokens: x.new_empty(tokens, rows))
+    return torch.empty_like(x), saved_by_cpu(x, LayerParameters(parameters)) if save else []
 
 
 @define("focal_modulation_fwd_triton" + _FORWARD, flops=_forward_flops)
 def _(x, parameters, normalize, ln_eps, save):
-    return _forward_results(x, parameters, save, triton_launch.new_matrix)
+    return torch.empty_like(x), saved_by_triton(x, LayerParameters(parameters)) if save else []
 
 
 @define("focal_modulation_fwd_cuda" + _FORWARD, flops=_forward_flops)
 def _(x, parameters, normalize, ln_eps, save):
-    p = LayerParameters(parameters)
-    by_tokens = native.by_tokens(x, p.focal_weights, p.ln_weight)
-    return _forward_results(x, parameters, save, native.new_tokens if by_tokens else torch.Tensor.new_empty)
+    return torch.empty_like(x), saved_by_cuda(x, LayerParameters(parameters)) if save else []
 
 
-def _forward_results(x, parameters, save, new_matrix):
+def saved_by_cpu(x: Tensor, parameters: LayerParameters) -> list[Tensor]:
+    return _saved(x, parameters, lambda x, rows, tokens: x.new_empty(tokens, rows))
+
+
+def saved_by_triton(x: Tensor, parameters: LayerParameters) -> list[Tensor]:
+    return _saved(x, parameters, triton_launch.new_matrix)
+
+
+def saved_by_cuda(x: Tensor, parameters: LayerParameters) -> list[Tensor]:
+    by_tokens = native.by_tokens(x, parameters.focal_weights, parameters.ln_weight)
+    return _saved(x, parameters, native.new_tokens if by_tokens else torch.Tensor.new_empty)
+
+
+def _saved(x, parameters, new_matrix) -> list[Tensor]:
     """`new_matrix(x, rows, tokens)`: an empty matrix as the backend lays it out."""
     B, C = x.shape[0], x.shape[-1]
-    if not save:
-        return torch.empty_like(x), []
-    outputs, tokens = LayerParameters(parameters).f_weight.shape[0], x.numel() // C
+    outputs, tokens = parameters.f_weight.shape[0], x.numel() // C
     mean = x.new_empty(B, C, dtype=torch.float32)
-    return torch.empty_like(x), [new_matrix(x, outputs, tokens), new_matrix(x, C, tokens), mean]
+    return [new_matrix(x, outputs, tokens), new_matrix(x, C, tokens), mean]
 
 
 # `needed`: bit i for input i of (x, *parameters); an empty tensor for the others
@@ -90,47 +99,11 @@ def _(grad_y, x, parameters, projected, modulator, mean, normalize, ln_eps, need
     return [torch.empty_like(t) if needed >> i & 1 else x.new_empty(0) for i, t in enumerate(inputs)]
 
 
-class FocalModulationFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(fctx, backend, normalize, ln_eps, x, *parameters):
-        forward = dispatch.implementation("focal_modulation", backend).forward
-        y, saved = forward(x, LayerParameters(parameters), normalize, ln_eps, True)
-        fctx.backend, fctx.normalize, fctx.ln_eps = backend, normalize, ln_eps
-        fctx.save_for_backward(*saved, x, *parameters)
-        return y
-
-    @staticmethod
-    def backward(fctx, grad_y):
-        projected, modulator, mean, x, *parameters = fctx.saved_tensors
-        needed = fctx.needs_input_grad[3:]
-        if needs_reference_backward(grad_y):
-
-            def reference(x, *parameters):
-                return focal_modulation_reference(x, LayerParameters(parameters), fctx.normalize, fctx.ln_eps)
-
-            gradients = gradients_by_reference(reference, (x, *parameters), needed, grad_y)
-        else:
-            backward = dispatch.implementation("focal_modulation", fctx.backend).backward
-            saved = (projected, modulator, mean)
-            parameters = LayerParameters(parameters)
-            gradients = backward(grad_y, x, parameters, saved, fctx.normalize, fctx.ln_eps, needed)
-            gradients = needed_only(gradients, needed)
-        return None, None, None, *gradients
-
-
 def focal_modulation(
     call: Call, x: Tensor, parameters: LayerParameters, normalize: bool, ln_eps: float, backend: str | None = None
 ) -> Tensor:
     """The checked op: see `focalnet_kernels.focal_modulation`."""
-    training = needs_grad((x, *parameters))
-    implementation = dispatch.select(call, training, backend)
-    if implementation.backend == "reference":
-        return focal_modulation_reference(x, parameters, normalize, ln_eps)
-    if implementation.backend != "cpu":  # whose kernels take a 1x1 convolution's weight as it is
-        parameters = parameters.as_matrices()
-    if training:
-        return FocalModulationFunction.apply(implementation.backend, normalize, ln_eps, x, *parameters)
-    return implementation.forward(x, parameters, normalize, ln_eps, False)[0]
+    return run(call, x, parameters, (normalize, ln_eps), backend)
 
 
 dispatch.register(

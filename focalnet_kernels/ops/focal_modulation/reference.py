@@ -16,7 +16,7 @@ def focal_modulation_reference(
     ln_eps: float,
 ) -> Tensor:
     """See `focalnet_kernels.focal_modulation` (paper, section 3.2): differentiable to any order."""
-    p, C = parameters.as_matrices(), x.shape[-1]
+    p, C = LayerParameters(parameters).as_matrices(), x.shape[-1]
     projected = F.linear(x, p.f_weight, p.f_bias).movedim(-1, 1)
     q, ctx, gates = projected.split((C, C, len(p.focal_weights) + 1), 1)
     ctx_all = focal_context_reference(ctx, gates, p.focal_weights, normalize)

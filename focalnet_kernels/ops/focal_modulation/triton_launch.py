@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autograd import bit_mask
 from ..focal_context.triton_launch import context_bwd, context_fwd
 from ..modulate.triton_launch import (
     LARGEST_LN,
@@ -32,7 +31,7 @@ def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save
 
 def focal_modulation_bwd(grad_y, x, parameters: LayerParameters, saved, normalize, ln_eps, needed) -> list[Tensor]:
     return torch.ops.focalnet_kernels.focal_modulation_bwd_triton(
-        grad_y, x, list(parameters), *saved, normalize, ln_eps, bit_mask(needed)
+        grad_y, x, list(parameters), *saved, normalize, ln_eps, needed
     )
 
 

@@ -68,3 +68,25 @@ def normalized(z, row, C, eps):
     z = tl.where((row < C)[:, None], z - (tl.sum(z, 0) / C)[None, :], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(z * z, 0) / C + eps)
     return z * rstd[None, :], rstd
+
+
+@triton.jit
+def normalized_rows(z, c, C, eps):
+    """Every row of z [rows, channels c], over its first C channels, with mean 0 and variance 1; and what it was
+    multiplied by for that."""
+    z = tl.where((c < C)[None, :], z - (tl.sum(z, 1) / C)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(z * z, 1) / C + eps)
+    return z * rstd[:, None], rstd
+
+
+@triton.jit
+def norm_bwd(d, normal, rstd, C):
+    """The gradient of the rows that `normalized_rows` made `normal` of, from that of `normal`; 0 beyond C."""
+    mean, along = tl.sum(d, 1) / C, tl.sum(d * normal, 1) / C
+    return (d - mean[:, None] - normal * along[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def channels(vector, c, C):
+    """(C,) as a row to multiply rows by; 0 beyond C."""
+    return tl.load(vector + c, mask=c < C, other=0.0).to(tl.float32)[None, :]

@@ -1,0 +1,37 @@
+// The MLP branch of a block on the CPU, forward: blocks of tokens.
+#include "common/parameters.h"
+#include "cpu/residual.h"
+
+namespace focalnet::cpu {
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                       double norm_eps, bool post, bool save) {
+  const MlpBranchParameters p(parameters);
+  const Kernels& k = kernels();
+  const Geometry g = geometry_of(x, 1, x.dim() - 1);
+  const int64_t tokens = g.B * g.pixels();
+  const Tensor y = torch::stable::empty_like(x);
+  std::vector<Tensor> saved;
+  if (save && post) saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
+  if (tokens == 0) return {y, saved};
+
+  const PackedMatrix fc1(k, p.fc1_weight), fc2(k, p.fc2_weight);
+  const std::vector<float> fc1_bias = floats_of(p.fc1_bias), fc2_bias = floats_of(p.fc2_bias);
+  const ResidualFloats residual(p.residual, norm_eps, post);
+  MlpForward f{};
+  f.dtype = dtype_of(x);
+  f.fc1 = fc1.packed;
+  f.fc2 = fc2.packed;
+  f.fc1_bias = data_or_null(fc1_bias);
+  f.fc2_bias = data_or_null(fc2_bias);
+  f.residual = residual.values();
+  f.x = rows_of(map_of(x, 1, x.dim() - 1), g);
+  f.y = rows_of(map_of(y, 1, x.dim() - 1), g);
+  if (!saved.empty()) f.u = dense_rows(saved[0].mutable_data_ptr(), tokens, g.C);
+  const RowBlocks blocks(tokens);
+  for_blocks(blocks, k.mlp_scratch(f, blocks.size),
+             [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k.mlp_fwd(f, row0, row1, scratch); });
+  return {y, saved};
+}
+
+}  // namespace focalnet::cpu

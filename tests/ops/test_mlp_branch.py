@@ -1,0 +1,71 @@
+"""mlp_branch: every backend against float64, for any shape, dtype and memory layout."""
+
+import pytest
+import torch
+
+import focalnet_kernels as fk
+from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_mlp_branch_inputs
+from ops.strategies import DTYPES, dtype_name
+
+ALL = {"norm": True, "gamma": True, "drop_path": True}
+
+
+def check(backend, shape, hidden, seed, grad_layout="contiguous", mean=0.0, **options):
+    inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, mean=mean, **options)
+    generator = torch.Generator().manual_seed(seed + 1)
+    grad_output = draw(shape, grad_layout, generator, dtype=inputs["x"].dtype, mean=mean)
+    wanted = [name for name, t in inputs.items() if isinstance(t, torch.Tensor) and name != "drop_path"]
+    return assert_op_accurate(fk.mlp_branch, inputs, backend, grad_output, wanted)
+
+
+SHAPES = {
+    "map": ((2, 7, 9, 96), 384),
+    "sequence": ((2, 17, 19), 40),
+    "volume": ((1, 3, 4, 5, 17), 68),
+    "odd": ((3, 5, 6, 33), 71),
+    "one-channel": ((2, 3, 5, 1), 4),
+    "one-pixel": ((5, 1, 1, 16), 64),
+    "one-token": ((1, 1, 1, 40), 24),
+    "empty-batch": ((0, 5, 5, 16), 64),
+    "wide": ((1, 5, 7, 200), 800),
+    "many": ((2, 15, 17, 24), 96),
+    "long-sums": ((1, 4, 6, 64), 1200),
+}
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape, hidden", SHAPES.values(), ids=SHAPES)
+def test_shapes(backend, shape, hidden, dtype, post, seed):
+    check(backend, shape, hidden, seed, dtype=dtype, post_norm=post, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("absent", [(), ("norm",), ("gamma",), ("drop_path",), tuple(ALL)], ids=str)
+def test_parts(backend, bias, post, absent, seed):
+    parts = {name: name not in absent for name in ALL}
+    check(backend, (3, 5, 6, 24), 96, seed, bias=bias, post_norm=post, mean=1.0, **parts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_layouts(backend, dtype, layout, seed):
+    check(backend, (2, 6, 7, 34), 100, seed, dtype=dtype, layout=layout, grad_layout=layout, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+def test_residual_of_more_bits(backend, dtype, post, seed):
+    if backend == "cpu":
+        pytest.skip("backend cpu leaves a residual of more bits than its body to the reference")
+    check_residual = {"residual_dtype": torch.float32, "dtype": dtype, "post_norm": post}
+    check(backend, (2, 6, 7, 40), 160, seed, **check_residual, **ALL)
+
+
+def test_keeps_the_memory_order(backend, seed):
+    inputs = make_mlp_branch_inputs((2, 6, 7, 24), 96, layout="channels_last", seed=seed)
+    with fk.use_backend(backend):
+        y = fk.mlp_branch(**inputs)
+    if backend != "reference":
+        assert y.stride() == inputs["x"].stride()
