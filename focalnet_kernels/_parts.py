@@ -84,8 +84,8 @@ def why_call_all() -> str | None:
 _snapshots: MutableMapping[nn.Module, Snapshot] = WeakKeyDictionary()  # by layer; nothing is written onto layers
 
 
-def why_call_any(layer: nn.Module, parts: Parts, why_call_these: Callable[[Parts], str | None]) -> str | None:
-    """What sets any of a layer's parts apart from what `why_call_these` expects, or holds for every module.
+def why_call_any(layer: nn.Module, parts: Any, why_call_these: Callable[[Any], str | None]) -> str | None:
+    """What sets any of a layer's or a block's parts apart from what `why_call_these` expects, or holds for all modules.
 
     While all stays as it was when it said None, it is not asked again.
     """
@@ -105,11 +105,12 @@ def why_call_any(layer: nn.Module, parts: Parts, why_call_these: Callable[[Parts
     return reason
 
 
-def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str | None:
+def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE, bound: Any = None) -> str | None:
     """What sets `part` apart from a plain module of its class.
 
     Args:
         forwards: further classes that are known, each with the forward that is known of it.
+        bound: a forward that it may have of its own.
     """
     cls = type(part)
     forward = _FORWARD.get(cls) or forwards.get(cls)
@@ -122,7 +123,7 @@ def why_call(part: nn.Module, forwards: Mapping[type, Callable] = _NONE) -> str 
     if torch.compiler.is_compiling():  # it guards what is looked up by attribute, and nothing in __dict__
         part.forward, getattr(part, "_conv_forward", None)
     own = part.__dict__
-    if "forward" in own or "_conv_forward" in own or "_call_impl" in own or "_compiled_call_impl" in own:
+    if own.get("forward") is not bound or "_conv_forward" in own or "_call_impl" in own or "_compiled_call_impl" in own:
         return "has a forward of its own, which a fused forward would not call"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return "has hooks, which a fused forward would not fire"
@@ -198,8 +199,13 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
 
 def dropped(dropout: Module, y: Tensor) -> Tensor:
     """What a layer's dropout makes of its output. It is not called where it is off and nobody would see the call."""
+    return y if is_off(dropout) else dropout(y)
+
+
+def is_off(dropout: Module) -> bool:
+    """Whether it changes nothing, and nobody would see a call."""
     off = type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
-    return y if off and why_call(dropout, _DROPOUT) is None else dropout(y)
+    return (off or type(dropout) is nn.Identity) and why_call(dropout, _DROPOUT) is None
 
 
 _DROPOUT: Mapping[type, Callable] = {nn.Dropout: nn.Dropout.forward}

@@ -33,13 +33,13 @@ class Snapshot:
         """`parts`: what `still_true` will be asked with, equal where all are the same; `modules`: those in it."""
         self._parts = parts
         self._modules = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
-        self._own: list[tuple[dict, Callable, Any]] = []
+        self._own: list[tuple[dict, Callable, Any, Any]] = []
         self._hooks: list[dict] = []
         for module in self._modules:
             own = vars(module)
             options = next((names for cls, names in _OPTIONS.items() if isinstance(module, cls)), ())
             read = itemgetter(*_HOOKS, *options)
-            self._own.append((own, read, read(own)))
+            self._own.append((own, read, read(own), own.get("forward")))
             self._hooks += [own[name] for name in _HOOKS]
         self._inner = [(vars(m), m._modules, [*m._modules.values()]) for m in self._modules if m._modules]
         self._parameters = [(vars(m), m._parameters) for m in self._modules if m._parameters]
@@ -59,8 +59,13 @@ class Snapshot:
         """Whether nothing has changed that a judgement of these parts may rest on."""
         if parts != self._parts or any(self._hooks) or [*map(type, self._modules)] != self._types:
             return False
-        for own, read, state in self._own:
-            if "forward" in own or "_conv_forward" in own or "_call_impl" in own or "_compiled_call_impl" in own:
+        for own, read, state, forward in self._own:
+            if (
+                own.get("forward") is not forward
+                or "_conv_forward" in own
+                or "_call_impl" in own
+                or "_compiled_call_impl" in own
+            ):
                 return False
             try:
                 if read(own) != state:

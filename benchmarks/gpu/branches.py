@@ -49,8 +49,7 @@ def _inputs(B, C, H, dtype, device):
 
 
 def branches(device: str, tiny: bool, workers: int, until: float) -> Iterator[dict]:
-    """The MLP branch: eager, compiled, ours in one kernel and around cuBLAS; 128 images, and one in a CUDA graph."""
-    compiled = None if tiny else torch.compile(fk.mlp_branch)
+    """The MLP branch: eager, ours in one kernel and around cuBLAS; 128 images, and one in a CUDA graph."""
     if not tiny:
         tasks = [(C, MODES[1], None, torch.bfloat16, device) for C, _ in WIDTHS if C <= 256]
         list(in_processes(compile_tile, tasks, chunk=1, workers=workers, seconds=60, until=until))
@@ -62,15 +61,15 @@ def branches(device: str, tiny: bool, workers: int, until: float) -> Iterator[di
                 inputs, grad = _inputs(B, C, H, dtype, device)
                 for mode in MODES:
                     calls = {"eager": _call(fk.mlp_branch, inputs, mode, grad, "reference")}
-                    if compiled is not None:
-                        calls["compiled"] = _call(compiled, inputs, mode, grad, "reference")
                     if dtype != torch.float32 and C <= 256:
                         calls["ours, one kernel"] = _call(
                             fk.mlp_branch, inputs, mode, grad, "triton", **_patches(C, mode, None)
                         )
-                    calls["ours, cuBLAS"] = _call(
+                    calls["ours, cuBLAS and Triton"] = _call(
                         fk.mlp_branch, inputs, mode, grad, "triton", in_one_kernel=lambda p: False
                     )
+                    if not tiny:
+                        calls["ours, cuBLAS and CUDA"] = _call(fk.mlp_branch, inputs, mode, grad, "cuda")
                     if B == 1 and mode == "forward" and device.startswith("cuda"):
                         calls |= {f"{name}, CUDA graph": _graph(call) for name, call in calls.items()}
                     for name, times in interleaved(calls, 2 if tiny else 15, device).items():
@@ -125,3 +124,42 @@ def tiles(device: str, tiny: bool, workers: int, until: float) -> Iterator[dict]
                     yield row | interleaved({"": call}, 5, device)[""]
                 except Exception as failure:
                     yield row | {"skipped": str(failure).strip().splitlines()[-1][:100]}
+
+
+def networks(device: str, tiny: bool, workers: int, until: float) -> Iterator[dict]:
+    """timm's FocalNet-T as it is, and accelerated by layers and by blocks; a training step also in autocast."""
+    import timm
+
+    def model(level: str | None, dtype: torch.dtype) -> torch.nn.Module:
+        built = timm.create_model("focalnet_tiny_lrf", drop_path_rate=0.2).to(device, dtype)
+        if level is not None:
+            fk.accelerate(built, level=level)
+        return built
+
+    size = 32 if tiny else 224
+    for batch in (1,) if tiny else (128, 1):
+        for autocast in (False, True):
+            if time.monotonic() > until:
+                return
+            dtype = torch.float32 if autocast or tiny else torch.bfloat16
+            x = torch.randn(batch, 3, size, size, device=device).to(dtype)
+            models = {"timm": None, "accelerated layers": "layer", "accelerated blocks": "block"}
+            models = {name: model(level, dtype) for name, level in models.items()}
+
+            def step(built, x=x, autocast=autocast):
+                built.train()
+                with torch.autocast(torch.device(x.device).type, torch.bfloat16, enabled=autocast):
+                    y = built(x)
+                torch.autograd.grad(y.float().square().mean(), list(built.parameters()))
+
+            def infer(built, x=x, autocast=autocast):
+                with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                    built.eval()(x)
+
+            for mode, run in (("forward", infer), ("forward+backward", step)):
+                calls = {name: lambda b=built, f=run: f(b) for name, built in models.items()}
+                if batch == 1 and mode == "forward" and device.startswith("cuda") and not autocast:
+                    calls |= {f"{name}, CUDA graph": _graph(call) for name, call in calls.items()}
+                for name, times in interleaved(calls, 2 if tiny else 8, device).items():
+                    kind = torch.bfloat16 if not autocast else "autocast"
+                    yield _row("focalnet_tiny_lrf", mode, tuple(x.shape), kind, name) | times

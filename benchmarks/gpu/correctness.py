@@ -16,9 +16,11 @@ from focalnet_kernels.testing import (
     LAYOUTS,
     assert_op_accurate,
     make_context_inputs,
+    make_focal_branch_inputs,
     make_layer_inputs,
     make_mlp_branch_inputs,
     make_modulate_inputs,
+    named_tensors,
     run,
 )
 
@@ -106,8 +108,9 @@ def checks(backend: str, device: str, tiny: bool) -> Iterator[tuple[str, callabl
         for dtype in dtypes:
             name = f"layer {'x'.join(map(str, shape))} k={kernels}{' postln' if postln else ''} {str(dtype)[6:]}"
             yield name, lambda s=shape, k=kernels, p=postln, d=dtype: _layer(backend, device, s, k, d, postln=p)
-    if backend in ("triton",):
-        yield from _branches(backend, device, tiny, dtypes)
+    yield from _branches(backend, device, tiny, dtypes)
+    if not tiny:
+        yield "whole networks", lambda: _networks(backend, device)
     for layout in LAYOUTS:
         for dtype in dtypes[-1:] if tiny else dtypes:
             yield f"strides {layout} {str(dtype)[6:]}", lambda lay=layout, d=dtype: _layouts(backend, device, lay, d)
@@ -122,19 +125,62 @@ def _branches(backend, device, tiny, dtypes):
     for shape, hidden, post in [((2, 5, 6, 16), 64, False)] if tiny else BRANCHES:
         for dtype in dtypes:
             for residual_dtype in {dtype, torch.float32}:
-                name = f"mlp {'x'.join(map(str, shape))} {hidden}{' post' if post else ''} {str(dtype)[6:]}"
+                name = f"{'x'.join(map(str, shape))} {hidden}{' post' if post else ''} {str(dtype)[6:]}"
                 name += "" if residual_dtype == dtype else f" around {str(residual_dtype)[6:]}"
-                options = {"dtype": dtype, "residual_dtype": residual_dtype, "post_norm": post}
-                yield name, lambda s=shape, h=hidden, o=options: _mlp(backend, device, s, h, **o)
+                options = {"dtype": dtype, "residual_dtype": residual_dtype, "post_norm": post, "device": device}
+                options |= {"gamma": True, "drop_path": True, "mean": 0.5}
+                yield (
+                    f"mlp {name}",
+                    lambda s=shape, h=hidden, o=options: _branch(
+                        backend, fk.mlp_branch, make_mlp_branch_inputs(s, h, **o)
+                    ),
+                )
+                yield (
+                    f"focal branch {name}",
+                    lambda s=shape, o=options: _branch(
+                        backend, fk.focal_branch, make_focal_branch_inputs(s, (3, 5), **o)
+                    ),
+                )
 
 
-def _mlp(backend, device, shape, hidden, **options):
-    inputs = make_mlp_branch_inputs(shape, hidden, gamma=True, drop_path=True, device=device, mean=0.5, **options)
-    wanted = [name for name, t in inputs.items() if isinstance(t, torch.Tensor) and name != "drop_path"]
-    grad = torch.randn(shape, device=device).to(inputs["x"].dtype)
-    assert_op_accurate(fk.mlp_branch, inputs, backend, grad, wanted)
+def _branch(backend, op, inputs):
+    wanted = [name for name in named_tensors(inputs) if name != "drop_path"]
+    grad = torch.randn_like(inputs["x"])
+    assert_op_accurate(op, inputs, backend, grad, wanted)
     inputs |= {"gamma": None, "drop_path": None}
-    assert_op_accurate(fk.mlp_branch, inputs, backend, grad, [name for name in wanted if name != "gamma"])
+    assert_op_accurate(op, inputs, backend, grad, [name for name in wanted if name != "gamma"])
+
+
+def _networks(backend, device):
+    """timm's model as it is and accelerated, drop path on, plain and in autocast: the same up to rounding."""
+    timm = _timm()
+    torch.manual_seed(0)
+    for autocast in (False, True):
+        for options in ({}, {"use_post_norm": True, "layerscale_value": 0.5}):
+            model = timm.create_model("focalnet_tiny_lrf", drop_path_rate=0.3, **options).to(device).train()
+            x = torch.randn(4, 3, 96, 96, device=device)
+
+            def step(model, x=x, autocast=autocast):
+                torch.manual_seed(1)
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+                    y = model(x)
+                return torch.autograd.grad(y.float().square().mean(), list(model.parameters()))
+
+            with fk.use_backend("reference"):
+                expected = step(model)
+            report = fk.accelerate(model, backend)
+            assert len(report.blocks) == 12 and not report.kept_blocks, report
+            limit = 0.1 if autocast else 2e-3
+            for found, value in zip(step(model), expected, strict=True):
+                assert (found - value).norm() <= limit * value.norm() + 1e-6, (autocast, options)
+
+
+def _timm():
+    try:
+        import timm
+    except ImportError:
+        raise Skipped("timm is not installed") from None
+    return timm
 
 
 def _layer(backend, device, shape, kernels, dtype, **options):
@@ -225,6 +271,7 @@ def _sanitizer(backend, tool):
         raise Skipped("compute-sanitizer is not installed")
     program = (
         "import torch, focalnet_kernels as fk\n"
+        "from focalnet_kernels.nn.block import FocalNetBlock\n"
         f"fk.use_backend({backend!r})\n"
         "shapes = (2, 9, 10, 24), (17, 7, 7, 8), (1, 5, 70, 8), (1, 20, 140, 8), (2, 9, 14, 8)\n"
         "for shape, window, level in zip(shapes, (3, 3, 3, 3, 9), (2, 3, 2, 2, 3)):\n"
@@ -232,6 +279,8 @@ def _sanitizer(backend, tool):
         "        layer = fk.FocalModulation(shape[-1], window, level).to('cuda', dtype)\n"
         "        x = torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True)\n"
         "        layer(x).sum().backward()\n"
+        "        block = FocalNetBlock(shape[-1], use_layerscale=True, use_postln=window == 9).to('cuda', dtype)\n"
+        "        block(x).sum().backward()\n"
         "torch.cuda.synchronize()\n"
     )
     command = [path, "--tool", tool, "--error-exitcode", "3", sys.executable, "-c", program]

@@ -48,7 +48,7 @@ SHOWN = (
 )  # fmt: skip
 PARTS = (
     "correct", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
-    "experiments", "convolutions", "tiles", "branches", "branch_tiles",
+    "experiments", "convolutions", "tiles", "branches", "branch_tiles", "networks",
 )  # fmt: skip
 LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
@@ -141,6 +141,7 @@ def _rows(part: str, backends: list[str], absent: dict[str, str | None], options
             "tiles": measure.tiles,
             "branches": branches.branches,
             "branch_tiles": branches.tiles,
+            "networks": branches.networks,
         }
         more = (options.workers, until) if rows[part].__module__ == "branches" else ()
         for row in rows[part](device, tiny, *more):

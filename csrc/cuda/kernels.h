@@ -290,4 +290,57 @@ struct ModulateBackward {
 int64_t modulate_bwd_parts(const ModulateBackward& p);
 void run_modulate_bwd(const ModulateBackward& p, void* stream);
 
+// Dense elements of some dtype, or nothing.
+struct Elements {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// What a residual branch has around its body: drop_path * gamma * norm?(...).
+struct Around {
+  bool norm;
+  float norm_eps;
+  Elements norm_weight, norm_bias;  // (C,)
+  Elements gamma;                   // (C,) or nothing
+  Elements drop_path;               // a factor per sample, or nothing
+};
+
+// y = x + drop_path * gamma * norm?(u), dense rows (tokens, C).
+struct ResidualForward {
+  int64_t tokens;
+  int C;
+  int64_t pixels;  // tokens of a sample
+  Elements x, u, y;
+  Around around;
+};
+void run_residual_fwd(const ResidualForward& p, void* stream);
+
+// The backward of drop_path * gamma * norm?(rows), plus `add`.
+struct NormBackward {
+  int64_t tokens;
+  int C;
+  int64_t pixels;
+  Elements rows, grad, add;  // add: or nothing
+  Elements grad_rows;        // written
+  Around around;
+  float* statistics;  // (tokens, 2): workspace where there is a norm
+  float* sums;        // [parts][4][C]: of the gradients of norm's weight, its bias, gamma, and (without add) of rows
+  int64_t parts;
+};
+void run_norm_bwd(const NormBackward& p, void* stream);
+
+// GELU's value over `hidden` (tokens, M) and its gradient over `grad`; sums [parts][M] of the latter.
+struct GeluBackward {
+  int64_t tokens;
+  int M;
+  DType dtype;
+  void *hidden, *grad;
+  float* sums;
+  int64_t parts;
+};
+void run_gelu_bwd(const GeluBackward& p, void* stream);
+
+// Parts of a sum over tokens.
+int64_t token_parts(int64_t tokens, int channels);
+
 }  // namespace focalnet::cuda

@@ -19,6 +19,10 @@ from .._parts import (
 from ..functional import focal_modulation
 
 
+class BoundForward:
+    """What `accelerate` puts on a module as its forward."""
+
+
 class Adapter:
     """One foreign form of the layer: 2-D, channels last and Linear projections unless a subclass says otherwise.
 
@@ -73,6 +77,26 @@ class Adapter:
     def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         """Calls to try the layer with, each the shapes of its arguments; small, and no two axes alike."""
         return [((2, 5, 4, C),)]
+
+    def is_plain(self) -> bool:
+        """Whether it is focal modulation alone, so that a block may take it for a body."""
+        return type(self).forward is Adapter.forward
+
+    def channels(self, module: Module) -> int:
+        """C."""
+        return self.parts(module).h.in_channels
+
+    def silence(self, module: Module) -> None:
+        """Take off what is random, but honoured by both forwards."""
+        setattr(module, self.drop, nn.Identity())
+
+    def arguments(self, module: Module, xs: list[Tensor]) -> tuple:
+        """A call of the class's forward with these tensors."""
+        return tuple(xs)
+
+    def may_run(self, parts: Parts, x: Tensor) -> bool:
+        """Whether our ops do what the module would now do with this input, whose parts are plain."""
+        return True
 
     def inputs(self, module: Module, args: tuple) -> tuple[Tensor, ...] | None:
         """The tensors of a call with these arguments, for `forward`; None for a call that is left to the class."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .blocks import BlockAdapter
 
 TOLERANCE = 1e-9  # relative; the same formula in another order of sums stays below 1e-13
 
@@ -33,7 +34,7 @@ def configuration(module: nn.Module) -> tuple:
     )
 
 
-def compare(adapter: Adapter, module: nn.Module) -> Verdict:
+def compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
     """Run the class's own forward and ours; the module and the random state stay untouched."""
     try:
         with (
@@ -47,23 +48,26 @@ def compare(adapter: Adapter, module: nn.Module) -> Verdict:
         return Verdict(f"its forward fails on input for the {adapter.form} form: {type(error).__name__}: {error}")
 
 
-def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
+def _compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     twin = _twin(module, lambda shape: _random(shape, generator))
-    setattr(twin, adapter.drop, nn.Identity())  # honoured by both forwards; random in training
+    adapter.silence(twin)
 
-    def ours(twin, *xs, **kwargs):
-        return adapter.forward(twin, adapter.parts(twin), *xs, backend="reference", **kwargs)
+    def ours(twin, *args, **kwargs):
+        inputs = adapter.inputs(twin, args)
+        assert inputs is not None
+        return adapter.forward(twin, adapter.parts(twin), *inputs, backend="reference", **kwargs)
 
     stores: tuple[str, ...] = ()
-    for shapes in adapter.examples(module, adapter.parts(module).h.in_channels):
+    for shapes in adapter.examples(twin, adapter.channels(module)):
         xs = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
+        args = adapter.arguments(twin, xs)
         for mode in ("evaluation", "training"):
             twin.train(mode == "training")
-            y, stored = _run(type(module).forward, twin, xs)
+            y, stored = _run(type(module).forward, twin, args)
             if strange := sorted(stored.keys() - set(adapter.storable)):
                 return Verdict(f"its forward also stores {', '.join(strange)} on the module")
-            our_y, our_stored = _run(ours, twin, xs, stores=adapter.storable)
+            our_y, our_stored = _run(ours, twin, args, stores=adapter.storable)
             for name, theirs in {"output": y, **stored}.items():
                 difference = _relative_difference(theirs, our_stored.get(name, our_y))
                 if not difference <= TOLERANCE:
@@ -71,16 +75,17 @@ def _compare(adapter: Adapter, module: nn.Module) -> Verdict:
                         f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
                     )
             stores = tuple(name for name in adapter.storable if name in stored)
-        if reason := _compare_dtypes(type(module).forward, ours, twin, xs):
+        if reason := _compare_dtypes(type(module).forward, ours, twin, args):
             return Verdict(reason)
     return Verdict(None, stores)
 
 
-def _compare_dtypes(theirs: Callable, ours: Callable, twin: nn.Module, xs: list[Tensor]) -> str | None:
+def _compare_dtypes(theirs: Callable, ours: Callable, twin: nn.Module, args: tuple) -> str | None:
     """Whether the outputs differ in dtype where mixed precision rounds some of their steps."""
-    twin, xs = _twin(twin, lambda shape: torch.zeros(shape, device="cpu")), [x.float() for x in xs]
+    twin = _twin(twin, lambda shape: torch.zeros(shape, device="cpu"))
+    args = tuple([x.float() if isinstance(x, Tensor) else x for x in args])
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = (_run(forward, twin, xs)[0].dtype for forward in (theirs, ours))
+        expected, found = (_run(forward, twin, args)[0].dtype for forward in (theirs, ours))
     return None if expected == found else f"its forward answers with {expected} in autocast, ours with {found}"
 
 
@@ -95,9 +100,10 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
-def _run(forward, twin: nn.Module, xs: list[Tensor], **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and the tensors that were left on the module, which are taken off it."""
-    y = forward(twin, *(x.clone() for x in xs), **kwargs)
+    torch.manual_seed(0)  # for drop path
+    y = forward(twin, *[x.clone() if isinstance(x, Tensor) else x for x in args], **kwargs)
     return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
 
 
@@ -133,6 +139,8 @@ _INTERNAL = {*vars(nn.Module()), *_INSTANCE}
 def _attributes(module: nn.Module):
     for name, value in sorted(vars(module).items()):
         if name not in _INTERNAL and not isinstance(value, Tensor):
+            if name == "drop_prob":  # a rate per block: whether it drops is all that counts
+                value = bool(value)
             plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
             yield name, repr(value) if plain else _Identity(value)
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from .._parts import Parts, why_call_any
+from .._parts import why_call_any
 from .._warnings import warn_once
 from ..forms import SimilarityFocalModulation
 from ..nn.focal_modulation import FocalModulationNd
-from .adapter import Adapter
+from .adapter import Adapter, BoundForward
+from .blocks import BLOCKS, BlockAdapter
 from .equivalence import Verdict, compare, configuration
 from .official import OfficialClassification, OfficialDetection
 from .query_context import QueryContext
@@ -53,28 +54,38 @@ class Report:
     Args:
         replaced: (qualified name, form) of each layer that now runs through our ops.
         kept: (qualified name, reason) of each layer that was left as it is.
+        blocks: (qualified name, form) of each block that runs through them as a whole.
+        kept_blocks: (qualified name, reason) of each block of which the layer alone does.
         notes: what an accelerated layer does otherwise than the class it belongs to.
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    blocks: list[tuple[str, str]] = field(default_factory=list)
+    kept_blocks: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} focal modulation layers accelerated, {len(self.kept)} kept"]
         lines += [f"  accelerated {name or '(the model itself)'}: {form}" for name, form in self.replaced]
         lines += [f"  kept {name or '(the model itself)'}: {reason}" for name, reason in self.kept]
+        if self.blocks or self.kept_blocks:
+            lines += [f"{len(self.blocks)} blocks accelerated as a whole, {len(self.kept_blocks)} in their layer alone"]
+        lines += [f"  accelerated {name or '(the model itself)'}: {form}" for name, form in self.blocks]
+        lines += [f"  its layer alone, {name or '(the model itself)'}: {why}" for name, why in self.kept_blocks]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-class AcceleratedForward:
-    """The bound `forward` of one accelerated layer.
+class AcceleratedForward(BoundForward):
+    """The bound `forward` of one accelerated layer or block.
 
     A callable object and no bound function: it is copied and pickled together with its module, and the copy then
     reads the copy's parameters. It holds the module weakly, so that a model is freed with its last name.
     """
 
-    def __init__(self, module: nn.Module, adapter: Adapter, backend: str | None, stores: tuple[str, ...]):
+    def __init__(
+        self, module: nn.Module, adapter: Adapter | BlockAdapter, backend: str | None, stores: tuple[str, ...]
+    ):
         self.adapter = adapter
         self.backend = backend
         self.stores = stores
@@ -98,7 +109,7 @@ class AcceleratedForward:
         positional = self._positional(args, kwargs)
         inputs = None if positional is None else self.adapter.inputs(module, positional)
         parts = None if inputs is None else self._plain_parts(module)
-        if parts is None or inputs is None:
+        if parts is None or inputs is None or not self.adapter.may_run(parts, inputs[0]):
             return type(module).forward(module, *args, **kwargs)
         return self.adapter.forward(module, parts, *inputs, stores=self.stores, backend=self.backend)
 
@@ -111,8 +122,8 @@ class AcceleratedForward:
             args = (*args, *[kwargs[name] for name in named])
         return args
 
-    def _plain_parts(self, module: nn.Module) -> Parts | None:
-        """The layer's inner modules; None where the class's forward must run."""
+    def _plain_parts(self, module: nn.Module) -> Any:
+        """Its inner modules; None where the class's forward must run."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return None  # what leaves this process must not need our ops
         parts = self.adapter.parts(module)
@@ -121,7 +132,8 @@ class AcceleratedForward:
             reason = f"{type(module).__name__}.forward was replaced"
         if reason is None:
             return parts
-        warn_once(f"a {self.adapter.form} layer changed after accelerate() and runs its own forward: {reason}")
+        kind = "" if isinstance(self.adapter, BlockAdapter) else " layer"
+        warn_once(f"a {self.adapter.form}{kind} changed after accelerate() and runs its own forward: {reason}")
         return None
 
     @property
@@ -136,7 +148,8 @@ class AcceleratedForward:
 
     def functional_arguments(self, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation` for this input."""
-        return self.adapter.functional_arguments(self.module, self.adapter.parts(self.module), x)
+        adapter: Any = self.adapter
+        return adapter.functional_arguments(self.module, adapter.parts(self.module), x)
 
     def bind(self) -> None:
         """Make it the module's forward. Plain attributes, so neither parameters nor state_dict see them."""
@@ -195,8 +208,13 @@ def _bound_to(module: nn.Module) -> AcceleratedForward | None:
     return owner if isinstance(owner, AcceleratedForward) else None
 
 
-def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> Report:
-    """Make the focal modulation layers inside a live model run through our ops.
+LEVELS = ("block", "layer")
+
+
+def accelerate(
+    model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False, level: str = "block"
+) -> Report:
+    """Make the focal modulation layers inside a live model, and the blocks around them, run through our ops.
 
     Known are the authors' classes (classification; detection and segmentation), timm's, Hugging Face
     transformers', 3-D volumes, the channels-first form of YOLO forks, Video-FocalNets' spatio-temporal layer, and
@@ -213,14 +231,19 @@ def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: 
         model: any module; the layer itself will do.
         backend: a name as in `use_backend`, for these instances only. None: the choice at call time.
         keep_modulator: also store `gates` and `modulator` on the layers whose class does so. The layer then runs
-            part by part and keeps these activations alive.
+            part by part and keeps these activations alive; blocks run as their classes do.
+        level: "block": where a block is known too (the authors', timm's, transformers', Video-FocalNets'), its norms,
+            MLP, layer scale, drop path and residuals join the layer in two ops. Drop path draws the numbers that it
+            always drew. Where a dropout acts within a block, in autocast on a CPU, or where somebody hooks or replaces
+            one of its modules, the block runs as its class does, and its layer alone through our ops. "layer": layers
+            alone.
 
     Returns:
         A `Report` of what was replaced, what was kept, and why. A RuntimeWarning when nothing was replaced.
 
     Raises:
         TypeError: `model` is not an nn.Module.
-        ValueError: `backend` is no backend's name.
+        ValueError: `backend` is no backend's name, or `level` none of these.
 
     Example:
         >>> report = accelerate(timm.create_model("focalnet_tiny_lrf"))
@@ -229,16 +252,31 @@ def accelerate(model: nn.Module, backend: str | None = None, *, keep_modulator: 
     _check_model(model, "accelerate")
     if backend is not None:
         dispatch.check_backend(backend, "accelerate(backend)")
+    if level not in LEVELS:
+        raise ValueError(f"accelerate(level): expected one of {', '.join(LEVELS)}, got {level!r}")
     report, verdicts, layers_without_state = Report(), dict[tuple, Verdict](), 0
+    adapters: dict[nn.Module, Adapter] = {}
     for name, module in model.named_modules():
         if not _is_candidate(module):
             continue
         adapter, verdict = accelerate_layer(module, backend, keep_modulator, verdicts)
         if adapter is not None and verdict.why_not is None:
             report.replaced.append((name, adapter.form))
+            adapters[module] = adapter
             layers_without_state += bool(verdict.stores) and not keep_modulator
         elif verdict.why_not is not None:
             report.kept.append((name, verdict.why_not))
+    for name, module in model.named_modules():
+        layer = module._modules.get("modulation")
+        if layer is None or layer not in adapters:
+            continue
+        reason = "level='layer' was asked for" if level == "layer" else None
+        reason = "keep_modulator=True was asked for" if keep_modulator else reason
+        form, reason = _accelerate_block(module, adapters[layer], backend, reason, verdicts)
+        if reason is None:
+            report.blocks.append((name, form))
+        elif level == "block":
+            report.kept_blocks.append((name, reason))
     if layers_without_state:
         report.notes.append(
             f"{layers_without_state} layers no longer store gates and modulator: keep_modulator=True keeps that"
@@ -261,8 +299,34 @@ def accelerate_layer(
     return adapter, verdict
 
 
+def _accelerate_block(
+    module: nn.Module, layer: Adapter, backend: str | None, reason: str | None, verdicts: dict
+) -> tuple[str, str | None]:
+    """Bind a block's forward to our ops, its form and None; or what it had is taken off, and why it is not known."""
+    bound = vars(module).get("forward")
+    if isinstance(bound, AcceleratedForward):
+        bound.unbind()
+    elif bound is not None:
+        return "", f"its forward is already bound to something else ({bound!r})"
+    if reason is not None:
+        return "", reason
+    form = min(BLOCKS, key=lambda form: len(form.missing(module)))
+    if missing := form.missing(module):
+        return "", f"not a known form: nearest is {form.form}, without {', '.join(missing)}"
+    adapter = form(layer)
+    reason = adapter.why_not(module)
+    if reason is None:
+        key = (form, layer, configuration(module))
+        if key not in verdicts:
+            verdicts[key] = compare(adapter, module)
+        reason = verdicts[key].why_not
+    if reason is None:
+        AcceleratedForward(module, adapter, backend, ()).bind()
+    return adapter.form, reason
+
+
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every layer inside `model` runs its class's own forward again.
+    """Undo `accelerate`: every layer and block inside `model` runs its class's own forward again.
 
     Args:
         model: any module, accelerated or not.

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._parts import why_call, why_call_all
+from .._blocks import BlockParts, BranchParts
+from .._parts import why_call, why_call_all, why_call_any
 from .drop_path import DropPath
 from .focal_modulation import FocalModulation
 
@@ -105,12 +106,47 @@ class FocalNetBlock(nn.Module):
             gamma = nn.Parameter(torch.full((dim,), layerscale_value)) if use_layerscale else None
             self.register_parameter(name, gamma)
 
+    def parts(self) -> BlockParts:
+        """The inner modules as they are now."""
+        layer, mlp = self.modulation, self.mlp
+
+        def branch(norm: nn.Module, gamma: str) -> BranchParts:
+            return BranchParts(
+                norm, self.use_postln, None if getattr(self, gamma) is None else (self, gamma), self.drop_path
+            )
+
+        return BlockParts(
+            layer, layer.parts(), mlp, mlp.fc1, mlp.act, mlp.fc2, branch(self.norm1, "gamma_1"),
+            branch(self.norm2, "gamma_2"), (layer.proj_drop, mlp.drop),
+        )  # fmt: skip
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.why_by_modules(x) is None:
+            self.modulation.check_input("x", x)
+            return self.parts().run(x, self.modulation.normalize_modulator)
         if self.use_postln:
             x = x + self._branch(self.norm1(self.modulation(x)), self.gamma_1)
             return x + self._branch(self.norm2(self.mlp(x)), self.gamma_2)
         x = x + self._branch(self.modulation(self.norm1(x)), self.gamma_1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
 
+    def why_by_modules(self, x: Tensor) -> str | None:
+        """Which inner module must be called, and why; None where both branches run as ops."""
+        modules = self._modules
+        if type(modules["modulation"]) is not FocalModulation or type(modules["mlp"]) is not Mlp:
+            return "modulation or mlp is of another class"
+        parts = self.parts()
+        if parts.drops():
+            return "dropout acts within a branch"
+        reason = why_call_any(self, parts, self._why_call)
+        return "its tensors are of several kinds" if reason is None and not parts.takes(x) else reason
+
+    def _why_call(self, parts: BlockParts) -> str | None:
+        reason = parts.why_call(self.dim, nn.Linear, _FORWARDS)
+        return reason if reason is not None else self.modulation._why_call(self.modulation.parts())
+
     def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
         return self.drop_path(x if gamma is None else gamma * x)
+
+
+_FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (FocalModulation, Mlp, DropPath)}

@@ -32,6 +32,12 @@ def define(schema: str, backends: Sequence[str] = ("",), *, flops: Callable[...,
     return decorate
 
 
+def implement_cuda(name: str, function: Callable) -> None:
+    """Make `function`, which calls kernels of backend "cuda", the raw op's kernel; on CPUs that emulate a GPU, too."""
+    for key in ("CUDA", "CPU"):
+        library.impl(name, function, key)
+
+
 def implement(name: str, dispatch_key: str, function: Callable) -> None:
     """Give a raw op a kernel written in Python."""
     library.impl(name, function, dispatch_key)

@@ -28,7 +28,7 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return f"the tensors are on {call.device}, not on {'the CPU' if backend == 'cpu' else 'a GPU'}"
     if reason := why_no_kernel(call):
         return reason
-    if call.residual_dtype not in (None, call.dtype):
+    if backend == "cpu" and call.residual_dtype not in (None, call.dtype):
         return f"a residual of {call.residual_dtype} around a body of {call.dtype} is left to the reference"
     if backend == "cpu":
         return _libraries.cpu_missing
@@ -51,6 +51,9 @@ def _why_too_large(call: Call) -> str | None:
     if len(kernels) > LARGEST_CUDA_LEVELS:
         return f"{len(kernels)} focal levels are more than its {LARGEST_CUDA_LEVELS}"
     zeros = [max([k[axis] for k in kernels], default=1) + 8 for axis in range(len(sizes))]
-    if call.op != "modulate" and prod([size + z for size, z in zip(sizes, zeros, strict=True)]) >= 2**27:
+    if (
+        call.op not in ("modulate", "mlp_branch")
+        and prod([size + z for size, z in zip(sizes, zeros, strict=True)]) >= 2**27
+    ):
         return f"maps of {' x '.join(map(str, sizes))} pixels are too large for its 32-bit offsets"
     return None

@@ -25,8 +25,6 @@ SLOW = pytest.mark.slow if INTERPRETED else ()  # the interpreter takes its time
 
 
 def raw_op(name, backend):
-    if "branch" in name and backend == "cuda":
-        pytest.skip("the branches have no raw op of backend cuda")
     return getattr(OPS, name + SUFFIX[backend])
 
 

@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..triton.row_launch import as_rows, like, norm_bwd, residual_fwd
+from ..token_rows import RowKernels, as_rows, like
 from .parameters import FocalBranchParameters
 
 
-def forward(layer_fwd, x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
+def forward(
+    kernels: RowKernels, layer_fwd, x, parameters, normalize, ln_eps, norm_eps, post, save
+) -> tuple[Tensor, list[Tensor]]:
     """`layer_fwd`: a focal_modulation_fwd. Saves what that does; and its result where the norm follows it."""
     p = FocalBranchParameters(parameters)
     u, saved = layer_fwd(_input(x, p, norm_eps, post), p.layer, normalize, ln_eps, save)
     y = torch.empty_like(as_rows(x))
-    residual_fwd(as_rows(x), as_rows(u), p.residual, norm_eps, post, y)
+    kernels.residual_fwd(as_rows(x), as_rows(u), p.residual, norm_eps, post, y)
     return like(x, y), [*saved, u] if save and post else list(saved)
 
 
 def backward(
-    layer_fwd, layer_bwd, grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, post, needed
+    kernels: RowKernels, layer_fwd, layer_bwd, grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, post, needed
 ) -> list[Tensor]:
     p = FocalBranchParameters(parameters)
     names = ("x", *p.names(len(p.layer.focal_weights)))
@@ -38,7 +40,7 @@ def backward(
         elif wants["gamma"]:
             u = as_rows(layer_fwd(z, p.layer, normalize, ln_eps, False)[0])
         du = dy.new_empty(dy.shape, dtype=z.dtype)
-        sums = norm_bwd(u, dy, du, r, norm_eps, norm=last, scale=True)
+        sums = kernels.norm_bwd(u, dy, du, r, norm_eps, norm=last, scale=True)
         found |= {"norm_weight": sums[0], "norm_bias": sums[1], "gamma": sums[2]}
     of_layer = needed & (1 << len(p.layer) + 1) - 1
     if wants["norm_weight"] or wants["norm_bias"]:
@@ -46,7 +48,7 @@ def backward(
     dz, *of_parameters = layer_bwd(like(z, du), z, p.layer, tuple(saved[:3]), normalize, ln_eps, of_layer)
     if of_layer & 1:
         dx = torch.empty_like(rows)
-        sums = norm_bwd(rows, as_rows(dz), dx, r, norm_eps, norm=pre, scale=False, add=dy)
+        sums = kernels.norm_bwd(rows, as_rows(dz), dx, r, norm_eps, norm=pre, scale=False, add=dy)
         if pre:
             found |= {"norm_weight": sums[0], "norm_bias": sums[1]}
         found["x"] = like(x, dx)

@@ -1,4 +1,4 @@
-"""focal_branch through the C++ kernels (csrc/cpu, focal_modulation*)."""
+"""focal_branch through the C++ kernels: csrc/cpu, focal_modulation*; on a GPU those of the layer and token_rows.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from functools import partial
 from torch import Tensor
 
 from ...dispatch import Implementation
+from .._library import implement_cuda
 from .._native import raw_op, why_not_native
+from ..focal_modulation.native import focal_modulation_bwd, focal_modulation_fwd, trains_fast
+from ..token_rows import CUDA
+from . import around
 
 
 def focal_branch_fwd(backend, x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
@@ -20,10 +24,16 @@ def focal_branch_bwd(backend, grad_y, x, parameters, saved, normalize, ln_eps, n
 
 
 def implementation(backend: str) -> Implementation:
-    """ "cpu"'s."""
+    """ "cpu"'s or "cuda"'s."""
     return Implementation(
         backend,
         partial(why_not_native, backend),
         partial(focal_branch_fwd, backend),
         partial(focal_branch_bwd, backend),
+        partial(trains_fast, backend),
     )
+
+
+_layer_fwd, _layer_bwd = partial(focal_modulation_fwd, "cuda"), partial(focal_modulation_bwd, "cuda")
+implement_cuda("focal_branch_fwd_cuda", partial(around.forward, CUDA, _layer_fwd))
+implement_cuda("focal_branch_bwd_cuda", partial(around.backward, CUDA, _layer_fwd, _layer_bwd))

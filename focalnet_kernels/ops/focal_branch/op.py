@@ -45,6 +45,11 @@ def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
     return torch.empty_like(x), _saved(layer.saved_by_triton, x, parameters, save, post)
 
 
+@define("focal_branch_fwd_cuda" + _FORWARD, flops=_forward_flops)
+def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
+    return torch.empty_like(x), _saved(layer.saved_by_cuda, x, parameters, save, post)
+
+
 def _saved(of_layer, x, parameters, save, post=False) -> list[Tensor]:
     if not save:
         return []
@@ -73,7 +78,7 @@ def _backward_flops(grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, p
 @define(
     "focal_branch_bwd(Tensor grad_y, Tensor x, Tensor?[] parameters, Tensor[] saved, bool normalize, float ln_eps,"
     " float norm_eps, bool post, int needed) -> Tensor[]",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
     flops=_backward_flops,
 )
 def _(grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, post, needed):
@@ -105,6 +110,7 @@ def focal_branch(
 dispatch.register(
     "focal_branch",
     native.implementation("cpu"),
+    native.implementation("cuda"),
     triton_launch.IMPLEMENTATION,
     dispatch.Implementation("reference", lambda call: None, focal_branch_reference),
 )

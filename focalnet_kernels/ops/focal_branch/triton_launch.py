@@ -9,6 +9,7 @@ from ...dispatch import Implementation
 from ..focal_context.triton_launch import why_not
 from ..focal_modulation.triton_launch import focal_modulation_bwd_impl, focal_modulation_fwd_impl
 from ..triton.launch import implement_triton
+from ..triton.token_rows import TRITON
 from . import around
 
 
@@ -26,14 +27,14 @@ IMPLEMENTATION = Implementation("triton", why_not, focal_branch_fwd, focal_branc
 
 
 def focal_branch_fwd_impl(*arguments):
-    return around.forward(focal_modulation_fwd_impl, *arguments)
+    return around.forward(TRITON, focal_modulation_fwd_impl, *arguments)
 
 
 def focal_branch_bwd_impl(*arguments):
     def layer_bwd(grad_y, x, parameters, saved, *options):
         return focal_modulation_bwd_impl(grad_y, x, parameters, *saved, *options)
 
-    return around.backward(focal_modulation_fwd_impl, layer_bwd, *arguments)
+    return around.backward(TRITON, focal_modulation_fwd_impl, layer_bwd, *arguments)
 
 
 implement_triton("focal_branch_fwd_triton", focal_branch_fwd_impl)

@@ -28,7 +28,7 @@ def _forward_flops(x, parameters, *options, **results) -> int:
 
 @define(
     "mlp_branch_fwd(Tensor x, Tensor?[] parameters, float norm_eps, bool post, bool save) -> (Tensor, Tensor[])",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
     flops=_forward_flops,
 )
 def _(x, parameters, norm_eps, post, save):
@@ -54,7 +54,7 @@ def _backward_flops(grad_y, x, parameters, saved, norm_eps, post, needed, **resu
 @define(
     "mlp_branch_bwd(Tensor grad_y, Tensor x, Tensor?[] parameters, Tensor[] saved, float norm_eps, bool post,"
     " int needed) -> Tensor[]",
-    backends=("", "_triton"),
+    backends=("", "_triton", "_cuda"),
     flops=_backward_flops,
 )
 def _(grad_y, x, parameters, saved, norm_eps, post, needed):
@@ -72,5 +72,6 @@ dispatch.register(
     "mlp_branch",
     native.implementation("cpu"),
     triton_launch.IMPLEMENTATION,
+    native.implementation("cuda"),
     dispatch.Implementation("reference", lambda call: None, mlp_branch_reference),
 )

@@ -1,4 +1,4 @@
-"""Launches of the kernels over token rows (rows.py)."""
+"""The kernels over token rows (rows.py), launched: see ../token_rows.py."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 
 from ..residual import Residual
+from ..token_rows import RowKernels
 from .launch import cdiv, exact_gelu, launch, multiprocessors, next_power_of_2
 
 ELEMENTS = 4096  # of a program's tile
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(B, *spatial, C) of any strides as adjacent rows (tokens, C): mostly as they are."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def like(x: Tensor, rows: Tensor) -> Tensor:
-    """Adjacent (tokens, C) rows as (B, *spatial, C) in x's memory order: mostly as they are."""
-    result, wanted = rows.view(x.shape), torch.empty_like(x)
-    return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
 def _tile(C: int) -> dict:
@@ -27,13 +17,12 @@ def _tile(C: int) -> dict:
     return {"BN": max(1, ELEMENTS // columns), "BC": columns, "num_warps": 8 if columns > 2048 else 4}
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def or_other(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A kernel's argument: something stands for what is absent."""
     return other if tensor is None else tensor.contiguous()
 
 
 def residual_fwd(x: Tensor, u: Tensor, residual: Residual, norm_eps: float, post: bool, y: Tensor) -> None:
-    """y = x + drop_path * gamma * post_norm?(u), all (tokens, C)."""
     from .rows import residual_fwd_kernel
 
     tokens, C = x.shape
@@ -41,8 +30,8 @@ def residual_fwd(x: Tensor, u: Tensor, residual: Residual, norm_eps: float, post
     r = residual
     launch(
         residual_fwd_kernel, cdiv(tokens, tile["BN"]), x.device,
-        x, u, _or(r.norm_weight, x), _or(r.norm_bias, x), norm_eps, _or(r.gamma, x), _or(r.drop_path, x), y,
-        tokens, _pixels(tokens, r), C,
+        x, u, or_other(r.norm_weight, x), or_other(r.norm_bias, x), norm_eps, or_other(r.gamma, x),
+        or_other(r.drop_path, x), y, tokens, _pixels(tokens, r), C,
         NORM=post and r.norm_weight is not None, GAMMA=r.gamma is not None, DROP_PATH=r.drop_path is not None, **tile,
     )  # fmt: skip
 
@@ -51,11 +40,6 @@ def norm_bwd(
     rows: Tensor, grad: Tensor, grad_rows: Tensor, residual: Residual, norm_eps: float, *, norm: bool, scale: bool,
     add: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Backward of (drop_path * gamma *)? norm?(rows), plus `add`, into `grad_rows`.
-
-    Returns:
-        (4, C) float32: the gradients of norm_weight, norm_bias, gamma, and the sum of `rows`' over tokens.
-    """
     from .rows import norm_bwd_kernel
 
     tokens, C = grad.shape
@@ -65,8 +49,9 @@ def norm_bwd(
     r = residual
     launch(
         norm_bwd_kernel, programs, grad.device,
-        rows, grad, _or(add, grad), _or(r.norm_weight, grad), _or(r.norm_bias, grad), norm_eps, _or(r.gamma, grad),
-        _or(r.drop_path, grad), grad_rows, sums, tokens, _pixels(tokens, r), C, programs,
+        rows, grad, or_other(add, grad), or_other(r.norm_weight, grad), or_other(r.norm_bias, grad), norm_eps,
+        or_other(r.gamma, grad), or_other(r.drop_path, grad), grad_rows, sums,
+        tokens, _pixels(tokens, r), C, programs,
         NORM=norm, GAMMA=scale and r.gamma is not None, DROP_PATH=scale and r.drop_path is not None,
         RESIDUAL=add is not None, **tile,
     )  # fmt: skip
@@ -74,7 +59,6 @@ def norm_bwd(
 
 
 def gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
-    """(tokens, M): writes GELU(hidden) over `hidden` and its gradient over `grad`; returns that one's sums (M,)."""
     from .rows import gelu_bwd_kernel
 
     tokens, M = hidden.shape
@@ -92,3 +76,6 @@ def gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
 def _pixels(tokens: int, residual: Residual) -> int:
     """Of a sample, where drop_path says how many there are."""
     return max(1, tokens) if residual.drop_path is None else max(1, tokens // max(1, len(residual.drop_path)))
+
+
+TRITON = RowKernels(residual_fwd, norm_bwd, gelu_bwd)

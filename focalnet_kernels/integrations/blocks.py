@@ -1,0 +1,221 @@
+"""Foreign blocks: which module plays which role, and their forward through our ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._blocks import BlockParts, BranchParts
+from .._parts import Module
+from .adapter import Adapter, BoundForward
+
+
+class BlockAdapter:
+    """One foreign form of a block around a layer of a known form: the authors' unless a subclass says otherwise.
+
+    Tokens (B, H * W, C), H and W kept on the block: classification, detection and segmentation, Video-FocalNets.
+    """
+
+    form = "authors' block"
+    post_flag = "use_postln"  # detection has none
+    act = "act"
+    dropouts: tuple[str, ...] = ("drop",)  # the MLP's
+    members: tuple[str, ...] = ("norm1", "modulation", "drop_path", "norm2", "mlp")
+    storable: tuple[str, ...] = ()
+
+    def __init__(self, layer: Adapter):
+        self.layer = layer
+
+    @classmethod
+    def missing(cls, module: Module) -> list[str]:
+        """The members of this form that `module` lacks: none where it looks like the form."""
+        names = [name for name in cls.members if name not in module._modules]
+        mlp = module._modules.get("mlp")
+        inner = ("fc1", cls.act, "fc2", *cls.dropouts)
+        return names + ([] if mlp is None else [f"mlp.{name}" for name in inner if name not in mlp._modules])
+
+    def parts(self, module: Module) -> BlockParts:
+        """The inner modules as they are now."""
+        inner, mlp = module._modules, module._modules["mlp"]._modules
+        layer = inner["modulation"]
+        return BlockParts(
+            layer,
+            self.layer.parts(layer) if self.layer.is_plain() else None,
+            inner["mlp"],
+            mlp["fc1"],
+            mlp[self.act],
+            mlp["fc2"],
+            *self.branches(module),
+            (getattr(layer, self.layer.drop), *[mlp[name] for name in self.dropouts]),
+            self.others(module),
+        )
+
+    def others(self, module: Module) -> tuple[Module, ...]:
+        """Modules that stand in no role of `BlockParts`, and are known to do nothing, or to be read."""
+        return ()
+
+    def branches(self, module: Module) -> tuple[BranchParts, BranchParts]:
+        """What is around the two bodies."""
+        inner, post = module._modules, bool(getattr(module, self.post_flag, False))
+
+        def branch(number: int) -> BranchParts:
+            gamma = f"gamma_{number}"
+            scale = None if _is_one(getattr(module, gamma)) else (module, gamma)
+            return BranchParts(inner[f"norm{number}"], post, scale, inner["drop_path"])
+
+        return branch(1), branch(2)
+
+    def channels(self, module: Module) -> int:
+        return self.layer.channels(module.modulation)
+
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        """Calls to try the block with: see `Adapter.examples`."""
+        ((batch, H, W, _),) = self.layer.examples(module.modulation, C)[0]
+        module.H, module.W = H, W
+        return [((batch, H * W, C),)]
+
+    def silence(self, module: Module) -> None:
+        """Take off what is random, but honoured by both forwards. Drop path stays: it is to draw the same."""
+        for name in self.dropouts:
+            setattr(module.mlp, name, nn.Dropout(0.0))
+        setattr(module.modulation, self.layer.drop, nn.Dropout(0.0))
+        for inner in module.modules():
+            if getattr(inner, "drop_prob", None):
+                inner.drop_prob = 0.5
+
+    def arguments(self, module: Module, xs: list[Tensor]) -> tuple:
+        """A call of the class's forward with these tensors."""
+        return tuple(xs)
+
+    def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
+        """The arguments of a call, for `forward`; None for one that is left to the class."""
+        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+            return None
+        H, W = module.H, module.W
+        return (args[0], H, W) if isinstance(H, int) and isinstance(W, int) and args[0].shape[1] == H * W else None
+
+    def forward(
+        self, module: Module, parts: BlockParts, x: Tensor, *sizes, stores: tuple[str, ...] = (),
+        backend: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The block's forward through our ops; `sizes`: of tokens, the map's."""
+        if not sizes:
+            return self.run(module, parts, x, backend)
+        tokens = x.reshape(x.shape[0], *sizes, x.shape[-1])
+        return self.run(module, parts, tokens, backend).reshape(x.shape)
+
+    def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
+        """Over maps, channels last."""
+        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), backend)
+
+    def may_run(self, parts: BlockParts, x: Tensor) -> bool:
+        """Whether the ops do what the block would now do with this input."""
+        return not parts.drops() and parts.takes(x)
+
+    def norms(self, module: Module) -> dict[type, Callable]:
+        """The forwards with which the block was found to be right: of the norms, and of the classes in it."""
+        parts = self.parts(module)
+        known = [parts.layer, parts.mlp, *parts.first.modules(), *parts.second.modules()]
+        known += [part for part in parts.others if type(part) is not nn.Identity]
+        known = [part for part in known if part is not module and type(part) is not nn.Identity]
+        found: dict[type, Callable] = {type(part): type(part).forward for part in known}
+        return found | self.layer.norms(parts.layer)
+
+    def bypassed(self, parts: BlockParts, norms: Mapping[type, Callable]) -> str | None:
+        """What an accelerated forward would pass by: see `Adapter.bypassed`."""
+        bound = vars(parts.layer).get("forward")
+        if bound is not None and not isinstance(bound, BoundForward):
+            return f"modulation has a forward of its own ({bound!r})"
+        of_layer = self.layer.parts(parts.layer)
+        C: Any = of_layer.h.in_channels if isinstance(of_layer.h, self.layer.conv) else 0
+        reason = parts.why_call(C, self.layer.projection, norms, bound)
+        return self.layer.bypassed(of_layer, norms) if reason is None else reason
+
+    def why_not(self, module: Module) -> str | None:
+        """Why these members are not a block in this form; None where they are."""
+        reason = self.bypassed(self.parts(module), self.norms(module))
+        if reason is not None:
+            return reason
+        parts = self.parts(module)
+        inner = [parts.layer, parts.mlp, *parts.first.modules(), *parts.second.modules(), *parts.others]
+        inner = [part for part in inner if part is not module]
+        known = {id(module), *(id(m) for part in inner for m in part.modules())}
+        own = {id(p) for part in inner for p in part.parameters()}
+        own |= {id(branch.gamma()) for branch in (parts.first, parts.second)}
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in own:
+                return f"parameter {name} is no part of the form"
+        for name, member in module.named_modules():
+            if id(member) not in known and type(member) is not nn.Identity:
+                return f"{name} ({type(member).__name__}) is no part of the form"
+        return None
+
+
+class TransformersBlock(BlockAdapter):
+    form = "transformers' block"
+    post_flag = "use_post_layernorm"
+    act = "activation"
+
+    def arguments(self, module: Module, xs: list[Tensor]) -> tuple:
+        return *xs, (module.H, module.W)
+
+    def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
+        if len(args) != 2 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+            return None
+        try:
+            H, W = map(int, args[1])
+        except (TypeError, ValueError):
+            return None
+        return (args[0], H, W) if args[0].shape[1] == H * W else None
+
+
+class TimmBlock(BlockAdapter):
+    """Maps (B, C, H, W), a norm before and one after each body, layer scale as a module."""
+
+    form = "timm's block"
+    dropouts = ("drop1", "drop2")
+    members = (
+        "norm1", "modulation", "norm1_post", "ls1", "drop_path1", "norm2", "mlp", "norm2_post", "ls2", "drop_path2",
+    )  # fmt: skip
+
+    def branches(self, module: Module) -> tuple[BranchParts, BranchParts]:
+        inner = module._modules
+
+        def branch(number: int) -> BranchParts:
+            before, after, scale = (inner[f"{name}"] for name in (f"norm{number}", f"norm{number}_post", f"ls{number}"))
+            post = type(before) is nn.Identity and type(after) is not nn.Identity
+            norm = after if post else before
+            idle = (before if post else after,) + ((scale,) if type(scale) is nn.Identity else ())
+            return BranchParts(
+                None if type(norm) is nn.Identity else norm,
+                post,
+                None if type(scale) is nn.Identity else (scale, "gamma"),
+                inner[f"drop_path{number}"],
+                idle,
+            )
+
+        return branch(1), branch(2)
+
+    def others(self, module: Module) -> tuple[Module, ...]:
+        scales = [module._modules[name] for name in ("ls1", "ls2")]
+        within = module._modules["mlp"]._modules.get("norm")
+        return tuple([m for m in scales if type(m) is not nn.Identity]) + (() if within is None else (within,))
+
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        return self.layer.examples(module.modulation, C)
+
+    def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
+        return args if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 4 else None
+
+    def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
+        return super().run(module, parts, x.permute(0, 2, 3, 1), backend).permute(0, 3, 1, 2)
+
+
+def _is_one(gamma: Any) -> bool:
+    """Whether there is no layer scale."""
+    return isinstance(gamma, float | int) and gamma == 1
+
+
+BLOCKS: tuple[type[BlockAdapter], ...] = (TimmBlock, TransformersBlock, BlockAdapter)

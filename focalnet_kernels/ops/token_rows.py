@@ -1,0 +1,73 @@
+"""Dense token rows (tokens, C), and the kernels over them: norm, scale, residual, and GELU's backward.
+
+A backend's are a `RowKernels`: triton/token_rows.py, or csrc/cuda/token_rows.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import library
+from .residual import Residual
+
+
+class RowKernels(NamedTuple):
+    """residual_fwd(x, u, residual, norm_eps, post, y): y = x + drop_path * gamma * post_norm?(u).
+
+    norm_bwd(rows, grad, grad_rows, residual, norm_eps, *, norm, scale, add=None): the backward of
+    (drop_path * gamma *)? norm?(rows), plus `add`, into `grad_rows`. Returns (4, C) float32: the gradients of
+    norm_weight, norm_bias and gamma, and, without `add`, the sum of `grad_rows` over tokens.
+
+    gelu_bwd(hidden, grad): writes GELU(hidden) over `hidden` and its gradient over `grad`, both (tokens, M). Returns
+    that gradient's sum (M,) over tokens.
+    """
+
+    residual_fwd: Callable[..., None]
+    norm_bwd: Callable[..., Tensor]
+    gelu_bwd: Callable[[Tensor, Tensor], Tensor]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, *spatial, C) of any strides as adjacent rows (tokens, C): mostly as they are."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def like(x: Tensor, rows: Tensor) -> Tensor:
+    """Adjacent (tokens, C) rows as (B, *spatial, C) in x's memory order: mostly as they are."""
+    result, wanted = rows.view(x.shape), torch.empty_like(x)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result)
+
+
+_RESIDUAL = "Tensor?[] residual, float norm_eps, bool norm"
+for _schema in (
+    f"residual_rows_fwd_cuda(Tensor x, Tensor u, {_RESIDUAL}, Tensor(a!) y) -> ()",
+    f"norm_rows_bwd_cuda(Tensor rows, Tensor grad, Tensor? add, {_RESIDUAL}, bool scale, Tensor(a!) grad_rows)"
+    " -> Tensor",
+    "gelu_rows_bwd_cuda(Tensor(a!) hidden, Tensor(b!) grad) -> Tensor",
+):  # not seen by PyTorch: the branches' raw ops call them
+    library.define(_schema)
+
+
+def _contiguous(residual: Residual) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in residual]
+
+
+def _residual_fwd(x: Tensor, u: Tensor, residual: Residual, norm_eps: float, post: bool, y: Tensor) -> None:
+    norm = post and residual.norm_weight is not None
+    torch.ops.focalnet_kernels.residual_rows_fwd_cuda(x, u, _contiguous(residual), norm_eps, norm, y)
+
+
+def _norm_bwd(rows, grad, grad_rows, residual, norm_eps, *, norm, scale, add=None) -> Tensor:
+    raw = torch.ops.focalnet_kernels.norm_rows_bwd_cuda
+    return raw(rows, grad, add, _contiguous(residual), norm_eps, norm, scale, grad_rows)
+
+
+def _gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
+    return torch.ops.focalnet_kernels.gelu_rows_bwd_cuda(hidden, grad)
+
+
+CUDA = RowKernels(_residual_fwd, _norm_bwd, _gelu_bwd)
