@@ -1,4 +1,5 @@
 // The whole layer on the CPU, a group of images at a time: f -> focal_context -> h, q*, LN?, proj.
+#include "cpu/few_rows_ops.h"
 #include "cpu/layer.h"
 
 namespace focalnet::cpu {
@@ -150,6 +151,55 @@ class LayerForward {
   const std::vector<float> f_bias_, h_bias_, proj_bias_, ln_weight_, ln_bias_;
 };
 
+// All images at once, every product cut by columns: inference over few tokens.
+void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloats& residual, bool normalize,
+                  double ln_eps, const Tensor& y) {
+  using Then = FewRowsProduct::Then;
+  const Kernels& k = kernels();
+  const DType dtype = dtype_of(x);
+  const Geometry g = geometry_of(x, 1, x.dim() - 1);
+  const ImageGroup all(g, dtype, 0, g.B);
+  const int64_t C = g.C, F = p.f_weight.size(0), rows = all.tokens();
+  const FewRows few(k, dtype, rows);
+  const std::vector<float> f_bias = floats_of(p.f_bias), h_bias = floats_of(p.h_bias),
+                           proj_bias = floats_of(p.proj_bias), ln_weight = floats_of(p.ln_weight),
+                           ln_bias = floats_of(p.ln_bias);
+  const PackedLevels levels(k, p.focal_weights, C);
+
+  const Buffer projected(rows * F * bytes_of(dtype));
+  const Buffer f_in = few.operand(all.rows(x), residual.values(), C);
+  FewRowsProduct f = few.product(f_in, p.f_weight, f_bias, Then::STORE);
+  f.out = all.rows(projected.data, F);
+  few.run(f);
+
+  const MapView ctx = all.map(projected.data, F, C);
+  ContextForward c{};
+  c.g = g;
+  c.dtype = dtype;
+  c.L = levels.count();
+  c.levels = levels.levels.data();
+  c.weights = levels.weights.data();
+  c.ctx = ctx;
+  c.gates = all.map(projected.data, F, 2 * C);
+  c.out = ctx;  // a map is read to its end before its result is written
+  c.normalize = normalize;
+  run_context_fwd(k, c);
+
+  const Buffer ctx_all = few.operand(rows_of(ctx, g), Residual{}, C);
+  const Buffer z(k.operand_bytes(dtype, rows, C));
+  FewRowsProduct h = few.product(ctx_all, p.h_weight, h_bias, Then::MODULATE);
+  h.q = all.rows(projected.data, F);
+  h.next = z.data;
+  few.run(h);
+  if (!ln_weight.empty()) few.norm(z, C, ln_weight.data(), ln_bias.data(), float(ln_eps));
+
+  FewRowsProduct proj = few.product(z, p.proj_weight, proj_bias, residual.values().add ? Then::RESIDUAL : Then::STORE);
+  proj.out = all.rows(y);
+  proj.x = all.rows(x);
+  proj.residual = residual.values();
+  few.run_residual(proj);
+}
+
 std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerParameters& p,
                                                   const ResidualFloats& residual, bool normalize, double ln_eps,
                                                   bool save) {
@@ -159,7 +209,10 @@ std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerPa
   if (save)
     out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}), torch::stable::new_empty(x, {tokens, g.C}),
                  torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
-  if (tokens > 0) LayerForward(x, p, residual, normalize, ln_eps, save, out).run();
+  if (tokens > 0 && tokens <= FEW_ROWS && !save)
+    few_rows_fwd(x, p, residual, normalize, ln_eps, out.y);
+  else if (tokens > 0)
+    LayerForward(x, p, residual, normalize, ln_eps, save, out).run();
   return {out.y, out.saved};
 }
 

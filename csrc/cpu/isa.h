@@ -31,6 +31,8 @@ namespace FK_ISA {
 #include "cpu/focal_modulation_bwd.h"
 //
 #include "cpu/mlp_branch.h"
+//
+#include "cpu/few_rows.h"
 
 // What a scratch struct takes from an arena, for a task of at most n rows.
 template <template <class> class Scratch, class Task>
@@ -107,6 +109,29 @@ static void modulate_bwd(const ModulateBackward& p, int64_t block, int64_t row0,
 static void project_bwd(const ProjectBackward& p, int64_t block, int64_t row0, int64_t row1, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { project_bwd_of<decltype(v)>(p, block, row0, row1, scratch); });
 }
+static int64_t operand_bytes(DType dtype, int64_t rows, int64_t K) {
+  Arena counted(nullptr);
+  with_dtype(dtype, [&](auto v) { operand_memory<decltype(v)>(counted, rows, K); });
+  return counted.bytes;
+}
+static void few_rows_operand(DType dtype, const Rows& x, const Residual& r, int64_t K, int64_t row0, int64_t row1,
+                             void* operand, void* scratch) {
+  with_dtype(dtype, [&](auto v) { few_rows_operand_of<decltype(v)>(x, r, K, row0, row1, operand, scratch); });
+}
+static void few_rows_product(const FewRowsProduct& p, int64_t n0, int64_t n1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { few_rows_product_of<decltype(v)>(p, n0, n1, scratch); });
+}
+static void few_rows_norm(DType dtype, void* operand, int64_t K, int64_t row0, int64_t row1, const float* weight,
+                          const float* bias, float eps) {
+  with_dtype(dtype, [&](auto v) {
+    using CT = operand_t<decltype(v)>;
+    const int64_t stride = padded_k<CT>(K);
+    layer_norm_rows(static_cast<CT*>(operand) + row0 * stride, stride, row1 - row0, K, weight, bias, eps);
+  });
+}
+static void few_rows_post_norm(const FewRowsProduct& p, int64_t row0, int64_t row1, void* scratch) {
+  with_dtype(p.dtype, [&](auto v) { few_rows_post_norm_of<decltype(v)>(p, row0, row1, scratch); });
+}
 static void mlp_fwd(const MlpForward& p, int64_t row0, int64_t row1, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { mlp_fwd_of<decltype(v)>(p, row0, row1, scratch); });
 }
@@ -146,6 +171,12 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::modulate_bwd,
     FK_ISA::scratch_bytes<FK_ISA::ProjectBackScratch>,
     FK_ISA::project_bwd,
+    FK_ISA::operand_bytes,
+    FK_ISA::scratch_bytes<FK_ISA::FewRowsScratch>,
+    FK_ISA::few_rows_operand,
+    FK_ISA::few_rows_product,
+    FK_ISA::few_rows_norm,
+    FK_ISA::few_rows_post_norm,
     FK_ISA::scratch_bytes<FK_ISA::MlpScratch>,
     FK_ISA::mlp_fwd,
     FK_ISA::scratch_bytes<FK_ISA::MlpBackScratch>,

@@ -152,6 +152,27 @@ struct MlpBackward {
   static constexpr int64_t SUMS = 4;
 };
 
+// A product of few rows, cut by columns: each task packs its own panels, uses one while it is in cache, and reads the
+// weight but once. (With many rows the weight is packed as a whole and the product cut by rows.)
+struct FewRowsProduct {
+  enum class Then { STORE, GELU, MODULATE, RESIDUAL };
+  DType dtype;
+  int64_t rows;
+  const void* operand;  // Kernels::few_rows_operand
+  const void* weight;   // (N, K)
+  int64_t N, K, stride_n, stride_k;
+  int64_t ahead;      // so many columns after those of a task others are soon wanted, and are fetched meanwhile
+  const float* bias;  // or null
+  Then then;
+  Rows out;        // STORE, RESIDUAL: in the storage dtype
+  void* next;      // GELU, MODULATE: the operand of the next product
+  Rows q;          // MODULATE: times the sums
+  Rows modulator;  // MODULATE: the sums, written where data is not null
+  Residual residual;
+  Rows x;    // RESIDUAL
+  float* u;  // RESIDUAL with a last norm: (rows, N), then Kernels::few_rows_post_norm makes `out` of it
+};
+
 // grad_weight[n, k] += sum over rows of grad[row, n] * in[row, k].
 struct WeightGradient {
   DType dtype;
@@ -205,6 +226,17 @@ struct Kernels {
   void (*modulate_bwd)(const ModulateBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
   int64_t (*project_bwd_scratch)(const ProjectBackward&, int64_t rows);
   void (*project_bwd)(const ProjectBackward&, int64_t block, int64_t row0, int64_t row1, void* scratch);
+  int64_t (*operand_bytes)(DType, int64_t rows, int64_t K);
+  int64_t (*few_rows_scratch)(const FewRowsProduct&, int64_t rows);
+  // Rows row0..row1 of `x`, or of the residual's pre-norm of it, into their places in the operand.
+  void (*few_rows_operand)(DType, const Rows& x, const Residual&, int64_t K, int64_t row0, int64_t row1, void* operand,
+                           void* scratch);
+  // Columns n0..n1; n0 a multiple of 48.
+  void (*few_rows_product)(const FewRowsProduct&, int64_t n0, int64_t n1, void* scratch);
+  // LayerNorm of rows row0..row1 of an operand, in place.
+  void (*few_rows_norm)(DType, void* operand, int64_t K, int64_t row0, int64_t row1, const float* weight,
+                        const float* bias, float eps);
+  void (*few_rows_post_norm)(const FewRowsProduct&, int64_t row0, int64_t row1, void* scratch);
   int64_t (*mlp_scratch)(const MlpForward&, int64_t rows);
   void (*mlp_fwd)(const MlpForward&, int64_t row0, int64_t row1, void* scratch);
   int64_t (*mlp_bwd_scratch)(const MlpBackward&, int64_t rows);

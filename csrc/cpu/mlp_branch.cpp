@@ -1,6 +1,6 @@
 // The MLP branch of a block on the CPU, forward: blocks of tokens.
 #include "common/parameters.h"
-#include "cpu/residual.h"
+#include "cpu/few_rows_ops.h"
 
 namespace focalnet::cpu {
 
@@ -15,9 +15,25 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   if (save && post) saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
   if (tokens == 0) return {y, saved};
 
-  const PackedMatrix fc1(k, p.fc1_weight), fc2(k, p.fc2_weight);
+  const Rows rows = rows_of(map_of(x, 1, x.dim() - 1), g), out = rows_of(map_of(y, 1, x.dim() - 1), g);
   const std::vector<float> fc1_bias = floats_of(p.fc1_bias), fc2_bias = floats_of(p.fc2_bias);
   const ResidualFloats residual(p.residual, norm_eps, post);
+  if (tokens <= FEW_ROWS && saved.empty()) {
+    const FewRows few(k, dtype_of(x), tokens);
+    const Buffer z = few.operand(rows, residual.values(), g.C);
+    const Buffer hidden(k.operand_bytes(dtype_of(x), tokens, p.fc1_weight.size(0)));
+    FewRowsProduct first = few.product(z, p.fc1_weight, fc1_bias, FewRowsProduct::Then::GELU);
+    first.next = hidden.data;
+    few.run(first);
+    FewRowsProduct second = few.product(hidden, p.fc2_weight, fc2_bias, FewRowsProduct::Then::RESIDUAL);
+    second.residual = residual.values();
+    second.x = rows;
+    second.out = out;
+    few.run_residual(second);
+    return {y, saved};
+  }
+
+  const PackedMatrix fc1(k, p.fc1_weight), fc2(k, p.fc2_weight);
   MlpForward f{};
   f.dtype = dtype_of(x);
   f.fc1 = fc1.packed;
@@ -25,8 +41,8 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   f.fc1_bias = data_or_null(fc1_bias);
   f.fc2_bias = data_or_null(fc2_bias);
   f.residual = residual.values();
-  f.x = rows_of(map_of(x, 1, x.dim() - 1), g);
-  f.y = rows_of(map_of(y, 1, x.dim() - 1), g);
+  f.x = rows;
+  f.y = out;
   if (!saved.empty()) f.u = dense_rows(saved[0].mutable_data_ptr(), tokens, g.C);
   const RowBlocks blocks(tokens);
   for_blocks(blocks, k.mlp_scratch(f, blocks.size),

@@ -45,10 +45,10 @@ struct OperandRows {
   int64_t stride, n;
 };
 
-// MR x N vectors of sums into `out`. A function of its own, without any epilogue, so that the sums stay in registers.
-template <int N, class CT>
+// R x N vectors of sums into `out`. A function of its own, without any epilogue, so that the sums stay in registers.
+template <int N, int R, class CT>
 static __attribute__((noinline)) void tile_product(const CT* const* a, const CT* panel, int64_t K, float* out) {
-  vf acc[MR][N] = {};
+  vf acc[R][N] = {};
   for (int64_t k = 0; k < K; k += KSTEP<CT>, panel += N * VL * KSTEP<CT>) {
 #ifdef FK_AVX512_BF16
     if constexpr (sizeof(CT) == 2) {
@@ -56,7 +56,7 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + j * VL * 2));
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; i < R; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, a[i] + k, 4);
         __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -72,7 +72,7 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) w[j] = load(panel + j * VL);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; i < R; ++i) {
         vf x = splat(a[i][k]);
 #pragma GCC unroll 4
         for (int j = 0; j < N; ++j) acc[i][j] += w[j] * x;
@@ -80,7 +80,7 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) store(out + (i * N + j) * VL, acc[i][j]);
 }
@@ -90,22 +90,23 @@ struct Part {
   int64_t column0, column1, k0, k1;
 };
 
-// The tile at (row, column): up to MR rows, and `columns` of its N * VL columns.
+// The tile at (row, column): `rows` rows, at most MR, and `columns` of its N * VL columns.
 template <int N, class CT, class Epilogue>
-static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row, int64_t column, int64_t columns,
-                 const Epilogue& epilogue) {
-  const int64_t rows = at_most(MR, a.n - row);
+static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row, int64_t rows, int64_t column,
+                 int64_t columns, const Epilogue& epilogue) {
   const CT* a_rows[MR];
-  for (int i = 0; i < MR; ++i) a_rows[i] = a.first + (row + (i < rows ? i : rows - 1)) * a.stride;
+  for (int i = 0; i < rows; ++i) a_rows[i] = a.first + (row + i) * a.stride;
   alignas(64) float sums[MR * N * VL];
   epilogue.prefetch(row, rows, column);
-  tile_product<N>(a_rows, panel, at_most(K, RUN), sums);
-  for (int64_t k = RUN; k < K; k += RUN) {
-    alignas(64) float more[MR * N * VL];
-    for (int i = 0; i < MR; ++i) a_rows[i] += RUN;
-    tile_product<N>(a_rows, panel + k * N * VL, at_most(K - k, RUN), more);
-    for (int i = 0; i < MR * N; ++i) store(sums + i * VL, load(sums + i * VL) + load(more + i * VL));
-  }
+  with_constant_up_to<MR>(rows, [&](auto r) FK_LAMBDA {
+    tile_product<N, r.value>(a_rows, panel, at_most(K, RUN), sums);
+    for (int64_t k = RUN; k < K; k += RUN) {
+      alignas(64) float more[MR * N * VL];
+      for (int i = 0; i < rows; ++i) a_rows[i] += RUN;
+      tile_product<N, r.value>(a_rows, panel + k * N * VL, at_most(K - k, RUN), more);
+      for (int i = 0; i < rows * N; ++i) store(sums + i * VL, load(sums + i * VL) + load(more + i * VL));
+    }
+  });
   if (columns == N * VL && epilogue.template full_tile<N>(row, rows, column, sums)) return;
   const float* sum = sums;
   for (int i = 0; i < rows; ++i)
@@ -113,16 +114,27 @@ static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t r
       if (columns > j * VL) epilogue.edge(row + i, column + j * VL, lanes_of(columns - j * VL), load(sum));
 }
 
-// a times a part of the packed weight; a's first k is the part's. One panel stays in cache while the rows pass.
+// a times the panel of a weight's columns `column`..`column` + `columns`, which stays in cache while the rows pass.
+template <class CT, class Epilogue>
+static void panel_product(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t column, int64_t columns,
+                          const Epilogue& epilogue) {
+  const int64_t vectors = (columns + VL - 1) / VL;
+  const int64_t tiles = (a.n + MR - 1) / MR;  // of equal size: registers left idle would cost as much as used ones
+  for (int64_t row = 0, i = 0, rows; i < tiles; ++i, row += rows) {
+    rows = a.n / tiles + (i < a.n % tiles);
+    with_constant_up_to<NV>(
+        vectors, [&](auto n) FK_LAMBDA { tile<n.value>(a, panel, K, row, rows, column, columns, epilogue); });
+  }
+}
+
+// a times a part of the packed weight; a's first k is the part's.
 template <class CT, class Epilogue>
 static void product(const OperandRows<CT>& a, const Packed& w, const Part& part, const Epilogue& epilogue) {
   const int64_t whole_k = padded_k<CT>(w.K), K = padded_k<CT>(part.k1) - part.k0;
   for (int64_t column = part.column0; column < part.column1; column += NR) {
     const int64_t columns = at_most(NR, part.column1 - column), vectors = (columns + VL - 1) / VL;
     const CT* panel = static_cast<const CT*>(w.panels) + column * whole_k + part.k0 * vectors * VL;
-    for (int64_t row = 0; row < a.n; row += MR)
-      with_constant_up_to<NV>(vectors,
-                              [&](auto n) FK_LAMBDA { tile<n.value>(a, panel, K, row, column, columns, epilogue); });
+    panel_product(a, panel, K, column, columns, epilogue);
   }
 }
 // a times all of it.

@@ -211,21 +211,59 @@ FK_INLINE vf broadcast(const T* p) {
 FK_INLINE vf broadcast(const bf16* p) { return reinterpret_cast<vf>((vu)_mm512_set1_epi16(short(p->bits)) << 16); }
 #endif
 
-// Transposes VL vectors of VL 32-bit lanes: log2(VL) rounds of a perfect shuffle.
+// A perfect shuffle of two vectors.
 template <int... I>
 FK_INLINE void interleave(vf a, vf b, vf* low, vf* high, std::integer_sequence<int, I...>) {
   *low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * VL)...);
   *high = __builtin_shufflevector(a, b, (VL / 2 + I / 2 + I % 2 * VL)...);
 }
+
+// How two vectors are mixed by one instruction each: in quarters of four lanes, singles or doubles side by side, of the
+// lower or the upper half of each quarter; or whole quarters, the even or the odd ones of both.
+enum class Mix { SINGLES, DOUBLES, QUARTERS };
+constexpr int mixed(Mix how, bool upper, int i) {
+  const int quarter = i / 4 * 4, j = i % 4, half = VL / 2, from = upper ? 2 : 0;
+  if (how == Mix::SINGLES) return quarter + from + j / 2 + j % 2 * VL;
+  if (how == Mix::DOUBLES) return quarter + from + j % 2 + j / 2 * VL;
+  return i / 4 % (VL / 8 ? VL / 8 : 1) * 8 + (upper ? 4 : 0) + j + (i < half ? 0 : VL);
+}
+template <Mix HOW, bool UPPER, int... I>
+FK_INLINE vf mix(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, mixed(HOW, UPPER, I)...);
+}
+template <Mix HOW, bool UPPER>
+FK_INLINE vf mix(vf a, vf b) {
+  return mix<HOW, UPPER>(a, b, std::make_integer_sequence<int, VL>{});
+}
+// Transposes VL vectors of VL 32-bit lanes: four rows at a time within the quarters, then the quarters.
 FK_INLINE void transpose(vf* x) {
-  vf y[VL];
+  vf y[VL];  // [column of a quarter][four rows]
+  constexpr int GROUPS = VL / 4;
 #pragma GCC unroll 4
-  for (int round = 1; round < VL; round *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < VL / 2; ++i)
-      interleave(x[i], x[i + VL / 2], &y[2 * i], &y[2 * i + 1], std::make_integer_sequence<int, VL>{});
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) x[i] = y[i];
+  for (int g = 0; g < GROUPS; ++g) {
+    const vf *r = x + 4 * g, low = mix<Mix::SINGLES, false>(r[0], r[1]), low2 = mix<Mix::SINGLES, false>(r[2], r[3]);
+    const vf high = mix<Mix::SINGLES, true>(r[0], r[1]), high2 = mix<Mix::SINGLES, true>(r[2], r[3]);
+    y[g] = mix<Mix::DOUBLES, false>(low, low2);
+    y[GROUPS + g] = mix<Mix::DOUBLES, true>(low, low2);
+    y[2 * GROUPS + g] = mix<Mix::DOUBLES, false>(high, high2);
+    y[3 * GROUPS + g] = mix<Mix::DOUBLES, true>(high, high2);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const vf* u = y + c * GROUPS;
+    if constexpr (VL == 4) {
+      x[c] = u[0];
+    } else if constexpr (VL == 8) {
+      x[c] = mix<Mix::QUARTERS, false>(u[0], u[1]);
+      x[4 + c] = mix<Mix::QUARTERS, true>(u[0], u[1]);
+    } else {
+      const vf even = mix<Mix::QUARTERS, false>(u[0], u[1]), even2 = mix<Mix::QUARTERS, false>(u[2], u[3]);
+      const vf odd = mix<Mix::QUARTERS, true>(u[0], u[1]), odd2 = mix<Mix::QUARTERS, true>(u[2], u[3]);
+      x[c] = mix<Mix::QUARTERS, false>(even, even2);
+      x[4 + c] = mix<Mix::QUARTERS, false>(odd, odd2);
+      x[8 + c] = mix<Mix::QUARTERS, true>(even, even2);
+      x[12 + c] = mix<Mix::QUARTERS, true>(odd, odd2);
+    }
   }
 }
 
