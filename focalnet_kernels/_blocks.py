@@ -7,6 +7,7 @@ run as its class does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class BranchParts(NamedTuple):
         return [self.drop_path, *self.idle, *([] if self.norm is None else [self.norm])]
 
     def gamma(self) -> Tensor | None:
-        return None if self.scale is None else getattr(*self.scale)
+        return None if self.scale is None else getattr(*self.scale, None)
 
     def why_call(self, C: int, forwards: Mapping[type, Callable]) -> str | None:
         """What sets its modules apart from plain ones, naming one."""
@@ -51,10 +52,9 @@ class BranchParts(NamedTuple):
             return f"drop_path {reason}"
         if self.scale is None:
             return None
-        owner, name = self.scale
-        gamma = getattr(owner, name)
+        gamma = self.gamma()
         if not isinstance(gamma, Tensor) or tuple(gamma.shape) != (C,):
-            return f"{name} is {gamma!r}, expected {C} factors"
+            return f"{self.scale[1]} is {gamma!r}, expected {C} factors"
         return None
 
 
@@ -62,7 +62,7 @@ class BlockParts(NamedTuple):
     """The inner modules of a block, by role.
 
     `layer_parts`: None where the layer is called, for it is not plain focal modulation. `dropouts`: the layer's and the
-    MLP's. `others`: further modules that are passed by, of classes that are known.
+    MLP's. `others`: further modules that are read or passed by, of the classes that the form was recognised with.
     """
 
     layer: Module
@@ -90,12 +90,14 @@ class BlockParts(NamedTuple):
             "mlp": lambda: why_call(self.mlp, forwards),
             "mlp.fc1": lambda: why_call_projection(self.fc1, projection, (hidden, C)),
             "mlp.fc2": lambda: why_call_projection(self.fc2, projection, (C, hidden)),
-            "mlp.act": lambda: why_call_gelu(self.act),
+            "mlp.act": lambda: why_call_gelu(self.act, forwards),
             "first": lambda: self.first.why_call(C, forwards),
             "second": lambda: self.second.why_call(C, forwards),
         }
         for i, module in enumerate(self.others):
-            reasons[f"others[{i}]"] = lambda module=module: why_call(module, forwards)  # type: ignore[misc]
+            known = f"is a {type(module).__name__}, which was not there" if type(module) not in forwards else None
+            judge = partial(why_call, module, forwards)
+            reasons[f"others[{i}]"] = judge if known is None else partial(str, known)
         for name, judge in reasons.items():
             reason = judge()
             if reason is not None:

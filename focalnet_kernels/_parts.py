@@ -211,10 +211,13 @@ def is_off(dropout: Module) -> bool:
 _DROPOUT: Mapping[type, Callable] = {nn.Dropout: nn.Dropout.forward}
 
 
-def why_call_gelu(part: Module) -> str | None:
-    """As `why_call`, for what is to be the exact GELU."""
-    reason = why_call(part)
-    exact = type(part) is nn.GELU and part.approximate == "none"
+def why_call_gelu(part: Module, forwards: Mapping[type, Callable] = _NONE) -> str | None:
+    """As `why_call`, for what is to be the exact GELU: PyTorch's module, or another that calls the function `act`."""
+    reason = why_call(part, forwards)
+    if type(part) is nn.GELU:
+        exact = part.approximate == "none"
+    else:
+        exact = getattr(part, "act", None) is nn.functional.gelu
     return reason if reason is not None or exact else f"is {part}, expected the exact GELU"
 
 

@@ -24,6 +24,7 @@ _OPTIONS: dict[type, tuple[str, ...]] = {
     nn.GELU: ("approximate",),
     nn.LayerNorm: ("normalized_shape",),
 }
+_OF_OTHERS = ("act",)  # the function that an activation's module calls
 
 
 class Snapshot:
@@ -37,7 +38,8 @@ class Snapshot:
         self._hooks: list[dict] = []
         for module in self._modules:
             own = vars(module)
-            options = next((names for cls, names in _OPTIONS.items() if isinstance(module, cls)), ())
+            options = next((names for cls, names in _OPTIONS.items() if isinstance(module, cls)), _OF_OTHERS)
+            options = tuple([name for name in options if name in own])
             read = itemgetter(*_HOOKS, *options)
             self._own.append((own, read, read(own), own.get("forward")))
             self._hooks += [own[name] for name in _HOOKS]

@@ -38,14 +38,15 @@ class Implementation:
         why_not: None, or the reason why it cannot take a call.
         forward: takes the op's arguments (see the op's `op.py`).
         backward: likewise; None where the op recomputes through its reference.
-        trains_fast: whether "auto" trains with it on a GPU where nothing was measured.
+        why_slow: why "auto" leaves a call (in training or not) to others though it could take it, or None. On a GPU
+            only where nothing was measured on it.
     """
 
     backend: str
     why_not: Callable[[Call], str | None]
     forward: Callable
     backward: Callable | None = None
-    trains_fast: Callable[[Call], bool] = lambda call: True
+    why_slow: Callable[[Call, bool], str | None] = lambda call, training: None
 
 
 _implementations: dict[str, tuple[Implementation, ...]] = {}
@@ -227,9 +228,8 @@ def _candidates(
         if candidate.backend != "reference" and plain is not None:
             return plain
         reason = candidate.why_not(call)
-        if reason is None and name == "auto" and order is None and training and call.device.type == "cuda":
-            if not candidate.trains_fast(call):
-                return "its backward was slower than eager PyTorch on an H100: name it to train with it"
+        if reason is None and name == "auto" and (order is None or call.device.type == "cpu"):
+            return candidate.why_slow(call, training)
         return reason
 
     return [(candidate, why_not(candidate)) for candidate in found], order is not None

@@ -91,7 +91,7 @@ class BlockAdapter:
 
     def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
         """The arguments of a call, for `forward`; None for one that is left to the class."""
-        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 3 or self.missing(module):
             return None
         H, W = module.H, module.W
         return (args[0], H, W) if isinstance(H, int) and isinstance(W, int) and args[0].shape[1] == H * W else None
@@ -117,7 +117,7 @@ class BlockAdapter:
     def norms(self, module: Module) -> dict[type, Callable]:
         """The forwards with which the block was found to be right: of the norms, and of the classes in it."""
         parts = self.parts(module)
-        known = [parts.layer, parts.mlp, *parts.first.modules(), *parts.second.modules()]
+        known = [parts.layer, parts.mlp, parts.act, *parts.first.modules(), *parts.second.modules()]
         known += [part for part in parts.others if type(part) is not nn.Identity]
         known = [part for part in known if part is not module and type(part) is not nn.Identity]
         found: dict[type, Callable] = {type(part): type(part).forward for part in known}
@@ -139,7 +139,7 @@ class BlockAdapter:
         if reason is not None:
             return reason
         parts = self.parts(module)
-        inner = [parts.layer, parts.mlp, *parts.first.modules(), *parts.second.modules(), *parts.others]
+        inner = [parts.layer, parts.mlp, parts.act, *parts.first.modules(), *parts.second.modules(), *parts.others]
         inner = [part for part in inner if part is not module]
         known = {id(module), *(id(m) for part in inner for m in part.modules())}
         own = {id(p) for part in inner for p in part.parameters()}
@@ -162,7 +162,7 @@ class TransformersBlock(BlockAdapter):
         return *xs, (module.H, module.W)
 
     def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
-        if len(args) != 2 or not isinstance(args[0], Tensor) or args[0].ndim != 3:
+        if len(args) != 2 or not isinstance(args[0], Tensor) or args[0].ndim != 3 or self.missing(module):
             return None
         try:
             H, W = map(int, args[1])
@@ -187,7 +187,9 @@ class TimmBlock(BlockAdapter):
             before, after, scale = (inner[f"{name}"] for name in (f"norm{number}", f"norm{number}_post", f"ls{number}"))
             post = type(before) is nn.Identity and type(after) is not nn.Identity
             norm = after if post else before
-            idle = (before if post else after,) + ((scale,) if type(scale) is nn.Identity else ())
+            within = inner["mlp"]._modules.get("norm")
+            passed_by = [before if post else after, scale if type(scale) is nn.Identity else None, within]
+            idle = tuple([m for m in passed_by if m is not None])
             return BranchParts(
                 None if type(norm) is nn.Identity else norm,
                 post,
@@ -199,15 +201,14 @@ class TimmBlock(BlockAdapter):
         return branch(1), branch(2)
 
     def others(self, module: Module) -> tuple[Module, ...]:
-        scales = [module._modules[name] for name in ("ls1", "ls2")]
-        within = module._modules["mlp"]._modules.get("norm")
-        return tuple([m for m in scales if type(m) is not nn.Identity]) + (() if within is None else (within,))
+        return tuple([m for name in ("ls1", "ls2") if type(m := module._modules[name]) is not nn.Identity])
 
     def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return self.layer.examples(module.modulation, C)
 
     def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
-        return args if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 4 else None
+        is_map = len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 4
+        return args if is_map and not self.missing(module) else None
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
         return super().run(module, parts, x.permute(0, 2, 3, 1), backend).permute(0, 3, 1, 2)

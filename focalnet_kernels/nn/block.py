@@ -133,7 +133,7 @@ class FocalNetBlock(nn.Module):
     def why_by_modules(self, x: Tensor) -> str | None:
         """Which inner module must be called, and why; None where both branches run as ops."""
         modules = self._modules
-        if type(modules["modulation"]) is not FocalModulation or type(modules["mlp"]) is not Mlp:
+        if type(modules.get("modulation")) is not FocalModulation or type(modules.get("mlp")) is not Mlp:
             return "modulation or mlp is of another class"
         parts = self.parts()
         if parts.drops():

@@ -8,6 +8,9 @@ from .._calls import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SLOW_BACKWARD = "its backward was slower than eager PyTorch on an H100: name it to train with it"
+SLOW_ON_GPU = "it was slower than eager PyTorch on an H200: name it to have it"
+
 
 def why_no_kernel(call: Call) -> str | None:
     """Why this call is the reference's; None where kernels can run it."""

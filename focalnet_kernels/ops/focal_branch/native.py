@@ -6,10 +6,12 @@ from functools import partial
 
 from torch import Tensor
 
+from ..._calls import Call
 from ...dispatch import Implementation
 from .._library import implement_cuda
+from .._limits import SLOW_ON_GPU
 from .._native import raw_op, why_not_native
-from ..focal_modulation.native import focal_modulation_bwd, focal_modulation_fwd, trains_fast
+from ..focal_modulation.native import focal_modulation_bwd, focal_modulation_fwd
 from ..token_rows import CUDA
 from . import around
 
@@ -23,6 +25,12 @@ def focal_branch_bwd(backend, grad_y, x, parameters, saved, normalize, ln_eps, n
     return raw(grad_y, x, list(parameters), list(saved), normalize, ln_eps, norm_eps, post, needed)
 
 
+def why_slow(call: Call, training: bool) -> str | None:
+    """On a GPU PyTorch's own kernels around the layer are as fast, but where the residual has more bits (autocast)."""
+    gains = call.device.type == "cpu" or (not training and call.residual_dtype != call.dtype)
+    return None if gains else SLOW_ON_GPU
+
+
 def implementation(backend: str) -> Implementation:
     """ "cpu"'s or "cuda"'s."""
     return Implementation(
@@ -30,7 +38,7 @@ def implementation(backend: str) -> Implementation:
         partial(why_not_native, backend),
         partial(focal_branch_fwd, backend),
         partial(focal_branch_bwd, backend),
-        partial(trains_fast, backend),
+        why_slow,
     )
 
 

@@ -11,6 +11,7 @@ from ..focal_modulation.triton_launch import focal_modulation_bwd_impl, focal_mo
 from ..triton.launch import implement_triton
 from ..triton.token_rows import TRITON
 from . import around
+from .native import why_slow
 
 
 def focal_branch_fwd(x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
@@ -23,7 +24,7 @@ def focal_branch_bwd(grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, 
     return raw(grad_y, x, list(parameters), list(saved), normalize, ln_eps, norm_eps, post, needed)
 
 
-IMPLEMENTATION = Implementation("triton", why_not, focal_branch_fwd, focal_branch_bwd, lambda call: False)
+IMPLEMENTATION = Implementation("triton", why_not, focal_branch_fwd, focal_branch_bwd, why_slow)
 
 
 def focal_branch_fwd_impl(*arguments):

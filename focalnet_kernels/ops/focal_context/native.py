@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._calls import Call
 from ...dispatch import Implementation
 from .._autograd import bit_mask
+from .._limits import SLOW_BACKWARD
 from .._native import raw_op, why_not_native
 
 
@@ -27,8 +28,9 @@ def by_tokens(C: int, kernels: Sequence[Sequence[int]]) -> bool:
     return C % 4 == 0 and len(kernels) > 0 and all([3 <= k[-1] <= 13 and prod(k) <= 343 for k in kernels])
 
 
-def trains_fast(backend: str, call: Call) -> bool:
-    return backend == "cpu" or (call.channels_adjacent and by_tokens(call.channels, call.kernels))
+def why_slow(backend: str, call: Call, training: bool) -> str | None:
+    fast = backend == "cpu" or (call.channels_adjacent and by_tokens(call.channels, call.kernels))
+    return SLOW_BACKWARD if training and not fast else None
 
 
 def implementation(backend: str) -> Implementation:
@@ -38,5 +40,5 @@ def implementation(backend: str) -> Implementation:
         partial(why_not_native, backend),
         partial(focal_context_fwd, backend),
         partial(focal_context_bwd, backend),
-        partial(trains_fast, backend),
+        partial(why_slow, backend),
     )

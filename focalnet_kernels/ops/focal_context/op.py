@@ -12,6 +12,7 @@ from ..._calls import Call
 from .._autograd import gradients_by_reference, needed_only, needs_grad, needs_reference_backward
 from .._flops import level_gradients, levels
 from .._library import define
+from .._limits import SLOW_BACKWARD
 from . import native, triton_launch
 from .reference import focal_context_reference
 
@@ -97,7 +98,7 @@ dispatch.register(
         triton_launch.why_not,
         triton_launch.focal_context_fwd,
         triton_launch.focal_context_bwd,
-        lambda call: False,
+        lambda call, training: SLOW_BACKWARD if training else None,
     ),
     dispatch.Implementation("reference", lambda call: None, focal_context_reference),
 )

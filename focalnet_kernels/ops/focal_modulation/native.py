@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._calls import Call
 from ...dispatch import Implementation
+from .._limits import SLOW_BACKWARD
 from .._native import raw_op, why_not_native
 from ..focal_context import native as context
 from .parameters import LayerParameters
@@ -37,8 +38,9 @@ def focal_modulation_bwd(
     return raw(grad_y, x, list(parameters), *saved, normalize, ln_eps, needed)
 
 
-def trains_fast(backend: str, call: Call) -> bool:
-    return backend == "cpu" or (call.norm_dtype is None and context.by_tokens(call.channels, call.kernels))
+def why_slow(backend: str, call: Call, training: bool) -> str | None:
+    fast = backend == "cpu" or (call.norm_dtype is None and context.by_tokens(call.channels, call.kernels))
+    return SLOW_BACKWARD if training and not fast else None
 
 
 def implementation(backend: str) -> Implementation:
@@ -48,5 +50,5 @@ def implementation(backend: str) -> Implementation:
         partial(why_not_native, backend),
         partial(focal_modulation_fwd, backend),
         partial(focal_modulation_bwd, backend),
-        partial(trains_fast, backend),
+        partial(why_slow, backend),
     )

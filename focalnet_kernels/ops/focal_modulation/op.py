@@ -13,6 +13,7 @@ from ..._calls import Call
 from .._autograd import run
 from .._flops import level_gradients, levels, linear
 from .._library import define
+from .._limits import SLOW_BACKWARD
 from ..focal_context import triton_launch as context_launch
 from . import native, triton_launch
 from .parameters import LayerParameters
@@ -115,7 +116,7 @@ dispatch.register(
         context_launch.why_not,
         triton_launch.focal_modulation_fwd,
         triton_launch.focal_modulation_bwd,
-        lambda call: False,
+        lambda call, training: SLOW_BACKWARD if training else None,
     ),
     dispatch.Implementation("reference", lambda call: None, focal_modulation_reference),
 )

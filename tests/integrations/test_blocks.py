@@ -1,0 +1,322 @@
+"""Accelerated blocks: what their classes compute, drop path's numbers too; and when they step back."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from ops.golden import relative_error
+from torch import nn
+
+import focalnet_kernels as fk
+from focalnet_kernels.testing import assert_accurate
+from integrations.foreign_blocks import FORMS, AuthorsBlock, build, example
+from integrations.foreign_layers import AuthorsClassification
+
+pytestmark = pytest.mark.filterwarnings("ignore:a .* block changed after accelerate:RuntimeWarning")
+OPTIONS = {
+    "plain": {},
+    "post": {"postln": True},
+    "scaled": {"scale": True, "drop_path": 0.5},
+    "all": {"postln": True, "scale": True, "drop_path": 0.5},
+}
+for_every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def answers(block, args, training=False):
+    """The output and all gradients, drop path drawn from one seed; and the next random number."""
+    block.train(training)
+    x = args[0].clone().requires_grad_()
+    torch.manual_seed(5)
+    y = block(x, *args[1:])
+    following = torch.rand(1)
+    inputs = [x, *block.parameters()]
+    return y, *torch.autograd.grad(y, inputs, torch.linspace(0, 1, y.numel()).reshape(y.shape).to(y)), following
+
+
+def twin_of(block):
+    """A copy, without the activations that the authors' layer keeps."""
+    for name in ("gates", "modulator", "gates_temporal", "modulator_temporal"):
+        vars(block.modulation).pop(name, None)
+    return copy.deepcopy(block)
+
+
+def is_fused(block, monkeypatch):
+    """Whether a call of the block goes through the op of its MLP branch."""
+    called = []
+    monkeypatch.setattr(
+        "focalnet_kernels._blocks.mlp_branch", lambda *a, **k: called.append(1) or fk.mlp_branch(*a, **k)
+    )
+    return called
+
+
+@for_every_form
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_computes_what_its_class_does(form, options, training, monkeypatch):
+    block, args = build(form, **options), example(form)
+    expected = answers(block, args, training)
+    exact = answers(twin_of(block).double(), (args[0].double(), *args[1:]), training)
+    report = fk.accelerate(block)
+    assert [found for _, found in report.blocks] == [FORMS[form]] and not report.kept_blocks, report
+    called = is_fused(block, monkeypatch)
+    found = answers(block, args, training)
+    assert called
+    assert torch.equal(found[-1], expected[-1]), "another number of random numbers was drawn"
+    for i, (ours, eager, value) in enumerate(zip(found[:-1], expected[:-1], exact[:-1], strict=True)):
+        assert ours.stride() == eager.stride() or i > 0
+        assert_accurate(f"result {i}", ours, eager, value, 3 if i else 2)
+
+
+@for_every_form
+def test_drop_path_draws_in_the_same_order(form):
+    """Of many samples, those that the class drops."""
+    block = build(form, drop_path=0.5)
+    args = example(form)
+    args = (args[0].repeat(16, *[1] * (args[0].ndim - 1)), *args[1:])
+    expected = answers(block, args, True)[0]
+    fk.accelerate(block)
+    torch.testing.assert_close(answers(block, args, True)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(nn.Module):
+    """As adapters wrap a linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + x.mean()
+
+
+def hooked(name):
+    return lambda block: block.get_submodule(name).register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def own_forward(name):
+    def change(block):
+        module = block.get_submodule(name)
+        module.forward = lambda x, forward=module.forward: 2 * forward(x)
+
+    return change
+
+
+def replaced(parent, name, make):
+    def change(block):
+        owner = block.get_submodule(parent) if parent else block
+        setattr(owner, name, make(getattr(owner, name)).double())
+
+    return change
+
+
+CHANGES = {
+    "hook on norm1": hooked("norm1"),
+    "hook on the layer": hooked("modulation"),
+    "hook on a level": hooked("modulation.focal_layers.0"),
+    "hook on norm2": hooked("norm2"),
+    "hook on mlp": hooked("mlp"),
+    "hook on fc1": hooked("mlp.fc1"),
+    "hook on fc2": hooked("mlp.fc2"),
+    "hook on act": hooked("mlp.act"),
+    "hook on drop_path": hooked("drop_path"),
+    "wrapped fc1": replaced("mlp", "fc1", Wrapped),
+    "wrapped fc2": replaced("mlp", "fc2", Wrapped),
+    "wrapped f": replaced("modulation", "f", Wrapped),
+    "wrapped mlp": replaced("", "mlp", Wrapped),
+    "subclass": replaced("mlp", "fc1", lambda fc1: Doubled(fc1.in_features, fc1.out_features)),
+    "wider": replaced("mlp", "fc2", lambda fc2: nn.Linear(fc2.in_features, 2 * fc2.out_features)),
+    "activation": replaced("mlp", "act", lambda act: nn.ReLU()),
+    "rough activation": lambda block: setattr(block.mlp.act, "approximate", "tanh"),
+    "another norm": replaced("", "norm2", lambda norm: nn.RMSNorm(norm.normalized_shape)),
+    "norm of its own": own_forward("norm1"),
+    "forward of the layer": own_forward("modulation"),
+    "forward of the mlp": own_forward("mlp"),
+    "dropout in the mlp": lambda block: (setattr(block.mlp.drop, "p", 0.5), block.train()),
+    "dropout in the layer": lambda block: (setattr(block.modulation.proj_drop, "p", 0.5), block.train()),
+    "scaled": lambda block: setattr(block, "gamma_1", nn.Parameter(torch.full((12,), 3.0).double())),
+    "a number for a scale": lambda block: setattr(block, "gamma_2", 3.0),
+    "post norm": lambda block: setattr(block, "use_postln", True),
+    "another size": lambda block: (setattr(block, "H", 6), setattr(block, "W", 7)),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after a call"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_parts_act(change, when):
+    """Whatever somebody does to a part: the block computes what its class would."""
+    block, args = build("authors", drop_path=0.5).double(), example("authors", dtype=torch.float64)
+    if change is CHANGES["wider"]:
+        block.norm2 = nn.Identity()
+    if when == "before":
+        change(block)
+    twin = twin_of(block)
+    fk.accelerate(block)
+    if when == "after a call":
+        block(*args)
+    if when != "before":
+        change(block)
+        change(twin)
+    twin.load_state_dict(block.state_dict())
+    for _ in range(2):
+        torch.manual_seed(0)
+        try:
+            expected = twin(*args)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                block(*args)
+            return
+        torch.manual_seed(0)
+        assert relative_error(block(*args), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["norm1_post", "ls1", "mlp.norm"])
+def test_what_is_put_in_an_identity_s_place_acts(name):
+    block, args = build("timm").double(), example("timm", dtype=torch.float64)
+    fk.accelerate(block)
+    block(*args)
+    block.get_submodule(name).register_forward_hook(lambda module, args, y: 3 * y)
+    assert relative_error(block(*args), type(block).forward(block, *args)) < 1e-12
+    parent, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(parent), leaf, nn.Sequential(nn.Identity(), nn.Tanh()))
+    assert relative_error(block(*args), type(block).forward(block, *args)) < 1e-12
+
+
+CHANGED_WEIGHTS = {
+    "in place": lambda block, p: p.add_(1),
+    "through .data": lambda block, p: p.data.view(-1)[:1].add_(1),
+    "another .data": lambda block, p: setattr(p, "data", p.data + 1),
+    "through NumPy": lambda block, p: p.detach().numpy().__iadd__(1),
+    "state_dict": lambda block, p: block.load_state_dict({name: t + 1 for name, t in block.state_dict().items()}),
+    "assigned": lambda block, p: block.load_state_dict(
+        {name: t + 1 for name, t in block.state_dict().items()}, assign=True
+    ),
+    "swapped": lambda block, p: torch.utils.swap_tensors(p, nn.Parameter(p.detach() + 1)),
+}
+
+
+@pytest.mark.parametrize("rows", [6, 40], ids=["few", "many"])
+@pytest.mark.parametrize("name", ["mlp.fc1.weight", "mlp.fc2.weight", "modulation.f.weight", "norm1.weight"])
+@pytest.mark.parametrize("change", CHANGED_WEIGHTS.values(), ids=CHANGED_WEIGHTS)
+def test_changed_weights_act_at_once(change, name, rows, cpu_kernels):
+    """No call keeps anything of a weight for the next one: whoever changes a weight, in whatever way."""
+    block = build("authors", 32)
+    block.H, block.W = rows, rows
+    x = torch.randn(1, rows * rows, 32)
+    fk.accelerate(block, "cpu")
+    with torch.no_grad():
+        for _ in range(2):
+            before = block(x)
+        change(block, block.get_parameter(name))
+        y, expected = block(x), type(block).forward(block, x)
+    assert not torch.allclose(before, y)
+    assert relative_error(y, expected) < 1e-5
+
+
+def test_a_training_step_acts_at_once(cpu_kernels):
+    block, args = build("authors"), example("authors")
+    fk.accelerate(block, "cpu")
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    for _ in range(3):
+        block(*args).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            y, expected = block(*args), AuthorsBlock.forward(block, *args)
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_alone(monkeypatch):
+    block, args = build("authors"), example("authors")
+    assert fk.accelerate(block).blocks
+    called = is_fused(block, monkeypatch)
+    report = fk.accelerate(block, level="layer")
+    assert report.replaced and not report.blocks and not report.kept_blocks
+    assert "forward" not in vars(block) and "forward" in vars(block.modulation)
+    block(*args)
+    assert not called
+    with pytest.raises(ValueError, match=r"^accelerate\(level\): expected one of block, layer, got 'net'"):
+        fk.accelerate(block, level="net")
+
+
+def test_restored_and_copied(monkeypatch):
+    block, args = build("transformers", drop_path=0.5), example("transformers")
+    expected = block(*args)
+    fk.accelerate(block)
+    twin_of(block)
+    twins = [copy.deepcopy(block), copy.copy(block), pickle.loads(pickle.dumps(block))]
+    buffer = io.BytesIO()
+    torch.save(block, buffer)
+    buffer.seek(0)
+    twins.append(torch.load(buffer, weights_only=False))
+    called = is_fused(block, monkeypatch)
+    for i, twin in enumerate(twins):
+        torch.testing.assert_close(twin(*args), expected, rtol=1e-4, atol=1e-4)
+        assert len(called) == i + 1 and vars(twin)["forward"].module is twin
+    fk.restore(block)
+    assert "forward" not in vars(block) and "forward" not in vars(block.modulation)
+    assert torch.equal(block(*args), expected)
+
+
+class Parallel(AuthorsBlock):
+    """Both branches of the same input."""
+
+    def forward(self, x):
+        B, L, C = x.shape
+        y = self.modulation(self.norm1(x).view(B, self.H, self.W, C)).view(B, L, C)
+        return x + y + self.mlp(self.norm2(x))
+
+
+class Halved(AuthorsBlock):
+    def after(self, x, y, gamma):
+        return x + 0.5 * self.drop_path(gamma * y)
+
+
+class DropsTokens(AuthorsBlock):
+    """Drop path per token: right in evaluation alone."""
+
+    def after(self, x, y, gamma):
+        return x + y * torch.rand(*y.shape[:2], 1).round().to(y) if self.training else super().after(x, y, gamma)
+
+
+@pytest.mark.parametrize("cls", [Parallel, Halved, DropsTokens])
+def test_look_alikes_are_left_alone(cls):
+    block = cls(AuthorsClassification(12, 3, 2), 12)
+    block.H, block.W = 7, 6
+    report = fk.accelerate(block)
+    assert report.replaced and not report.blocks
+    ((_, reason),) = report.kept_blocks
+    assert "computes something else" in reason
+    assert "its layer alone, (the model itself): its forward computes something else" in str(report)
+
+
+def test_modulators_are_kept_by_layers(monkeypatch):
+    block, args = build("authors"), example("authors")
+    called = is_fused(block, monkeypatch)
+    report = fk.accelerate(block, keep_modulator=True)
+    block(*args)
+    assert not called and block.modulation.modulator is not None
+    assert [reason for _, reason in report.kept_blocks] == ["keep_modulator=True was asked for"]
+
+
+def test_autocast_on_a_cpu_is_the_layer_s(monkeypatch):
+    block, args = build("timm"), example("timm")
+    fk.accelerate(block)
+    called = is_fused(block, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(*args)
+        expected = type(block).forward(block, *args)
+    assert not called and y.dtype == expected.dtype
+    assert relative_error(y, expected) < 2e-2
+
+
+def test_norms_of_more_bits_are_left_to_the_class():
+    block, args = build("authors").bfloat16(), example("authors", dtype=torch.bfloat16)
+    block.norm1.float()
+    fk.accelerate(block)
+    assert relative_error(block(*args), type(block).forward(block, *args)) < 2e-2
