@@ -16,10 +16,12 @@ from focalnet_kernels import _calls, dispatch
 from focalnet_kernels._calls import forget
 from focalnet_kernels._warnings import warn_once
 from focalnet_kernels.dispatch import BACKENDS, explain_call, requested_backend, select
-from focalnet_kernels.functional import _prepare_focal_modulation
+from focalnet_kernels.functional import _prepare_focal_branch, _prepare_focal_modulation, _prepare_mlp_branch
 from focalnet_kernels.testing import (
     make_context_inputs,
+    make_focal_branch_inputs,
     make_layer_inputs,
+    make_mlp_branch_inputs,
     make_modulate_inputs,
     map_tensors,
 )
@@ -375,6 +377,36 @@ def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
         assert reason(False, name) != slower
     assert (reason(True, "auto") == slower) != fast
     assert reason(True, backend) != slower
+
+
+ON_A_GPU = [  # channels, dtype, whether in autocast, who runs the MLP branch in inference
+    (96, torch.bfloat16, False, "triton"),
+    (128, torch.float16, True, "triton"),
+    (192, torch.bfloat16, False, "reference"),
+    (192, torch.bfloat16, True, "triton"),
+    (96, torch.float32, False, "reference"),
+]
+
+
+@pytest.mark.parametrize("C, dtype, in_autocast, backend", ON_A_GPU)
+def test_branches_on_a_gpu(C, dtype, in_autocast, backend, monkeypatch):
+    """Where nobody names a backend: what was measured faster than eager on an H200."""
+    monkeypatch.setattr("focalnet_kernels.ops.triton.launch.MISSING", None)
+    with FakeTensorMode():
+        residual = torch.float32 if in_autocast else dtype
+        inputs = make_mlp_branch_inputs((2, 8, 8, C), 4 * C, dtype=dtype, residual_dtype=residual, seed=0)
+        call, _ = _prepare_mlp_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
+        inputs = make_focal_branch_inputs((2, 8, 8, C), [3, 5], dtype=dtype, residual_dtype=residual, seed=0)
+        focal, _ = _prepare_focal_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
+    assert explain_call(call, False).backend == backend
+    assert explain_call(call, True).backend == ("triton" if C <= 128 and dtype != torch.float32 else "reference")
+    assert explain_call(focal, True).backend == "reference"
+    assert (explain_call(focal, False).backend == "reference") != in_autocast
+    assert explain_call(call, True, "triton").backend == "triton"
+
+
+def without_options(inputs):
+    return {name: value for name, value in inputs.items() if name != "post_norm"}
 
 
 def test_candidates_are_listed_once(monkeypatch):

@@ -39,9 +39,14 @@ void residual_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> re
   const OnDevice on(x);
   const ResidualParameters r(residual.data());
   const int64_t tokens = x.size(0);
-  run_residual_fwd({tokens, int(x.size(1)), pixels_of(tokens, r), elements(x), elements(u), elements(y),
-                    around_of(r, norm_eps, norm, true)},
-                   on.stream);
+  const ResidualForward p{tokens,
+                          int(x.size(1)),
+                          pixels_of(tokens, r),
+                          elements(x),
+                          elements(u),
+                          elements(y),
+                          around_of(r, norm_eps, norm, true)};
+  run_residual_fwd(p, on.stream);
 }
 
 Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::vector<std::optional<Tensor>> residual,

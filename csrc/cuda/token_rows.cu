@@ -50,11 +50,11 @@ struct Statistics {
 __device__ inline Statistics statistics(const Elements& e, int64_t row, int C, float eps) {
   float sum = 0, squares = 0;
   each_four(e, row, C, [&](int, int n, const float (&v)[4]) {
-    for (int j = 0; j < n; ++j) sum += v[j];
+    for (int j = 0; j < 4; ++j) sum += v[j];  // 0 beyond n
   });
   const float mean = warp_sum(sum) / C;
   each_four(e, row, C, [&](int, int n, const float (&v)[4]) {
-    for (int j = 0; j < n; ++j) squares += (v[j] - mean) * (v[j] - mean);
+    for (int j = 0; j < 4; ++j) squares += j < n ? (v[j] - mean) * (v[j] - mean) : 0;
   });
   return {mean, 1.0f / sqrtf(warp_sum(squares) / C + eps)};
 }
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) residual_fwd_kernel(ResidualForward p
     load_four(p.x, row * p.C + c, n, x);
     if (r.norm) load_four(r.norm_weight, c, n, weight), load_four(r.norm_bias, c, n, bias);
     if (r.gamma.data) load_four(r.gamma, c, n, gamma);
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < 4; ++j) {
       if (r.norm) v[j] = (v[j] - of.mean) * of.rstd * weight[j] + bias[j];
       if (r.gamma.data) v[j] *= gamma[j];
       v[j] = x[j] + v[j] * factor[0];
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(THREADS) norm_bwd_kernel(NormBackward p) {
     float gamma[4], weight[4];
     if (r.gamma.data) load_four(r.gamma, c, n, gamma);
     if (r.norm) load_four(r.norm_weight, c, n, weight);
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < 4; ++j) {
       d[j] *= factor[0];
       if (r.gamma.data) d[j] *= gamma[j];
       if (r.norm) d[j] *= weight[j];
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(THREADS) norm_bwd_kernel(NormBackward p) {
       float v[4];
       load_four(p.rows, row * C + c, n, v);
       scaled(c, n, d);
-      for (int j = 0; j < n; ++j) sum += d[j], dot += d[j] * (v[j] - of.mean) * of.rstd;
+      for (int j = 0; j < 4; ++j) sum += d[j], dot += d[j] * (v[j] - of.mean) * of.rstd;
     });
     sum = warp_sum(sum) / C, dot = warp_sum(dot) / C;
   }
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(THREADS) norm_bwd_kernel(NormBackward p) {
     scaled(c, n, d);
     if (r.norm) load_four(p.rows, row * C + c, n, v);
     if (p.add.data) load_four(p.add, row * C + c, n, more);
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < 4; ++j) {
       if (r.norm) d[j] = (d[j] - sum - (v[j] - of.mean) * of.rstd * dot) * of.rstd;
       d[j] += more[j];
     }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(THREADS) norm_sums_kernel(NormBackward p) {
     if (r.norm || r.gamma.data) load_four(p.rows, row * p.C + c, n, v);
     if (!p.add.data) load_four(p.grad_rows, row * p.C + c, n, result);
     if (r.drop_path.data) load_four(r.drop_path, row / p.pixels, 1, factor);
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < 4; ++j) {
       const float up = d[j] * factor[0];
       const float normal = r.norm ? (v[j] - p.statistics[2 * row]) * p.statistics[2 * row + 1] : v[j];
       const float down = r.gamma.data ? up * gamma[j] : up;
@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(THREADS) norm_sums_kernel(NormBackward p) {
   for (int i = 0; i < 4; ++i) {
     add_warps(sums[i]);
     if (threadIdx.x < 32)
-      for (int j = 0; j < n; ++j) p.sums[(part * 4 + i) * p.C + c + j] = sums[i][j];
+      for (int j = 0; j < 4; ++j)
+        if (j < n) p.sums[(part * 4 + i) * p.C + c + j] = sums[i][j];
   }
 }
 
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(THREADS) gelu_bwd_kernel(GeluBackward p) {
     float v[4], d[4];
     load_quad(hidden, 1, n, v);
     load_quad(grad, 1, n, d);
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < 4; ++j) {
       d[j] *= gelu_slope<T>(v[j]);
       v[j] = gelu<T>(v[j]);
       sums[j] += d[j];
@@ -188,7 +189,8 @@ __global__ void __launch_bounds__(THREADS) gelu_bwd_kernel(GeluBackward p) {
   }
   add_warps(sums);
   if (threadIdx.x < 32)
-    for (int j = 0; j < n; ++j) p.sums[part * p.M + m + j] = sums[j];
+    for (int j = 0; j < 4; ++j)
+      if (j < n) p.sums[part * p.M + m + j] = sums[j];
 }
 
 int64_t tiles_of(int channels) { return (channels + TILE - 1) / TILE; }

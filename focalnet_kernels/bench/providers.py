@@ -23,6 +23,7 @@ from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation, FocalModulation3d
 from ..nn.block import FocalNetBlock
 from ..testing import make_context_inputs, make_modulate_inputs
+from . import engines
 from .cases import PEERS, Case
 from .layers import published_layers
 
@@ -42,6 +43,7 @@ class Subject:
         channels_first: x and y are (B, C, H, W), where the case has (B, H, W, C).
         images: x is data, which gets no gradient.
         authors_name: of a parameter, by its name in `module`.
+        infers_alone: there is no backward.
     """
 
     call: Callable[..., Tensor]
@@ -50,6 +52,7 @@ class Subject:
     channels_first: bool = False
     images: bool = False
     authors_name: Callable[[str], str] = str
+    infers_alone: bool = False
 
     def __call__(self) -> Tensor:
         return self.call(*self.inputs.values())
@@ -79,6 +82,7 @@ class Provider:
         backend: of ours that it runs on; None for everything else.
         compiled: the mode of torch.compile, or None.
         needs: packages.
+        engine: of engines.py.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Provider:
     backend: str | None = None
     compiled: str | None = None
     needs: tuple[str, ...] = ()
+    engine: str | None = None
 
     def why_not(self, case: Case) -> str | None:
         """Why this machine cannot run it on this case, as far as that can be said without trying; or None."""
@@ -99,6 +104,8 @@ class Provider:
             return f"{self.needs[0]} has no layer of volumes"
         if self.compiled == "max-autotune" and case.device == "cpu" and case.dtype == torch.float16:
             return "torch.compile has no float16 products to tune on a CPU"
+        if self.engine is not None:
+            return engines.why_not(self.engine, case)
         return None if self.backend is None else _reason_against(self.backend, case)
 
 
@@ -127,7 +134,16 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
             for b in BACKENDS
             if case.level != "layer"
         ]
-    compiled = [_compiled(p, mode) for p in eager + ours for mode in compile_modes if "channels_last" not in p.name]
+        if case.level == "model":
+            ours += [
+                Provider("timm frozen", partial(_engine, "frozen"), needs=("timm",), engine="frozen"),
+                *[
+                    Provider(shown, partial(_engine, name), needs=("timm", "onnxscript", name), engine=name)
+                    for shown, name in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino"))
+                ],
+            ]
+    plain = [p for p in eager + ours if "channels_last" not in p.name and p.engine is None]
+    compiled = [_compiled(p, mode) for p in plain for mode in compile_modes]
     ours += [Provider(f"ours {b}", partial(_on, b, _ours[case.level]), backend=b) for b in BACKENDS]
     return eager + compiled + ours
 
@@ -328,6 +344,13 @@ def _timm(case: Case, exact: bool) -> Subject:
     module, x, maps = _timm_module(case), _input(case, exact), case.level != "model"
     x = x.movedim(-1, 1).contiguous() if maps else x
     return _foreign(case, exact, module, layout, _PREFIX[case.level], x, module, channels_first=maps)
+
+
+def _engine(name: str, case: Case, exact: bool) -> Subject:
+    subject = _timm(case, exact)
+    x, module = subject.inputs["x"], subject.module
+    call = engines.frozen(module) if name == "frozen" else getattr(engines, name)(case, module, x)
+    return Subject(call, {"x": x}, images=True, infers_alone=True)
 
 
 def _transformers_config(case: Case):

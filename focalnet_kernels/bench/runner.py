@@ -63,22 +63,24 @@ def run_case(
             except Exception as error:
                 reasons[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         baselines.clear()
-        saved = {name: saved_bytes(subject) for name, subject in subjects.items()}
+        saved = {name: saved_bytes(s) for name, s in subjects.items() if not s.infers_alone}
         peaks: dict[str, dict[str, int]] = {}
         for mode in modes:
-            to_time = {name: calls(subject, mode) for name, subject in subjects.items()}
+            of_mode = {name: s for name, s in subjects.items() if mode == "forward" or not s.infers_alone}
+            to_time = {name: calls(subject, mode) for name, subject in of_mode.items()}
             times = interleaved(to_time, rounds, case.device, WARM, tick)
             for provider in providers:
                 name = provider.name
                 row = case.labels() | {"mode": mode, "provider": name}
-                if name in reasons:
-                    yield row | {"skipped": reasons[name]}
+                if name in reasons or name not in of_mode:
+                    yield row | {"skipped": reasons.get(name, "it infers alone")}
                     continue
                 if case.device.startswith("cuda"):
                     peak = cuda_peak_bytes(ready(to_time[name]))
                 elif host_memory is not None:
                     if name not in peaks:
-                        peaks[name] = host_memory.peak_bytes(case, provider, modes)
+                        able = modes if not subjects[name].infers_alone else ["forward"]
+                        peaks[name] = host_memory.peak_bytes(case, provider, able)
                     peak = peaks[name].get(mode)
                 else:
                     peak = None

@@ -48,6 +48,9 @@ def calls(subject: Subject, mode: str) -> Callable[[], object] | Prepared:
 
 def results(subject: Subject) -> dict[str, Tensor]:
     """The output and every gradient of a training step, by the authors' name, in the case's axes."""
+    if subject.infers_alone:
+        with torch.inference_mode():
+            return {"output": subject.canonical(subject()).clone()}
     step = calls(subject, "backward")
     y = step.prepare()
     found = {"output": subject.canonical(y.detach()).clone()}

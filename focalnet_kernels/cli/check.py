@@ -108,7 +108,7 @@ def _compile(console, layers, dtypes, targets) -> int:
     launches: dict[str, tuple[str, Launch]] = {}
     for layer, dtype, batch in itertools.product([*layers, *DETECTION], dtypes, (1, 128)):
         parts = layer_launches(layer, batch, dtype), layer_launches(layer, batch, dtype, training=False)
-        for launch in itertools.chain(*parts, op_launches(layer, batch, dtype)):
+        for launch in itertools.chain(*parts, op_launches(layer, batch, dtype), branch_launches(layer, batch, dtype)):
             launches.setdefault(_identity(launch), (_name(layer, batch), launch))
     table = Table(
         "kernel", "first needed by", "dtype", "target", "registers", "stack", "shared", "instructions", "tensor core"
@@ -163,6 +163,24 @@ def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[L
         ctx_all, mean = focal_context_fwd_impl(*inputs, normalize)
         focal_context_bwd_impl(ctx_all, *inputs, mean, normalize, -1)
         modulate_fwd_impl(ctx, ctx_all, empty(C, C), empty(C))
+    return launches
+
+
+def branch_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
+    """The same of a block's MLP branch: in training and inference, its norm before or after, and in autocast."""
+    from ..ops.mlp_branch.parameters import MlpBranchParameters
+    from ..ops.mlp_branch.triton_launch import mlp_branch_bwd_impl, mlp_branch_fwd_impl
+
+    C, all_of_them = layer.dim, (1 << len(MlpBranchParameters.names)) - 1  # but drop_path's, the last
+    with recorded_launches() as launches:
+        for post, residual_dtype in itertools.product((False, True), {dtype, torch.float32}):
+            body, around = (partial(torch.empty, dtype=d, device="meta") for d in (dtype, residual_dtype))
+            x = around(batch, *layer.spatial, C)
+            parameters = [body(4 * C, C), body(4 * C), body(C, 4 * C), body(C), around(C), around(C)]
+            parameters += [around(C) if post else None, around(batch)]
+            y, saved = mlp_branch_fwd_impl(x, parameters, 1e-5, post, True)
+            mlp_branch_bwd_impl(y, x, parameters, saved, 1e-5, post, all_of_them)
+            mlp_branch_fwd_impl(x, parameters, 1e-5, post, False)
     return launches
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._blocks import BlockParts, BranchParts
@@ -104,7 +105,7 @@ class BlockAdapter:
         if not sizes:
             return self.run(module, parts, x, backend)
         tokens = x.reshape(x.shape[0], *sizes, x.shape[-1])
-        return self.run(module, parts, tokens, backend).reshape(x.shape)
+        return in_other_axes(self.run(module, parts, tokens, backend), lambda y: y.flatten(1, 2), tokens.shape)
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
         """Over maps, channels last."""
@@ -201,7 +202,8 @@ class TimmBlock(BlockAdapter):
         return branch(1), branch(2)
 
     def others(self, module: Module) -> tuple[Module, ...]:
-        return tuple([m for name in ("ls1", "ls2") if type(m := module._modules[name]) is not nn.Identity])
+        scales = [module._modules["ls1"], module._modules["ls2"]]
+        return tuple([scale for scale in scales if type(scale) is not nn.Identity])
 
     def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return self.layer.examples(module.modulation, C)
@@ -211,7 +213,29 @@ class TimmBlock(BlockAdapter):
         return args if is_map and not self.missing(module) else None
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
-        return super().run(module, parts, x.permute(0, 2, 3, 1), backend).permute(0, 3, 1, 2)
+        y = super().run(module, parts, x.permute(0, 2, 3, 1), backend)
+        return in_other_axes(y, lambda y: y.permute(0, 3, 1, 2), lambda grad: grad.permute(0, 2, 3, 1))
+
+
+class _InOtherAxes(torch.autograd.Function):
+    @staticmethod
+    def forward(fctx, y, there, back):
+        fctx.back = back
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return there(y)
+
+    @staticmethod
+    def backward(fctx, grad):
+        back = fctx.back
+        return grad.reshape(back) if isinstance(back, torch.Size) else back(grad), None, None
+
+
+def in_other_axes(y: Tensor, there: Callable[[Tensor], Tensor], back: Any) -> Tensor:
+    """`there(y)`, which shares y's memory but is no view of it: classes answer with tensors of their own, and who wraps
+    them (FSDP) warns of views. `back`: from its gradient to y's, or y's shape."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return there(y)
+    return _InOtherAxes.apply(y, there, back)
 
 
 def _is_one(gamma: Any) -> bool:

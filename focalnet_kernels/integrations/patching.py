@@ -128,13 +128,23 @@ class AcceleratedForward(BoundForward):
             return None  # what leaves this process must not need our ops
         parts = self.adapter.parts(module)
         reason = why_call_any(module, parts, partial(self.adapter.bypassed, norms=self.norms))
-        if reason is None and type(module).forward is not self.original.get(type(module)):
+        if reason is None and not self._knows(type(module)):
             reason = f"{type(module).__name__}.forward was replaced"
         if reason is None:
             return parts
         kind = "" if isinstance(self.adapter, BlockAdapter) else " layer"
         warn_once(f"a {self.adapter.form}{kind} changed after accelerate() and runs its own forward: {reason}")
         return None
+
+    def _knows(self, cls: type[nn.Module]) -> bool:
+        """Whether modules of this class do what was compared: FSDP, say, makes a class of its own of a module's."""
+        if cls in self.original:
+            return cls.forward is self.original[cls]
+        for known, forward in self.original.items():
+            if issubclass(cls, known) and cls.forward is forward:
+                added = {name for c in cls.__mro__[: cls.__mro__.index(known)] for name in vars(c)}
+                return not any(name in added and not name.startswith("__") for name in vars(known))
+        return False
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -42,6 +42,11 @@ def like(x: Tensor, rows: Tensor) -> Tensor:
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
+def separate(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A raw op's result, which shares its memory with no other: sums of several parameters come in one tensor."""
+    return gradient.to(dtype, copy=gradient.ndim == 1)
+
+
 _RESIDUAL = "Tensor?[] residual, float norm_eps, bool norm"
 for _schema in (
     f"residual_rows_fwd_cuda(Tensor x, Tensor u, {_RESIDUAL}, Tensor(a!) y) -> ()",

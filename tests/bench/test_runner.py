@@ -7,7 +7,7 @@ import torch
 
 from focalnet_kernels import _libraries
 from focalnet_kernels.bench import providers as module
-from focalnet_kernels.bench.cases import Case
+from focalnet_kernels.bench.cases import Case, cases
 from focalnet_kernels.bench.layers import PublishedLayer
 from focalnet_kernels.bench.memory import HostMemory, saved_bytes
 from focalnet_kernels.bench.providers import AUTHORS, Provider, providers
@@ -150,3 +150,35 @@ def test_compiled_providers_come_with_every_eager_one():
         assert f"{name} compiled max-autotune" in names
     assert len(names) == len(set(names))
     assert isinstance(providers(CASE)[0], Provider)
+
+
+def test_what_infers_alone_has_no_backward():
+    def alone(build):
+        return lambda case, exact: replace(build(case, exact), infers_alone=True)
+
+    rows = rows_of(eager_and(alone))
+    assert rows["other", "forward"]["p50_ms"] > 0
+    assert rows["other", "backward"]["skipped"] == rows["other", "forward+backward"]["skipped"] == "it infers alone"
+
+
+def test_engines_say_what_they_cannot(monkeypatch):
+    model = replace(CASE, level="model", what="model", target="focalnet_tiny_srf", layer=None)
+    found = {p.name: p for p in providers(model) if p.engine is not None}
+    assert list(found) == ["timm frozen", "ONNX Runtime", "OpenVINO"]
+    assert not [p for p in providers(CASE) if p.engine is not None], "of whole models alone"
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    of_bfloat16, of_gpu = replace(model, dtype=torch.bfloat16), replace(model, device="cuda")
+    assert found["ONNX Runtime"].why_not(of_bfloat16) == "onnxruntime has no bfloat16 on a CPU"
+    assert found["OpenVINO"].why_not(of_bfloat16) is None
+    assert found["OpenVINO"].why_not(of_gpu) == "openvino is compared on CPUs alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["timm frozen", "ONNX Runtime", "OpenVINO"])
+def test_engines_compute_the_same(engine):
+    (case,) = cases(["model"], ["focalnet_tiny_srf"], batch=1, size=64, dtypes=[torch.float32], device="cpu")
+    chosen = [p for p in providers(case) if p.name in (AUTHORS, engine)]
+    if reason := chosen[1].why_not(case):
+        pytest.skip(reason)
+    rows = {row["provider"]: row for row in run_case(case, chosen, modes=["forward"], rounds=3)}
+    assert "skipped" not in rows[engine], rows[engine]["skipped"]

@@ -40,6 +40,27 @@ def test_shapes(backend, shape, kernels_, dtype, post, seed):
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape, kernels_", [*SHAPES.values(), ((3, 16, 12, 17), (3,))], ids=[*SHAPES, "more-than-few"])
+def test_inference(backend, shape, kernels_, dtype, post, seed):
+    options = {"dtype": dtype, "post_norm": post, "postln": post, "mean": 0.5}
+    assert_op_accurate(fk.focal_branch, make_focal_branch_inputs(shape, kernels_, seed=seed, **options, **ALL), backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inference_in_any_layout(backend, layout, seed):
+    inputs = make_focal_branch_inputs((2, 6, 7, 18), (3,), seed=seed, layout=layout, **ALL)
+    assert_op_accurate(fk.focal_branch, inputs, backend)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_instruction_sets(isa, dtype, post, seed):
+    for shape, kernels in SHAPES.values():
+        check("cpu", shape, kernels, seed, dtype=dtype, post_norm=post, postln=post, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("absent", [(), ("norm",), ("gamma",), ("drop_path",), tuple(ALL)], ids=str)
 def test_parts(backend, bias, post, absent, seed):

@@ -41,6 +41,27 @@ def test_shapes(backend, shape, hidden, dtype, post, seed):
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape, hidden", [*SHAPES.values(), ((3, 16, 12, 33), 71)], ids=[*SHAPES, "more-than-few"])
+def test_inference(backend, shape, hidden, dtype, post, seed):
+    inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, dtype=dtype, post_norm=post, mean=0.5, **ALL)
+    assert_op_accurate(fk.mlp_branch, inputs, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inference_in_any_layout(backend, layout, seed):
+    inputs = make_mlp_branch_inputs((2, 6, 7, 34), 100, seed=seed, layout=layout, **ALL)
+    assert_op_accurate(fk.mlp_branch, inputs, backend)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_instruction_sets(isa, dtype, post, seed):
+    for shape, hidden in SHAPES.values():
+        check("cpu", shape, hidden, seed, dtype=dtype, post_norm=post, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("absent", [(), ("norm",), ("gamma",), ("drop_path",), tuple(ALL)], ids=str)
 def test_parts(backend, bias, post, absent, seed):
@@ -61,6 +82,46 @@ def test_residual_of_more_bits(backend, dtype, post, seed):
         pytest.skip("backend cpu leaves a residual of more bits than its body to the reference")
     check_residual = {"residual_dtype": torch.float32, "dtype": dtype, "post_norm": post}
     check(backend, (2, 6, 7, 40), 160, seed, **check_residual, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+def test_second_order(backend, post, seed):
+    inputs = make_mlp_branch_inputs((2, 3, 4, 6), 8, seed=seed, post_norm=post, **ALL)
+    leaves = [t.requires_grad_() for name, t in inputs.items() if isinstance(t, torch.Tensor) and name != "drop_path"]
+
+    def second():
+        y = fk.mlp_branch(**inputs)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with fk.use_backend(backend):
+        found = second()
+    with fk.use_backend("reference"):
+        expected = second()
+    for ours, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, value, rtol=1e-3, atol=1e-3)
+
+
+def test_refuses_what_does_not_fit():
+    inputs = make_mlp_branch_inputs((2, 3, 4, 6), 8, **ALL)
+
+    def with_(**changed):
+        return fk.mlp_branch(**(inputs | changed))
+
+    with pytest.raises(ValueError, match=r"^fc2_weight: expected shape \(6, 8\) or a 1x1 convolution's, got \(8, 6\)"):
+        with_(fc2_weight=torch.zeros(8, 6))
+    with pytest.raises(ValueError, match="^norm_weight, norm_bias: give both or neither"):
+        with_(norm_bias=None)
+    with pytest.raises(ValueError, match=r"^drop_path: expected shape \(2,\) = \(B,\), got \(3,\)"):
+        with_(drop_path=torch.ones(3))
+    with pytest.raises(ValueError, match="^drop_path: expected factors that require no gradient"):
+        with_(drop_path=torch.ones(2, requires_grad=True))
+    with pytest.raises(TypeError, match="^gamma: expected x's dtype torch.float32, got torch.float64"):
+        with_(gamma=torch.ones(6, dtype=torch.float64))
+    with pytest.raises(
+        TypeError, match="^fc1_weight: expected torch.float32 or 16 bits on cpu as x, got torch.float64"
+    ):
+        with_(fc1_weight=inputs["fc1_weight"].double())
 
 
 def test_keeps_the_memory_order(backend, seed):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, like
+from ..token_rows import RowKernels, as_rows, like, separate
 from .parameters import FocalBranchParameters
 
 
@@ -54,7 +54,7 @@ def backward(
         found["x"] = like(x, dx)
     found |= zip(names[1:], of_parameters, strict=False)
     return [
-        found[name].to(t.dtype) if wants[name] else x.new_empty(0)
+        separate(found[name], t.dtype) if wants[name] else x.new_empty(0)
         for name, t in zip(names, (x, *parameters), strict=True)
     ]
 

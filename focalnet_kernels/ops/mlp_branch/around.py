@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, like
+from ..token_rows import RowKernels, as_rows, like, separate
 from ..triton.geometry import strided_like
 from .parameters import MlpBranchParameters
 
@@ -75,4 +75,4 @@ def gradients(p: MlpBranchParameters, x, found, wants, z, du, hidden, grad_hidde
     if wants["fc2_weight"]:
         found["fc2_weight"] = du.t() @ hidden
     tensors = zip(("x", *p.names), (x, *p), strict=True)
-    return [strided_like(found[name].to(t.dtype), t) if wants[name] else x.new_empty(0) for name, t in tensors]
+    return [strided_like(separate(found[name], t.dtype), t) if wants[name] else x.new_empty(0) for name, t in tensors]
