@@ -27,6 +27,12 @@ MODELS = (
     " --provider 'timm compiled*' --provider 'ours*'"
 )
 COMPILED = "--compile default --compile max-autotune"
+# what people would use instead for inference; the model as it is and accelerated, and ours
+ENGINES = (
+    "--level model --mode forward --compile default --no-memory --no-roofline --rounds 15 --provider timm"
+    " --provider 'timm compiled' --provider 'timm frozen' --provider 'ONNX Runtime' --provider OpenVINO"
+    " --provider 'timm accelerated cpu*' --provider 'ours cpu' --provider transformers"
+)
 ON_A_CPU = {
     "layers": f"{COMPILED} --provider '[!a]*' --provider \"authors' form\" --rounds 7",
     "ops": "--level op --rounds 7 --no-memory",
@@ -34,6 +40,10 @@ ON_A_CPU = {
     "detection": f"--target detection --batch 1 --dtype bfloat16 --rounds 3 --no-memory {BOTH}",
     "video": f"--target video --stage 1 --stage 2 --batch 1 --rounds 5 --no-memory {BOTH}",
     "model": f"--level model {COMPILED} --rounds 5 --no-memory {BOTH} {MODELS} --provider 'timm accelerated*'",
+    "engines": ENGINES,
+    "engines_one_image": f"{ENGINES} --batch 1",
+    "training": "--level model --mode forward+backward --compile default --no-roofline --rounds 7 --provider timm"
+    " --provider 'timm compiled' --provider 'timm accelerated cpu' --provider 'ours cpu'",
     "peers": f"--level peers --compile default --dtype float32 --rounds 5 --no-memory --no-roofline {BOTH}",
     "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --compile default --batch 4"
     f" --dtype float32 --rounds 3 --no-memory --no-roofline {BOTH}",

@@ -127,13 +127,16 @@ class BlockParts(NamedTuple):
         the layer alone is an op."""
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return False
-        tensors = [self.fc1._parameters["weight"], self.first.gamma(), self.second.gamma()]
-        tensors += [
-            branch.norm._parameters["weight"] for branch in (self.first, self.second) if branch.norm is not None
-        ]
+        branches = self.first, self.second
+        gammas = [gamma for branch in branches if (gamma := branch.gamma()) is not None]
+        fc1_weight = self.fc1._parameters["weight"]
+        if any([tuple(gamma.shape) != (fc1_weight.shape[1],) for gamma in gammas]):  # no snapshot knows them
+            return False
+        tensors = [fc1_weight, *gammas]
+        tensors += [branch.norm._parameters["weight"] for branch in branches if branch.norm is not None]
         if self.layer_parts is not None:
             tensors.append(self.layer_parts.f._parameters["weight"])
-        return all([t is None or (t.dtype == x.dtype and t.device == x.device) for t in tensors])
+        return all([t.dtype == x.dtype and t.device == x.device for t in tensors])
 
 
 def _around(branch: BranchParts, x: Tensor) -> dict[str, Any]:

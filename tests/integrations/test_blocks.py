@@ -142,6 +142,7 @@ CHANGES = {
     "dropout in the mlp": lambda block: (setattr(block.mlp.drop, "p", 0.5), block.train()),
     "dropout in the layer": lambda block: (setattr(block.modulation.proj_drop, "p", 0.5), block.train()),
     "scaled": lambda block: setattr(block, "gamma_1", nn.Parameter(torch.full((12,), 3.0).double())),
+    "one factor for all": lambda block: setattr(block, "gamma_1", nn.Parameter(torch.full((1,), 3.0).double())),
     "a number for a scale": lambda block: setattr(block, "gamma_2", 3.0),
     "post norm": lambda block: setattr(block, "use_postln", True),
     "another size": lambda block: (setattr(block, "H", 6), setattr(block, "W", 7)),
@@ -175,6 +176,14 @@ def test_changed_parts_act(change, when):
             return
         torch.manual_seed(0)
         assert relative_error(block(*args), expected) < 1e-12
+
+
+def test_a_scale_of_another_shape_acts():
+    block, args = build("authors", scale=True).double(), example("authors", dtype=torch.float64)
+    fk.accelerate(block)
+    block(*args)
+    block.gamma_1 = nn.Parameter(torch.full((1,), 3.0).double())
+    assert relative_error(block(*args), AuthorsBlock.forward(block, *args)) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["norm1_post", "ls1", "mlp.norm"])
