@@ -125,3 +125,12 @@ def isa(request, monkeypatch):
 def seed():
     """A fresh seed for every test, shown when the test fails."""
     return fresh_seed()
+
+
+@pytest.fixture
+def one_thread():
+    """With which few rows are cut by columns, whatever their channels."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

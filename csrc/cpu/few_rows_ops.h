@@ -5,8 +5,12 @@
 
 namespace focalnet::cpu {
 
-// With at most so many rows a weight is packed panel by panel: packing it as a whole would take too large a part.
-constexpr int64_t FEW_ROWS = 512;
+// Whether rows of C channels are few: packing the weights as a whole would take too large a part, and there is a task
+// of columns for every thread that could have rows. The numbers are the same either way, bit for bit.
+inline bool few_rows(int64_t rows, int64_t C) {
+  constexpr int64_t MOST = 512;
+  return rows <= MOST && (C + 47) / 48 >= std::min<int64_t>(torch::stable::get_num_threads(), (rows + 7) / 8);
+}
 
 class FewRows {
  public:

@@ -209,7 +209,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerPa
   if (save)
     out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}), torch::stable::new_empty(x, {tokens, g.C}),
                  torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
-  if (tokens > 0 && tokens <= FEW_ROWS && !save)
+  if (tokens > 0 && few_rows(tokens, g.C) && !save)
     few_rows_fwd(x, p, residual, normalize, ln_eps, out.y);
   else if (tokens > 0)
     LayerForward(x, p, residual, normalize, ln_eps, save, out).run();

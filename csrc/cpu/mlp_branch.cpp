@@ -18,7 +18,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   const Rows rows = rows_of(map_of(x, 1, x.dim() - 1), g), out = rows_of(map_of(y, 1, x.dim() - 1), g);
   const std::vector<float> fc1_bias = floats_of(p.fc1_bias), fc2_bias = floats_of(p.fc2_bias);
   const ResidualFloats residual(p.residual, norm_eps, post);
-  if (tokens <= FEW_ROWS && saved.empty()) {
+  if (few_rows(tokens, g.C) && saved.empty()) {
     const FewRows few(k, dtype_of(x), tokens);
     const Buffer z = few.operand(rows, residual.values(), g.C);
     const Buffer hidden(k.operand_bytes(dtype_of(x), tokens, p.fc1_weight.size(0)));

@@ -43,7 +43,7 @@ def test_shapes(backend, shape, hidden, dtype, post, seed):
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, hidden", [*SHAPES.values(), ((3, 16, 12, 33), 71)], ids=[*SHAPES, "more-than-few"])
-def test_inference(backend, shape, hidden, dtype, post, seed):
+def test_inference(backend, one_thread, shape, hidden, dtype, post, seed):
     inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, dtype=dtype, post_norm=post, mean=0.5, **ALL)
     assert_op_accurate(fk.mlp_branch, inputs, backend)
 
@@ -130,3 +130,18 @@ def test_keeps_the_memory_order(backend, seed):
         y = fk.mlp_branch(**inputs)
     if backend != "reference":
         assert y.stride() == inputs["x"].stride()
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_threads_change_no_bit(cpu_kernels, dtype, post, seed):
+    """Of few rows: with one thread products are cut by columns, with many by rows."""
+    inputs = make_mlp_branch_inputs((2, 5, 7, 60), 200, dtype=dtype, post_norm=post, seed=seed, **ALL)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append(fk.mlp_branch(**inputs, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
