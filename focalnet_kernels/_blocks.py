@@ -128,11 +128,12 @@ class BlockParts(NamedTuple):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return False
         branches = self.first, self.second
-        gammas = [gamma for branch in branches if (gamma := branch.gamma()) is not None]
+        gammas = [branch.gamma() for branch in branches if branch.scale is not None]
         fc1_weight = self.fc1._parameters["weight"]
-        if any([tuple(gamma.shape) != (fc1_weight.shape[1],) for gamma in gammas]):  # no snapshot knows them
-            return False
-        tensors = [fc1_weight, *gammas]
+        for gamma in gammas:  # which no snapshot knows
+            if not isinstance(gamma, Tensor) or tuple(gamma.shape) != (fc1_weight.shape[1],):
+                return False
+        tensors: list[Any] = [fc1_weight, *gammas]
         tensors += [branch.norm._parameters["weight"] for branch in branches if branch.norm is not None]
         if self.layer_parts is not None:
             tensors.append(self.layer_parts.f._parameters["weight"])

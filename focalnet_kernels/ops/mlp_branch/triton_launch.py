@@ -37,9 +37,12 @@ def in_one_kernel(p: MlpBranchParameters) -> bool:
     return p.fc1_weight.dtype != torch.float32 and p.fc1_weight.shape[1] <= MOST_CHANNELS
 
 
-# next_power_of_2(C) -> BN, BM, warps, stages of the forward and of the backward; 128 measured on an H200
+# next_power_of_2(C) -> BN, BM, warps, stages, forward and backward; those of 128 in bfloat16 were measured on an H200
 _FORWARD = {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)}
 _BACKWARD = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)}
+# the exact GELU takes registers that these tiles have not got
+_FORWARD_EXACT = _FORWARD | {128: (128, 64, 8, 2)}
+_BACKWARD_EXACT = _BACKWARD | {128: (32, 32, 4, 2)}
 
 
 def _tile(tiles: dict[int, tuple], C: int) -> dict:
@@ -58,7 +61,7 @@ def mlp_branch_fwd_impl(x, parameters, norm_eps, post, save):
     tokens, C = rows.shape
     y, keep = torch.empty_like(rows), save and post
     u = rows.new_empty(tokens, C, dtype=dtype) if keep else y
-    tile = _tile(_FORWARD, C)
+    tile = _tile(_FORWARD_EXACT if exact_gelu(dtype) else _FORWARD, C)
     launch(
         mlp_fwd_kernel, cdiv(tokens, tile["BN"]), x.device,
         rows, or_other(r.norm_weight, rows), or_other(r.norm_bias, rows), norm_eps,
@@ -80,7 +83,8 @@ def mlp_branch_bwd_impl(grad_y, x, parameters, saved, norm_eps, post, needed):
     r, rows, dy = p.residual, as_rows(x), as_rows(grad_y)
     wants = around.wanted(p, x, needed)
     du, found = around.body_gradient(TRITON, p, rows, dy, saved, norm_eps, post, wants)
-    (tokens, C), M, tile = rows.shape, len(p.fc1_weight), _tile(_BACKWARD, rows.shape[1])
+    (tokens, C), M, exact = rows.shape, len(p.fc1_weight), exact_gelu(p.fc1_weight.dtype)
+    tile = _tile(_BACKWARD_EXACT if exact else _BACKWARD, C)
     programs, pre = cdiv(tokens, tile["BN"]), not post and r.norm_weight is not None
     dx, z = torch.empty_like(rows), torch.empty_like(du)
     hidden, grad_hidden = du.new_empty(tokens, M), du.new_empty(tokens, M)
@@ -91,7 +95,7 @@ def mlp_branch_bwd_impl(grad_y, x, parameters, saved, norm_eps, post, needed):
         rows, dy, du, or_other(r.norm_weight, rows), or_other(r.norm_bias, rows), norm_eps,
         p.fc1_weight.contiguous(), or_other(p.fc1_bias, rows), p.fc2_weight.contiguous(), z, dx, hidden, grad_hidden,
         sums, hidden_sums, tokens, C, M,
-        NORM=pre, BIAS1=p.fc1_bias is not None, EXACT=exact_gelu(p.fc1_weight.dtype), **tile,
+        NORM=pre, BIAS1=p.fc1_bias is not None, EXACT=exact, **tile,
     )  # fmt: skip
     if pre:
         found |= zip(("norm_weight", "norm_bias"), sums.sum(0), strict=True)
