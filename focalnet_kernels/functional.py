@@ -318,9 +318,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `op` for these tensors, and for each other backend the reason why not.
 
     Args:
-        op: `focal_context`, `modulate`, `focal_modulation` or `cross_focal_modulation` (the function or its name), or
-            a module such as `FocalModulation`. Of the cross form the answer is for its `focal_context`. A
-            module that must call an inner module, one with hooks, say, names it and runs part by part.
+        op: `focal_context`, `modulate`, `focal_modulation`, `cross_focal_modulation`, `focal_branch` or `mlp_branch`
+            (the function or its name), or a module such as `FocalModulation`. Of the cross form the answer is
+            for its `focal_context`. A module that must call an inner module, one with hooks, say, names it and
+            runs part by part.
         *args, **kwargs: what it would be called with.
 
     Returns:

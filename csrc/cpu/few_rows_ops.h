@@ -25,7 +25,7 @@ class FewRows {
     });
     return memory;
   }
-  // `weight` (N, K) or rows n0..n1 of it. What it is followed by is for the caller to fill in, and to run.
+  // By `weight` (N, K). What it is followed by is for the caller to fill in, and to run.
   FewRowsProduct product(const Buffer& operand, const Tensor& weight, const std::vector<float>& bias,
                          FewRowsProduct::Then then) const {
     FewRowsProduct p{};
