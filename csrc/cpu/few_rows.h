@@ -2,14 +2,13 @@
 
 template <class T>
 struct FewRowsScratch {
-  RowBlock<T> out, q, modulator, x;
+  RowBlock<T> out, q, x;
   const float* factors;
   operand_t<T>* panel;
 
   FewRowsScratch(Arena& arena, const FewRowsProduct& p, int64_t row0, int64_t n)
       : out(row_block<T>(arena, p.out, row0, n)),
         q(row_block<T>(arena, p.q, row0, n)),
-        modulator(row_block<T>(arena, p.modulator, row0, n)),
         x(row_block<T>(arena, p.x, row0, n)),
         factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
         panel(arena.take<operand_t<T>>(panels_elements<operand_t<T>>(NR, p.K))) {}
@@ -88,9 +87,7 @@ static void few_rows_product_of(const FewRowsProduct& p, int64_t n0, int64_t n1,
     if (p.then == Then::GELU) then(StoreGelu<T>{next, stride, 0, p.bias});
     if (p.then == Then::MODULATE)
       then(ReadRows{s.q, [&](int64_t row, int64_t c, int lanes, vf sum) FK_LAMBDA {
-                      const vf modulator = biased(c, lanes, sum);
-                      if (p.modulator.data) store_lanes(s.modulator[row] + c, lanes, 1, modulator);
-                      store_lanes(next + row * stride + c, lanes, 1, modulator * s.q.load(row, c, lanes));
+                      store_lanes(next + row * stride + c, lanes, 1, biased(c, lanes, sum) * s.q.load(row, c, lanes));
                     }});
     if (p.then == Then::RESIDUAL)
       then(ReadRows{s.x, [&](int64_t row, int64_t c, int lanes, vf sum) FK_LAMBDA {

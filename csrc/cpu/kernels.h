@@ -164,10 +164,9 @@ struct FewRowsProduct {
   int64_t ahead;      // so many columns after those of a task others are soon wanted, and are fetched meanwhile
   const float* bias;  // or null
   Then then;
-  Rows out;        // STORE, RESIDUAL: in the storage dtype
-  void* next;      // GELU, MODULATE: the operand of the next product
-  Rows q;          // MODULATE: times the sums
-  Rows modulator;  // MODULATE: the sums, written where data is not null
+  Rows out;    // STORE, RESIDUAL: in the storage dtype
+  void* next;  // GELU, MODULATE: the operand of the next product
+  Rows q;      // MODULATE: times the sums
   Residual residual;
   Rows x;    // RESIDUAL
   float* u;  // RESIDUAL with a last norm: (rows, N), then Kernels::few_rows_post_norm makes `out` of it
