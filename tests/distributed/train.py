@@ -1,6 +1,7 @@
 """A small training run, on one process or on two: `torchrun --nproc-per-node 2 train.py ddp|fsdp OUT BACKEND...`."""
 
 import copy
+import os
 import sys
 import warnings
 
@@ -154,6 +155,9 @@ def main(way: str, out: str, backends: list[str]) -> None:
     if rank == 0:
         torch.save(results, out)
     dist.destroy_process_group()
+    # FSDP's mesh keeps gloo's threads; one that drops a tensor while Python shuts down aborts (PyTorch PR 179291)
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
