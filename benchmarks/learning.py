@@ -184,7 +184,8 @@ def main(backend, precision, epochs, steps, batch, seed, every, output) -> None:
         print(f"{name}; {len(result.losses)} steps, loss {result.losses[-1]:.4f}{end}, {seconds:.0f} s", flush=True)
     if processes > 1:
         dist.destroy_process_group()
-        os._exit(0)  # DDP keeps gloo's threads; one that drops a tensor while Python shuts down aborts (PyTorch PR 179291)
+        # DDP keeps gloo's threads; one that drops a tensor while Python shuts down aborts (PyTorch PR 179291)
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ class BlockParts(NamedTuple):
         """Whether a dropout acts, which no op does."""
         return not all([is_off(dropout) for dropout in self.dropouts])
 
-    def run(self, x: Tensor, normalize: bool, backend: str | None = None) -> Tensor:
-        """The block's forward over maps (B, *spatial, C) through our ops."""
+    def run(self, x: Tensor, normalize: bool, keep_hidden: bool = False, backend: str | None = None) -> Tensor:
+        """The block's forward over maps (B, *spatial, C) through our ops, whose options the others are."""
         first, second = self.first, self.second
         around = _around(first, x)
         if self.layer_parts is not None:
@@ -120,7 +120,7 @@ class BlockParts(NamedTuple):
             y = residual_reference(x, self.layer, residual, around["norm_eps"], first.post)
         fc1, fc2 = self.fc1._parameters, self.fc2._parameters
         weights = fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"]
-        return mlp_branch(y, *weights, **_around(second, y), backend=backend)
+        return mlp_branch(y, *weights, **_around(second, y), keep_hidden=keep_hidden, backend=backend)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the ops take these plain parts' numbers for `x`: all of one kind. Where autocast mixes them on a CPU

@@ -205,6 +205,7 @@ def mlp_branch(
     post_norm: bool = False,
     gamma: Tensor | None = None,
     drop_path: Tensor | None = None,
+    keep_hidden: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The second branch of a block (paper, figure 2): y = x + drop_path * gamma * post_norm?(mlp(pre_norm?(x))).
@@ -221,6 +222,8 @@ def mlp_branch(
         gamma: (C,), the layer scale; None without it.
         drop_path: (B,), a factor per sample: 0 where the branch is dropped, otherwise 1 / (1 - rate); None without it.
             No gradient is made of it.
+        keep_hidden: keep fc1's result, M values per token, for a faster backward; otherwise it is made again from x,
+            which is all that is kept.
         backend: see `focal_context`.
 
     The linear layers may have 16 bits where all else is float32; autocast casts them alone.
@@ -235,7 +238,8 @@ def mlp_branch(
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
     )  # fmt: skip
-    return ops.mlp_branch(call, x, MlpBranchParameters(parameters), float(norm_eps), bool(post_norm), backend)
+    options = float(norm_eps), bool(post_norm), bool(keep_hidden)
+    return ops.mlp_branch(call, x, MlpBranchParameters(parameters), *options, backend)
 
 
 def cross_focal_modulation(

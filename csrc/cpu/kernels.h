@@ -129,7 +129,8 @@ struct MlpForward {
   const float *fc1_bias, *fc2_bias;  // or null
   Residual residual;
   Rows x, y;
-  Rows u;  // fc2's result; written when data is not null
+  Rows u;    // fc2's result; written when data is not null
+  Rows pre;  // fc1's result, before GELU: likewise
 };
 
 // Its backward, of a group of tokens from row `first` on, up to the weights' gradients. Rows of one width are dense
@@ -142,6 +143,7 @@ struct MlpBackward {
   int64_t first;
   Rows x, grad_y;
   Rows u;              // what the forward kept, where the norm is last
+  Rows pre;            // fc1's result, where the forward kept it
   Rows grad_x;         // written where data is not null
   Rows z;              // written: fc1's input
   Rows grad_u;         // written: the gradient of fc2's result; without a last norm before gamma is multiplied in

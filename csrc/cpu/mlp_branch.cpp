@@ -5,7 +5,7 @@
 namespace focalnet::cpu {
 
 std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                       double norm_eps, bool post, bool save) {
+                                                       double norm_eps, bool post, bool keep_hidden, bool save) {
   const MlpBranchParameters p(parameters);
   const Kernels& k = kernels();
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
@@ -13,6 +13,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   const Tensor y = torch::stable::empty_like(x);
   std::vector<Tensor> saved;
   if (save && post) saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
+  if (save && keep_hidden) saved.push_back(torch::stable::new_empty(x, {tokens, p.fc1_weight.size(0)}));
   if (tokens == 0) return {y, saved};
 
   const Rows rows = rows_of(map_of(x, 1, x.dim() - 1), g), out = rows_of(map_of(y, 1, x.dim() - 1), g);
@@ -43,7 +44,8 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   f.residual = residual.values();
   f.x = rows;
   f.y = out;
-  if (!saved.empty()) f.u = dense_rows(saved[0].mutable_data_ptr(), tokens, g.C);
+  if (save && post) f.u = dense_rows(saved.front().mutable_data_ptr(), tokens, g.C);
+  if (save && keep_hidden) f.pre = dense_rows(saved.back().mutable_data_ptr(), tokens, p.fc1_weight.size(0));
   const RowBlocks blocks(tokens);
   for_blocks(blocks, k.mlp_scratch(f, blocks.size),
              [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k.mlp_fwd(f, row0, row1, scratch); });

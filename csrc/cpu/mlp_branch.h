@@ -1,15 +1,18 @@
 // The MLP branch of a block over blocks of token rows. Hidden values never leave the cache: as many hidden channels as
 // make one run of a product at a time, fc1 and GELU make them and fc2 adds what they give to the sums of its rows.
 
-// GELU(sum + bias), as the operand of the next product: columns from `column0` on.
+// GELU(sum + bias), as the operand of the next product: columns from `column0` on. `pre`: where the sum is kept.
 template <class T>
 struct StoreGelu {
   operand_t<T>* out;
   int64_t stride, column0;
   const float* bias;  // or null
+  T* const* pre;      // or null
 
-  FK_INLINE vf value(int64_t column, int n, vf sum) const {
-    return gelu<T>(bias ? sum + load_lanes(bias + column, n, 1) : sum);
+  FK_INLINE vf value(int64_t row, int64_t column, int n, vf sum) const {
+    if (bias) sum += load_lanes(bias + column, n, 1);
+    if (pre) store_lanes(pre[row] + column, n, 1, sum);
+    return gelu<T>(sum);
   }
   FK_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
   template <int N>
@@ -18,20 +21,20 @@ struct StoreGelu {
       operand_t<T>* to = out + (row + i) * stride + column - column0;
       vf x[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) x[j] = value(column + j * VL, VL, load(sums + j * VL));
+      for (int j = 0; j < N; ++j) x[j] = value(row + i, column + j * VL, VL, load(sums + j * VL));
       if (N > 1) store_two(to, x[0], x[N > 1]);
       if (N % 2) store(to + (N - 1) * VL, x[N - 1]);
     }
     return true;
   }
   FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const {
-    store_lanes(out + row * stride + column - column0, n, 1, value(column, n, sum));
+    store_lanes(out + row * stride + column - column0, n, 1, value(row, column, n, sum));
   }
 };
 
 template <class T>
 struct MlpScratch {
-  RowBlock<T> x, y, u;
+  RowBlock<T> x, y, u, pre;
   const float* factors;
   float* out;
   operand_t<T>*z, *hidden;
@@ -40,6 +43,7 @@ struct MlpScratch {
       : x(row_block<T>(arena, p.x, row0, n)),
         y(row_block<T>(arena, p.y, row0, n)),
         u(row_block<T>(arena, p.u, row0, n)),
+        pre(row_block<T>(arena, p.pre, row0, n)),
         factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
         out(arena.take<float>(n * p.fc2.N)),
         z(operand_memory<T>(arena, n, p.fc1.K)),
@@ -59,7 +63,8 @@ static void mlp_fwd_of(const MlpForward& p, int64_t row0, int64_t row1, void* me
   for (int64_t m = 0; m < M; m += RUN) {
     const int64_t end = at_most(M, m + RUN), stride = padded_k<CT>(end - m);
     for (int64_t i = 0; i < n && stride > end - m; ++i) s.hidden[i * stride + end - m] = CT{};
-    product(z, p.fc1, Part{m, end, 0, C}, StoreGelu<T>{s.hidden, stride, m, p.fc1_bias});
+    product(z, p.fc1, Part{m, end, 0, C},
+            StoreGelu<T>{s.hidden, stride, m, p.fc1_bias, p.pre.data ? s.pre.rows : nullptr});
     const OperandRows<CT> hidden{s.hidden, stride, n};
     const Part part{0, C, m, end};
     const bool first = m == 0, last = end == M;
@@ -80,7 +85,7 @@ static void mlp_fwd_of(const MlpForward& p, int64_t row0, int64_t row1, void* me
 
 template <class T>
 struct MlpBackScratch {
-  RowBlock<T> x, grad_y, u, grad_x, z, grad_u, hidden, grad_hidden;
+  RowBlock<T> x, grad_y, u, pre, grad_x, z, grad_u, hidden, grad_hidden;
   const float* factors;
   float *grad_z, *row, *other, *slope, *sums, *hidden_sums;
   operand_t<T>*of_z, *of_grad_u, *of_grad_hidden;
@@ -89,6 +94,7 @@ struct MlpBackScratch {
       : x(row_block<T>(arena, p.x, row0, n)),
         grad_y(row_block<T>(arena, p.grad_y, row0, n)),
         u(row_block<T>(arena, p.u, row0, n)),
+        pre(row_block<T>(arena, p.pre, row0, n)),
         grad_x(row_block<T>(arena, p.grad_x, row0, n)),
         z(row_block<T>(arena, p.z, row0 - p.first, n)),
         grad_u(row_block<T>(arena, p.grad_u, row0 - p.first, n)),
@@ -162,13 +168,21 @@ static void mlp_bwd_of(const MlpBackward& p, int64_t block, int64_t row0, int64_
 
   for (int64_t m = 0; m < M; m += RUN) {
     const int64_t end = at_most(M, m + RUN), width = end - m, stride = padded_k<CT>(width);
-    product(z, p.fc1, Part{m, end, 0, C}, NoRows{[&](int64_t row, int64_t column, int lanes, vf sum) FK_LAMBDA {
-              if (p.fc1_bias) sum += load_lanes(p.fc1_bias + column, lanes, 1);
-              vf slope;
-              const vf value = gelu_and_slope<T>(sum, &slope);
-              store_lanes(s.hidden[row] + column, lanes, 1, value);
-              store_lanes(s.slope + row * width + column - m, lanes, 1, slope);
-            }});
+    const auto activate = [&](int64_t row, int64_t column, int lanes, vf pre) FK_LAMBDA {
+      vf slope;
+      const vf value = gelu_and_slope<T>(pre, &slope);
+      store_lanes(s.hidden[row] + column, lanes, 1, value);
+      store_lanes(s.slope + row * width + column - m, lanes, 1, slope);
+    };
+    if (p.pre.data) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = m; c < end; c += VL) activate(i, c, lanes_of(end - c), s.pre.load(i, c, lanes_of(end - c)));
+    } else {
+      product(z, p.fc1, Part{m, end, 0, C}, NoRows{[&](int64_t row, int64_t column, int lanes, vf sum) FK_LAMBDA {
+                if (p.fc1_bias) sum += load_lanes(p.fc1_bias + column, lanes, 1);
+                activate(row, column, lanes, sum);
+              }});
+    }
     for (int64_t i = 0; i < n && stride > width; ++i) s.of_grad_hidden[i * stride + width] = CT{};
     product(grad_u, p.fc2_t, Part{m, end, 0, C}, NoRows{[&](int64_t row, int64_t column, int lanes, vf sum) FK_LAMBDA {
               sum *= load_lanes(s.slope + row * width + column - m, lanes, 1);

@@ -1,4 +1,4 @@
-// The MLP branch's backward on the CPU, a group of tokens at a time: fc1 and GELU are made again.
+// The MLP branch's backward on the CPU, a group of tokens at a time. GELU is made again, and fc1 where it was not kept.
 #include "common/parameters.h"
 #include "cpu/gradients.h"
 #include "cpu/residual.h"
@@ -13,11 +13,12 @@ using Gradients = MlpBranchInputs<Tensor>;
 class MlpBackwardPass {
  public:
   MlpBackwardPass(const Tensor& grad_y, const Tensor& x, const MlpBranchParameters& p, const std::vector<Tensor>& saved,
-                  double norm_eps, bool post, int64_t needed)
+                  double norm_eps, bool post, bool keep_hidden, int64_t needed)
       : grad_y_(grad_y),
         x_(x),
         p_(p),
-        saved_(saved),
+        u_(post ? &saved.front() : nullptr),
+        pre_(keep_hidden ? &saved.back() : nullptr),
         g_(geometry_of(x, 1, x.dim() - 1)),
         dtype_(dtype_of(x)),
         tokens_(g_.B * g_.pixels()),
@@ -78,7 +79,8 @@ class MlpBackwardPass {
     b.first = first;
     b.x = rows(x_);
     b.grad_y = rows(grad_y_);
-    if (!saved_.empty()) b.u = dense_rows(const_cast<void*>(saved_[0].const_data_ptr()), tokens_, C_);
+    if (u_) b.u = kept(*u_, C_);
+    if (pre_) b.pre = kept(*pre_, M_);
     if (needs_.x) b.grad_x = rows(grad_x_);
     b.z = dense(z_, C_);
     b.grad_u = dense(grad_u_, C_);
@@ -92,6 +94,9 @@ class MlpBackwardPass {
     });
     add_partial_sums(b.sums, blocks.count, int64_t(totals_.size()), totals_.data());
     add_partial_sums(b.hidden_sums, blocks.count, M_, hidden_totals_.data());
+  }
+  Rows kept(const Tensor& t, int64_t width) const {
+    return dense_rows(const_cast<void*>(t.const_data_ptr()), tokens_, width);
   }
   Rows rows(const Tensor& t) const { return rows_of(map_of(t, 1, t.dim() - 1), g_); }
 
@@ -147,7 +152,7 @@ class MlpBackwardPass {
   const Kernels& k_ = kernels();
   const Tensor &grad_y_, &x_;
   const MlpBranchParameters& p_;
-  const std::vector<Tensor>& saved_;
+  const Tensor *u_, *pre_;  // what the forward kept, or null
   const Geometry g_;
   const DType dtype_;
   const int64_t tokens_, C_, M_;
@@ -171,9 +176,10 @@ class MlpBackwardPass {
 }  // namespace
 
 std::vector<Tensor> mlp_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                   std::vector<Tensor> saved, double norm_eps, bool post, int64_t needed) {
+                                   std::vector<Tensor> saved, double norm_eps, bool post, bool keep_hidden,
+                                   int64_t needed) {
   const MlpBranchParameters p(parameters);
-  return MlpBackwardPass(grad_y, x, p, saved, norm_eps, post, needed).run();
+  return MlpBackwardPass(grad_y, x, p, saved, norm_eps, post, keep_hidden, needed).run();
 }
 
 }  // namespace focalnet::cpu

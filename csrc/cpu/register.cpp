@@ -22,9 +22,10 @@ std::vector<Tensor> focal_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::o
                                      std::vector<Tensor> saved, bool normalize, double ln_eps, double norm_eps,
                                      bool post, int64_t needed);
 std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                       double norm_eps, bool post, bool save);
+                                                       double norm_eps, bool post, bool keep_hidden, bool save);
 std::vector<Tensor> mlp_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                   std::vector<Tensor> saved, double norm_eps, bool post, int64_t needed);
+                                   std::vector<Tensor> saved, double norm_eps, bool post, bool keep_hidden,
+                                   int64_t needed);
 
 std::string cpu_isa() { return kernels().name; }
 

@@ -66,12 +66,12 @@ Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::v
   return torch::stable::reshape(added(sums), {4, C});
 }
 
-Tensor gelu_rows_bwd(Tensor hidden, Tensor grad) {
+Tensor gelu_rows_bwd(Tensor pre, Tensor hidden, Tensor grad) {
   const OnDevice on(grad);
   const int64_t tokens = grad.size(0), M = grad.size(1);
   GeluBackward p{};
   p.tokens = tokens, p.M = int(M), p.dtype = dtype_of(grad);
-  p.hidden = hidden.mutable_data_ptr(), p.grad = grad.mutable_data_ptr();
+  p.pre = pre.const_data_ptr(), p.hidden = hidden.mutable_data_ptr(), p.grad = grad.mutable_data_ptr();
   p.parts = token_parts(tokens, int(M));
   const Tensor sums = partial_sums(grad, p.parts, M);
   p.sums = static_cast<float*>(sums.mutable_data_ptr());

@@ -329,11 +329,12 @@ struct NormBackward {
 };
 void run_norm_bwd(const NormBackward& p, void* stream);
 
-// GELU's value over `hidden` (tokens, M) and its gradient over `grad`; sums [parts][M] of the latter.
+// hidden = GELU(pre), which may be one (tokens, M), and pre's gradient over `grad`; sums [parts][M] of the latter.
 struct GeluBackward {
   int64_t tokens;
   int M;
   DType dtype;
+  const void* pre;
   void *hidden, *grad;
   float* sums;
   int64_t parts;

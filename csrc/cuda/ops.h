@@ -21,7 +21,7 @@ void residual_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> re
                        Tensor y);
 Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::vector<std::optional<Tensor>> residual,
                      double norm_eps, bool norm, bool scale, Tensor grad_rows);
-Tensor gelu_rows_bwd(Tensor hidden, Tensor grad);
+Tensor gelu_rows_bwd(Tensor pre, Tensor hidden, Tensor grad);
 
 template <class Library>
 void implement_ops(Library& m) {

@@ -174,10 +174,11 @@ __global__ void __launch_bounds__(THREADS) gelu_bwd_kernel(GeluBackward p) {
   const int n = p.M - m < 4 ? p.M - m : 4;
   float sums[4] = {};
   for (int64_t row = part * WARPS + threadIdx.x / 32; row < p.tokens && n > 0; row += p.parts * WARPS) {
+    const T* const pre = static_cast<const T*>(p.pre) + row * p.M + m;
     T* const hidden = static_cast<T*>(p.hidden) + row * p.M + m;
     T* const grad = static_cast<T*>(p.grad) + row * p.M + m;
     float v[4], d[4];
-    load_quad(hidden, 1, n, v);
+    load_quad(pre, 1, n, v);
     load_quad(grad, 1, n, d);
     for (int j = 0; j < 4; ++j) {
       d[j] *= gelu_slope<T>(v[j]);

@@ -178,9 +178,9 @@ def branch_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> li
             x = around(batch, *layer.spatial, C)
             parameters = [body(4 * C, C), body(4 * C), body(C, 4 * C), body(C), around(C), around(C)]
             parameters += [around(C) if post else None, around(batch)]
-            y, saved = mlp_branch_fwd_impl(x, parameters, 1e-5, post, True)
-            mlp_branch_bwd_impl(y, x, parameters, saved, 1e-5, post, all_of_them)
-            mlp_branch_fwd_impl(x, parameters, 1e-5, post, False)
+            y, saved = mlp_branch_fwd_impl(x, parameters, 1e-5, post, False, True)
+            mlp_branch_bwd_impl(y, x, parameters, saved, 1e-5, post, False, all_of_them)
+            mlp_branch_fwd_impl(x, parameters, 1e-5, post, False, False)
     return launches
 
 

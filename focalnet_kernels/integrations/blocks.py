@@ -109,7 +109,7 @@ class BlockAdapter:
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
         """Over maps, channels last."""
-        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), backend)
+        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), backend=backend)
 
     def may_run(self, parts: BlockParts, x: Tensor) -> bool:
         """Whether the ops do what the block would now do with this input."""

@@ -51,6 +51,7 @@ class FocalNet(nn.Module):
         norm_layer: called with the channels.
         patch_norm: a norm after the first embedding. Those between stages always have one.
         use_checkpoint: recompute blocks in backward instead of keeping their activations.
+        keep_hidden: the other way: see `FocalNetBlock`.
         focal_levels, focal_windows: per stage, see `FocalModulation`.
         use_conv_embed: overlapping patches, see `PatchEmbed`.
         use_layerscale, layerscale_value, use_postln, use_postln_in_modulation, normalize_modulator: see
@@ -89,6 +90,7 @@ class FocalNet(nn.Module):
         use_postln_in_modulation: bool = False,
         normalize_modulator: bool = False,
         pad_patches: bool = False,
+        keep_hidden: bool = False,
     ):
         super().__init__()
         if not len(depths) == len(focal_levels) == len(focal_windows) > 0:
@@ -132,6 +134,7 @@ class FocalNet(nn.Module):
                     use_postln=use_postln,
                     use_postln_in_modulation=use_postln_in_modulation,
                     normalize_modulator=normalize_modulator,
+                    keep_hidden=keep_hidden,
                 )
                 for _ in range(depth)
             ]

@@ -63,6 +63,7 @@ class FocalNetBlock(nn.Module):
         use_layerscale, layerscale_value: learnt factors gamma per channel, and their initial value.
         use_postln: norm after each branch, not before.
         use_postln_in_modulation, normalize_modulator: see `FocalModulation`.
+        keep_hidden: keep the MLP's hidden values for a faster backward: see `mlp_branch`.
 
     Shape:
         (B, H, W, C) -> (B, H, W, C). Sizes are read off x; nothing is kept on the module.
@@ -86,10 +87,12 @@ class FocalNetBlock(nn.Module):
         use_postln: bool = False,
         use_postln_in_modulation: bool = False,
         normalize_modulator: bool = False,
+        keep_hidden: bool = False,
     ):
         super().__init__()
         self.dim = dim
         self.use_postln = use_postln
+        self.keep_hidden = keep_hidden
         self.norm1 = norm_layer(dim)
         self.modulation = FocalModulation(
             dim,
@@ -123,7 +126,7 @@ class FocalNetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.why_by_modules(x) is None:
             self.modulation.check_input("x", x)
-            return self.parts().run(x, self.modulation.normalize_modulator)
+            return self.parts().run(x, self.modulation.normalize_modulator, self.keep_hidden)
         if self.use_postln:
             x = x + self._branch(self.norm1(self.modulation(x)), self.gamma_1)
             return x + self._branch(self.norm2(self.mlp(x)), self.gamma_2)

@@ -22,13 +22,13 @@ class RowKernels(NamedTuple):
     (drop_path * gamma *)? norm?(rows), plus `add`, into `grad_rows`. Returns (4, C) float32: the gradients of
     norm_weight, norm_bias and gamma, and, without `add`, the sum of `grad_rows` over tokens.
 
-    gelu_bwd(hidden, grad): writes GELU(hidden) over `hidden` and its gradient over `grad`, both (tokens, M). Returns
-    that gradient's sum (M,) over tokens.
+    gelu_bwd(pre, hidden, grad): `hidden` = GELU(pre), and pre's gradient over `grad`, all (tokens, M); pre and hidden
+    may be one. Returns that gradient's sum (M,) over tokens.
     """
 
     residual_fwd: Callable[..., None]
     norm_bwd: Callable[..., Tensor]
-    gelu_bwd: Callable[[Tensor, Tensor], Tensor]
+    gelu_bwd: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ for _schema in (
     f"residual_rows_fwd_cuda(Tensor x, Tensor u, {_RESIDUAL}, Tensor(a!) y) -> ()",
     f"norm_rows_bwd_cuda(Tensor rows, Tensor grad, Tensor? add, {_RESIDUAL}, bool scale, Tensor(a!) grad_rows)"
     " -> Tensor",
-    "gelu_rows_bwd_cuda(Tensor(a!) hidden, Tensor(b!) grad) -> Tensor",
+    "gelu_rows_bwd_cuda(Tensor pre, Tensor(a!) hidden, Tensor(b!) grad) -> Tensor",
 ):  # not seen by PyTorch: the branches' raw ops call them
     library.define(_schema)
 
@@ -71,8 +71,8 @@ def _norm_bwd(rows, grad, grad_rows, residual, norm_eps, *, norm, scale, add=Non
     return raw(rows, grad, add, _contiguous(residual), norm_eps, norm, scale, grad_rows)
 
 
-def _gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
-    return torch.ops.focalnet_kernels.gelu_rows_bwd_cuda(hidden, grad)
+def _gelu_bwd(pre: Tensor, hidden: Tensor, grad: Tensor) -> Tensor:
+    return torch.ops.focalnet_kernels.gelu_rows_bwd_cuda(pre, hidden, grad)
 
 
 CUDA = RowKernels(_residual_fwd, _norm_bwd, _gelu_bwd)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from focalnet_kernels.models.focalnet import FocalNet
 from focalnet_kernels.nn.block import FocalNetBlock
 from focalnet_kernels.nn.drop_path import DropPath
 from focalnet_kernels.nn.patch_embed import PatchEmbed
@@ -70,6 +71,23 @@ def test_dropped_branches_leave_the_block_an_identity():
     x = torch.randn(2, 4, 4, 8)
     assert torch.equal(block(x), x)
     assert not torch.equal(block.eval()(x), x)
+
+
+def test_hidden_values_are_kept_where_asked(cpu_kernels):
+    """The MLP's, 4 times x, and nothing else; gradients are the same."""
+    models = [FocalNet(embed_dim=8, depths=(1, 1), focal_levels=(1, 1), focal_windows=(3, 3), num_classes=3,
+                       keep_hidden=keep) for keep in (False, True)]  # fmt: skip
+    models[1].load_state_dict(models[0].state_dict())
+    image, kept, gradients = torch.randn(2, 3, 24, 24), [], []
+    for model in models:
+        sizes: list[int] = []
+        model.eval()  # no drop path
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            y = model(image)
+        kept.append(sum(sizes))
+        gradients.append(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+    assert kept[1] - kept[0] == 2 * (6 * 6 * 32 + 3 * 3 * 64)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 13), (16, 33)], ids=str)

@@ -89,7 +89,8 @@ def test_focal_modulation(variant, size, kernels):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mlp_branch(variant, post):
     inputs = on_meta(make_mlp_branch_inputs((2, 5, 6, 8), 24, post_norm=post, gamma=True))
-    check_branch(fk.mlp_branch, f"mlp_branch_fwd{variant}", inputs, (1e-5, post))
+    check_branch(fk.mlp_branch, f"mlp_branch_fwd{variant}", inputs, (1e-5, post, False))
+    check_branch(fk.mlp_branch, f"mlp_branch_fwd{variant}", inputs, (1e-5, post, True))
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])

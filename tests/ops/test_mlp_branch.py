@@ -10,8 +10,8 @@ from ops.strategies import DTYPES, dtype_name
 ALL = {"norm": True, "gamma": True, "drop_path": True}
 
 
-def check(backend, shape, hidden, seed, grad_layout="contiguous", mean=0.0, **options):
-    inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, mean=mean, **options)
+def check(backend, shape, hidden, seed, grad_layout="contiguous", mean=0.0, keep_hidden=False, **options):
+    inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, mean=mean, **options) | {"keep_hidden": keep_hidden}
     generator = torch.Generator().manual_seed(seed + 1)
     grad_output = draw(shape, grad_layout, generator, dtype=inputs["x"].dtype, mean=mean)
     wanted = [name for name, t in inputs.items() if isinstance(t, torch.Tensor) and name != "drop_path"]
@@ -42,6 +42,31 @@ def test_shapes(backend, shape, hidden, dtype, post, seed):
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape, hidden", SHAPES.values(), ids=SHAPES)
+def test_kept_hidden_values(backend, shape, hidden, dtype, post, seed):
+    check(backend, shape, hidden, seed, dtype=dtype, post_norm=post, mean=0.5, keep_hidden=True, **ALL)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+def test_keeps_what_was_asked_for(backend, post, seed):
+    """And a second backward finds it as it was."""
+    if backend == "reference":
+        pytest.skip("the reference leaves this to PyTorch")
+    inputs = make_mlp_branch_inputs((2, 6, 7, 24), 96, post_norm=post, seed=seed)
+    x, kept = inputs["x"].requires_grad_(), {}
+    for keep_hidden in (False, True):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t) or t, lambda t: t):
+            y = fk.mlp_branch(**inputs, keep_hidden=keep_hidden, backend=backend)
+        own = {id(t) for t in inputs.values()}
+        kept[keep_hidden] = sorted(t.numel() // (2 * 6 * 7) for t in packed if id(t) not in own)
+        first, second = (torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+    assert kept == {False: [24] * post, True: [24] * post + [96]}
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, hidden", [*SHAPES.values(), ((3, 16, 12, 33), 71)], ids=[*SHAPES, "more-than-few"])
 def test_inference(backend, one_thread, shape, hidden, dtype, post, seed):
     inputs = make_mlp_branch_inputs(shape, hidden, seed=seed, dtype=dtype, post_norm=post, mean=0.5, **ALL)
@@ -59,6 +84,7 @@ def test_inference_in_any_layout(backend, layout, seed):
 def test_instruction_sets(isa, dtype, post, seed):
     for shape, hidden in SHAPES.values():
         check("cpu", shape, hidden, seed, dtype=dtype, post_norm=post, **ALL)
+        check("cpu", shape, hidden, seed, dtype=dtype, post_norm=post, keep_hidden=True, **ALL)
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])

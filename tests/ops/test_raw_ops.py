@@ -69,12 +69,12 @@ def layer_bwd_arguments(needed, postln=True):
     return make
 
 
-def mlp_branch_arguments(save, post=False):
+def mlp_branch_arguments(save, post=False, keep_hidden=False):
     def make(backend, layout, dtype, seed):
         inputs = make_mlp_branch_inputs(
             (2, 5, 6, 10), 24, post_norm=post, gamma=post, drop_path=True, layout=layout, dtype=dtype, seed=seed
         )
-        return *branch_tensors(inputs), 1e-5, post, save
+        return *branch_tensors(inputs), 1e-5, post, keep_hidden, save
 
     return make
 
@@ -101,10 +101,12 @@ def branch_bwd_arguments(forward, make_forward, needed):
 RAW_OPS = {
     "mlp_branch_fwd": mlp_branch_arguments(False),
     "mlp_branch_fwd-post": mlp_branch_arguments(True, post=True),
+    "mlp_branch_fwd-keep": mlp_branch_arguments(True, post=True, keep_hidden=True),
     "focal_branch_fwd": focal_branch_arguments(False),
     "focal_branch_fwd-post": focal_branch_arguments(True, post=True),
     "mlp_branch_bwd": branch_bwd_arguments("mlp_branch_fwd", mlp_branch_arguments(True), 0b1111111),
     "mlp_branch_bwd-post": branch_bwd_arguments("mlp_branch_fwd", mlp_branch_arguments(True, True), 0b11111111),
+    "mlp_branch_bwd-keep": branch_bwd_arguments("mlp_branch_fwd", mlp_branch_arguments(True, True, True), 0b11111111),
     "focal_branch_bwd": branch_bwd_arguments("focal_branch_fwd", focal_branch_arguments(True), 0b1100111111111),
     "focal_branch_bwd-post": branch_bwd_arguments(
         "focal_branch_fwd", focal_branch_arguments(True, True), 0b11100111111111

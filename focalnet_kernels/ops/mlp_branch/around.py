@@ -11,21 +11,23 @@ from ..triton.geometry import strided_like
 from .parameters import MlpBranchParameters
 
 
-def forward(kernels: RowKernels, x, parameters, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
+def forward(kernels: RowKernels, x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
     p, rows = MlpBranchParameters(parameters), as_rows(x)
-    y, u = torch.empty_like(rows), body(p, body_input(p, rows, norm_eps, post))
+    y, pre = torch.empty_like(rows), before_gelu(p, body_input(p, rows, norm_eps, post))
+    u = after_gelu(p, F.gelu(pre))
     kernels.residual_fwd(rows, u, p.residual, norm_eps, post, y)
-    return like(x, y), [u] if save and post else []
+    return like(x, y), [t for t, kept in ((u, post), (pre, keep_hidden)) if kept and save]
 
 
-def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, needed) -> list[Tensor]:
+def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed) -> list[Tensor]:
     p, rows, dy = MlpBranchParameters(parameters), as_rows(x), as_rows(grad_y)
     wants = wanted(p, x, needed)
     du, found = body_gradient(kernels, p, rows, dy, saved, norm_eps, post, wants)
     z = body_input(p, rows, norm_eps, post)
-    hidden = F.linear(z, p.fc1_weight, p.fc1_bias)
+    pre = saved[-1] if keep_hidden else before_gelu(p, z)
+    hidden = torch.empty_like(pre) if keep_hidden else pre  # what is kept may be asked for once more
     grad_hidden = du @ p.fc2_weight
-    found["fc1_bias"] = kernels.gelu_bwd(hidden, grad_hidden)
+    found["fc1_bias"] = kernels.gelu_bwd(pre, hidden, grad_hidden)
     dx, dz, pre = torch.empty_like(rows), grad_hidden @ p.fc1_weight, not post and p.residual.norm_weight is not None
     sums = kernels.norm_bwd(rows, dz, dx, p.residual, norm_eps, norm=pre, scale=False, add=dy)
     if pre:
@@ -41,8 +43,12 @@ def body_input(p: MlpBranchParameters, rows: Tensor, norm_eps: float, post: bool
     return F.layer_norm(rows, rows.shape[-1:], r.norm_weight, r.norm_bias, norm_eps).to(dtype)
 
 
-def body(p: MlpBranchParameters, z: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(z, p.fc1_weight, p.fc1_bias)), p.fc2_weight, p.fc2_bias)
+def before_gelu(p: MlpBranchParameters, z: Tensor) -> Tensor:
+    return F.linear(z, p.fc1_weight, p.fc1_bias)
+
+
+def after_gelu(p: MlpBranchParameters, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, p.fc2_weight, p.fc2_bias)
 
 
 def wanted(p: MlpBranchParameters, x: Tensor, needed: int) -> dict[str, bool]:
@@ -61,7 +67,7 @@ def body_gradient(
         return dy, {}
     u = saved[0] if post else rows
     if wants["gamma"] and not post:  # its gradient needs what it scales
-        u = body(p, body_input(p, rows, norm_eps, post))
+        u = after_gelu(p, F.gelu(before_gelu(p, body_input(p, rows, norm_eps, post))))
     du = dy.new_empty(dy.shape, dtype=dtype)
     sums = kernels.norm_bwd(u, dy, du, r, norm_eps, norm=norm, scale=True)
     found = {"gamma": sums[2], "fc2_bias": sums[3]}

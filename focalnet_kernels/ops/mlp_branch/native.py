@@ -15,12 +15,13 @@ from ..token_rows import CUDA
 from . import around
 
 
-def mlp_branch_fwd(backend, x, parameters, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
-    return raw_op("mlp_branch_fwd", backend)(x, list(parameters), norm_eps, post, save)
+def mlp_branch_fwd(backend, x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
+    return raw_op("mlp_branch_fwd", backend)(x, list(parameters), norm_eps, post, keep_hidden, save)
 
 
-def mlp_branch_bwd(backend, grad_y, x, parameters, saved, norm_eps, post, needed) -> list[Tensor]:
-    return raw_op("mlp_branch_bwd", backend)(grad_y, x, list(parameters), list(saved), norm_eps, post, needed)
+def mlp_branch_bwd(backend, grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed) -> list[Tensor]:
+    raw = raw_op("mlp_branch_bwd", backend)
+    return raw(grad_y, x, list(parameters), list(saved), norm_eps, post, keep_hidden, needed)
 
 
 def why_slow(call: Call, training: bool) -> str | None:

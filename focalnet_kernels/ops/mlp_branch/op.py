@@ -18,7 +18,8 @@ from .parameters import MlpBranchParameters
 from .reference import mlp_branch_reference
 
 # x: (B, *spatial, C), any strides -> y: the same, with x's memory order
-# For backward: the body's result u (tokens, C) where the norm follows it; otherwise nothing, x is all
+# For backward: the body's result u (tokens, C) where the norm follows it, fc1's result (tokens, M) with `keep_hidden`;
+# otherwise nothing, x is all
 
 
 def _forward_flops(x, parameters, *options, **results) -> int:
@@ -27,20 +28,21 @@ def _forward_flops(x, parameters, *options, **results) -> int:
 
 
 @define(
-    "mlp_branch_fwd(Tensor x, Tensor?[] parameters, float norm_eps, bool post, bool save) -> (Tensor, Tensor[])",
+    "mlp_branch_fwd(Tensor x, Tensor?[] parameters, float norm_eps, bool post, bool keep_hidden, bool save)"
+    " -> (Tensor, Tensor[])",
     backends=("", "_triton", "_cuda"),
     flops=_forward_flops,
 )
-def _(x, parameters, norm_eps, post, save):
-    tokens, C = x.numel() // x.shape[-1], x.shape[-1]
-    u = [x.new_empty(tokens, C, dtype=parameters[0].dtype)] if save and post else []
-    return torch.empty_like(x), u
+def _(x, parameters, norm_eps, post, keep_hidden, save):
+    tokens, (M, C) = x.numel() // x.shape[-1], parameters[0].shape[:2]
+    widths = [width for width, kept in ((C, post), (M, keep_hidden)) if kept and save]
+    return torch.empty_like(x), [x.new_empty(tokens, width, dtype=parameters[0].dtype) for width in widths]
 
 
 # `needed`: bit i for input i of (x, *parameters); an empty tensor for the others
 
 
-def _backward_flops(grad_y, x, parameters, saved, norm_eps, post, needed, **results) -> int:
+def _backward_flops(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed, **results) -> int:
     p: Any = MlpBranchParameters(parameters)  # shapes
     tokens = prod(x[:-1])
     of = {name: bool(needed >> i & 1) for i, name in enumerate(("x", *p.names))}
@@ -53,19 +55,20 @@ def _backward_flops(grad_y, x, parameters, saved, norm_eps, post, needed, **resu
 
 @define(
     "mlp_branch_bwd(Tensor grad_y, Tensor x, Tensor?[] parameters, Tensor[] saved, float norm_eps, bool post,"
-    " int needed) -> Tensor[]",
+    " bool keep_hidden, int needed) -> Tensor[]",
     backends=("", "_triton", "_cuda"),
     flops=_backward_flops,
 )
-def _(grad_y, x, parameters, saved, norm_eps, post, needed):
+def _(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed):
     return [torch.empty_like(t) if needed >> i & 1 else x.new_empty(0) for i, t in enumerate((x, *parameters))]
 
 
 def mlp_branch(
-    call: Call, x: Tensor, parameters: MlpBranchParameters, norm_eps: float, post: bool, backend: str | None = None
-) -> Tensor:
+    call: Call, x: Tensor, parameters: MlpBranchParameters, norm_eps: float, post: bool, keep_hidden: bool,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """The checked op: see `focalnet_kernels.mlp_branch`."""
-    return run(call, x, parameters, (norm_eps, post), backend)
+    return run(call, x, parameters, (norm_eps, post, keep_hidden), backend)
 
 
 dispatch.register(

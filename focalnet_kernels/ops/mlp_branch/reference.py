@@ -9,8 +9,10 @@ from ..residual import residual_reference
 from .parameters import MlpBranchParameters
 
 
-def mlp_branch_reference(x: Tensor, parameters: MlpBranchParameters, norm_eps: float, post: bool) -> Tensor:
-    """See `focalnet_kernels.mlp_branch`: differentiable to any order."""
+def mlp_branch_reference(
+    x: Tensor, parameters: MlpBranchParameters, norm_eps: float, post: bool, keep_hidden: bool
+) -> Tensor:
+    """See `focalnet_kernels.mlp_branch`: differentiable to any order. Autograd keeps hidden values, asked or not."""
     p = MlpBranchParameters(parameters).as_matrices()
 
     def mlp(z: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from .parameters import MlpBranchParameters
 MOST_CHANNELS = 128  # of what one kernel does: with 192 it took 1.5 times as long as cuBLAS and GELU on an H200
 
 
-def mlp_branch_fwd(x, parameters, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
-    return torch.ops.focalnet_kernels.mlp_branch_fwd_triton(x, list(parameters), norm_eps, post, save)
+def mlp_branch_fwd(x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
+    raw = torch.ops.focalnet_kernels.mlp_branch_fwd_triton
+    return raw(x, list(parameters), norm_eps, post, keep_hidden, save)
 
 
-def mlp_branch_bwd(grad_y, x, parameters, saved, norm_eps, post, needed) -> list[Tensor]:
+def mlp_branch_bwd(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed) -> list[Tensor]:
     raw = torch.ops.focalnet_kernels.mlp_branch_bwd_triton
-    return raw(grad_y, x, list(parameters), list(saved), norm_eps, post, needed)
+    return raw(grad_y, x, list(parameters), list(saved), norm_eps, post, keep_hidden, needed)
 
 
 def why_slow(call: Call, training: bool) -> str | None:
@@ -33,8 +34,9 @@ def why_slow(call: Call, training: bool) -> str | None:
 IMPLEMENTATION = Implementation("triton", why_not_triton, mlp_branch_fwd, mlp_branch_bwd, why_slow)
 
 
-def in_one_kernel(p: MlpBranchParameters) -> bool:
-    return p.fc1_weight.dtype != torch.float32 and p.fc1_weight.shape[1] <= MOST_CHANNELS
+def in_one_kernel(p: MlpBranchParameters, keep_hidden: bool) -> bool:
+    """Which has no hidden values to keep."""
+    return not keep_hidden and p.fc1_weight.dtype != torch.float32 and p.fc1_weight.shape[1] <= MOST_CHANNELS
 
 
 # next_power_of_2(C) -> BN, BM, warps, stages, forward and backward; those of 128 in bfloat16 were measured on an H200
@@ -51,10 +53,10 @@ def _tile(tiles: dict[int, tuple], C: int) -> dict:
     return {"BN": BN, "BC": columns, "BM": BM, "num_warps": warps, "num_stages": stages}
 
 
-def mlp_branch_fwd_impl(x, parameters, norm_eps, post, save):
+def mlp_branch_fwd_impl(x, parameters, norm_eps, post, keep_hidden, save):
     p = MlpBranchParameters(parameters)
-    if not in_one_kernel(p):
-        return around.forward(TRITON, x, parameters, norm_eps, post, save)
+    if not in_one_kernel(p, keep_hidden and save):
+        return around.forward(TRITON, x, parameters, norm_eps, post, keep_hidden, save)
     from .triton_mlp import mlp_fwd_kernel
 
     r, dtype, rows = p.residual, p.fc1_weight.dtype, as_rows(x)
@@ -74,10 +76,10 @@ def mlp_branch_fwd_impl(x, parameters, norm_eps, post, save):
     return like(x, y), [u] if keep else []
 
 
-def mlp_branch_bwd_impl(grad_y, x, parameters, saved, norm_eps, post, needed):
+def mlp_branch_bwd_impl(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed):
     p = MlpBranchParameters(parameters)
-    if not in_one_kernel(p):
-        return around.backward(TRITON, grad_y, x, parameters, saved, norm_eps, post, needed)
+    if not in_one_kernel(p, keep_hidden):
+        return around.backward(TRITON, grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed)
     from .triton_mlp import mlp_bwd_kernel
 
     r, rows, dy = p.residual, as_rows(x), as_rows(grad_y)

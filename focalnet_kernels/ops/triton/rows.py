@@ -84,7 +84,8 @@ def norm_bwd_kernel(
 
 @triton.jit
 def gelu_bwd_kernel(
-    hidden, grad,  # (tokens, M), adjacent: the pre-activation, GELU's value is written over it; its gradient likewise
+    pre, hidden, grad,  # (tokens, M), adjacent: the pre-activation; written: GELU's value (may be in pre's place), and
+    # over its gradient the pre-activation's
     sums,  # (programs, M) float32, adjacent; written
     tokens, M, programs,
     EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
@@ -100,7 +101,7 @@ def gelu_bwd_kernel(
         i = start + tl.arange(0, BN)
         at = i.to(tl.int64)[:, None] * M + m[None, :]
         mask = (i < tokens)[:, None] & (m < M)[None, :]
-        p = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         d *= gelu_slope(p, EXACT)
         total += tl.sum(d, 0)

@@ -58,7 +58,7 @@ def norm_bwd(
     return sums.sum(0)
 
 
-def gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
+def gelu_bwd(pre: Tensor, hidden: Tensor, grad: Tensor) -> Tensor:
     from .rows import gelu_bwd_kernel
 
     tokens, M = hidden.shape
@@ -67,7 +67,7 @@ def gelu_bwd(hidden: Tensor, grad: Tensor) -> Tensor:
     programs = max(1, min(cdiv(tokens, BN), cdiv(8 * multiprocessors(grad.device), tiles)))
     sums = grad.new_empty((programs, M), dtype=torch.float32)
     launch(
-        gelu_bwd_kernel, tiles * programs, grad.device, hidden, grad, sums, tokens, M, programs,
+        gelu_bwd_kernel, tiles * programs, grad.device, pre, hidden, grad, sums, tokens, M, programs,
         EXACT=exact_gelu(hidden.dtype), BN=BN, BM=BM, num_warps=4,
     )  # fmt: skip
     return sums.sum(0)
