@@ -102,7 +102,7 @@ def _one_thread():
 
 def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
     """The output, and the tensors that were left on the module, which are taken off it."""
-    torch.manual_seed(0)  # for drop path
+    torch.default_generator.manual_seed(0)  # for drop path; torch.manual_seed would seed every GPU's generator too
     y = forward(twin, *[x.clone() if isinstance(x, Tensor) else x for x in args], **kwargs)
     return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
 

@@ -82,6 +82,13 @@ def test_random_state_and_hooks_are_untouched(model):
     assert len(calls) == len(report.replaced) > 0  # a hook on the layer itself still fires
 
 
+def test_generators_of_gpus_are_untouched(model, monkeypatch):
+    """A seed that is given before CUDA starts waits for it, so another one would count even where no GPU is in use."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    assert accelerate(model).blocks and not seeds
+
+
 def test_idempotent(model, x):
     first, expected = accelerate(model), model(x)
     assert accelerate(model) == first
