@@ -82,7 +82,7 @@ def _compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
 
 def _compare_dtypes(theirs: Callable, ours: Callable, twin: nn.Module, args: tuple) -> str | None:
     """Whether the outputs differ in dtype where mixed precision rounds some of their steps."""
-    twin = _twin(twin, lambda shape: torch.zeros(shape, device="cpu"))
+    twin = _twin(twin, lambda shape: torch.zeros(shape, dtype=torch.float32, device="cpu"))
     args = tuple([x.float() if isinstance(x, Tensor) else x for x in args])
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = (_run(forward, twin, args)[0].dtype for forward in (theirs, ours))

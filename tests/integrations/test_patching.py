@@ -273,6 +273,15 @@ def test_recognised_in_any_dtype_and_with_zero_weights(form, dtype):
     assert accelerate(layer).replaced == [("", FORMS[form])]
 
 
+def test_recognised_whatever_the_default_dtype(model):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        report = accelerate(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report.replaced and report.blocks and not report.kept and not report.kept_blocks
+
+
 @pytest.mark.parametrize("function", [accelerate, restore])
 def test_no_module(function):
     with pytest.raises(TypeError, match=rf"{function.__name__}\(model\): expected an nn.Module, got str"):
