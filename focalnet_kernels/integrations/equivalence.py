@@ -7,9 +7,10 @@ on the class and its configuration alone, not on the layer's device, dtype or we
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,8 +142,20 @@ def _attributes(module: nn.Module):
         if name not in _INTERNAL and not isinstance(value, Tensor):
             if name == "drop_prob":  # a rate per block: whether it drops is all that counts
                 value = bool(value)
-            plain = value is None or isinstance(value, (bool, int, float, str, list, tuple))
-            yield name, repr(value) if plain else _Identity(value)
+            yield name, _key(value)
+
+
+def _key(value: Any) -> Any:
+    """Equal for values that are the same to a forward."""
+    if dataclasses.is_dataclass(type(value)) and hasattr(value, "__dict__"):
+        # it is its fields: transformers' configuration, say, of which every model has one of its own
+        return type(value), tuple((name, _plain(field, dict)) for name, field in sorted(vars(value).items()))
+    return _plain(value)
+
+
+def _plain(value: Any, *further: type) -> Any:
+    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, *further))
+    return repr(value) if plain else _Identity(value)
 
 
 class _Identity:

@@ -9,12 +9,15 @@ import torch
 from models.foreign import small_config, timm_model
 from ops.golden import relative_error
 from torch import nn
+from transformers import FocalNetConfig
+from transformers.models.focalnet.modeling_focalnet import FocalNetLayer
 
 import focalnet_kernels as fk
 from focalnet_kernels import _libraries
 from focalnet_kernels._calls import forget
 from focalnet_kernels.dispatch import requested_backend
 from focalnet_kernels.integrations import accelerate, restore
+from focalnet_kernels.integrations.equivalence import configuration
 from integrations.foreign_layers import BUILD, FORMS, build, example
 
 FORM = "timm"
@@ -280,6 +283,16 @@ def test_recognised_whatever_the_default_dtype(model):
     finally:
         torch.set_default_dtype(torch.float32)
     assert report.replaced and report.blocks and not report.kept and not report.kept_blocks
+
+
+def test_equal_configurations_share_a_verdict():
+    """transformers' blocks hold their model's configuration, whatever it was loaded from."""
+
+    def known_by(eps):
+        config = FocalNetConfig(layer_norm_eps=eps)
+        return configuration(FocalNetLayer(config, 0, 8, (7, 6)))
+
+    assert known_by(1e-5) == known_by(1e-5) != known_by(1e-6)
 
 
 @pytest.mark.parametrize("function", [accelerate, restore])
