@@ -13,54 +13,59 @@ from torch import nn
 
 from .. import dispatch
 from .._warnings import warn_once
-from .patching import OURS, accelerate_layer
+from .patching import OURS, accelerate_block, accelerate_layer, check_level, is_candidate
 
 
-def patch_timm(backend: str | None = None, *, keep_modulator: bool = False) -> LibraryPatch:
-    """Have timm build its FocalNets with accelerated layers from here on, until the result's `undo()`.
+def patch_timm(backend: str | None = None, *, keep_modulator: bool = False, level: str = "block") -> LibraryPatch:
+    """Have timm build its FocalNets with accelerated layers and blocks from here on, until the result's `undo()`.
 
-    Names, shapes and initial values of parameters stay: a seed gives the weights that it gave before. What a
-    layer does is that of `accelerate`, whose arguments these are.
+    Names, shapes and initial values of parameters stay: a seed gives the weights that it gave before. What layers
+    and blocks do is that of `accelerate`, whose arguments these are. One that is left as it is says why, once.
 
     Args:
-        backend, keep_modulator: see `accelerate`. Of several patches in force the last one's hold.
+        backend, keep_modulator, level: see `accelerate`. Of several patches in force the last one's hold.
 
     Returns:
         A `LibraryPatch`. Models that were built under it stay accelerated after it: see `restore`.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: `backend` is no backend's name.
+        ValueError: `backend` is no backend's name, or `level` none of `accelerate`'s.
 
     Example:
         >>> with patch_timm():
         ...     model = timm.create_model("focalnet_tiny_lrf")
     """
     module = importlib.import_module("timm.models.focalnet")
-    return LibraryPatch(module, "patch_timm", backend, keep_modulator)
+    return LibraryPatch(module, "patch_timm", backend, keep_modulator, level)
 
 
-def patch_transformers(backend: str | None = None, *, keep_modulator: bool = False) -> LibraryPatch:
+def patch_transformers(
+    backend: str | None = None, *, keep_modulator: bool = False, level: str = "block"
+) -> LibraryPatch:
     """As `patch_timm`, for Hugging Face transformers and whatever it builds, `from_pretrained` too."""
     module = importlib.import_module("transformers.models.focalnet.modeling_focalnet")
-    return LibraryPatch(module, "patch_transformers", backend, keep_modulator)
+    return LibraryPatch(module, "patch_transformers", backend, keep_modulator, level)
 
 
-def patch_official(module: ModuleType, backend: str | None = None, *, keep_modulator: bool = False) -> LibraryPatch:
+def patch_official(
+    module: ModuleType, backend: str | None = None, *, keep_modulator: bool = False, level: str = "block"
+) -> LibraryPatch:
     """As `patch_timm`, for the authors' code or a copy of it.
 
     Args:
-        module: the imported module with the layer's class, such as `classification.focalnet`. Its layers are the
-            classes whose constructor makes `focal_layers`; each instance is still recognised as by `accelerate`.
-        backend, keep_modulator: see `accelerate`.
+        module: the imported module with the classes of layer and block, such as `classification.focalnet`, or one that
+            imports them by name. Layers are the classes whose constructor makes `focal_layers`, blocks those whose
+            constructor makes `modulation`; each instance is still recognised as by `accelerate`.
+        backend, keep_modulator, level: see `accelerate`.
 
     Raises:
         TypeError: `module` is no module.
-        ValueError: there is no such class in it, or `backend` is no backend's name.
+        ValueError: there is no layer's class in it, `backend` is no backend's name, or `level` none of `accelerate`'s.
     """
     if not isinstance(module, ModuleType):
         raise TypeError(f"patch_official(module): expected an imported module, got {type(module).__name__}")
-    return LibraryPatch(module, "patch_official", backend, keep_modulator)
+    return LibraryPatch(module, "patch_official", backend, keep_modulator, level)
 
 
 class LibraryPatch:
@@ -70,18 +75,22 @@ class LibraryPatch:
     exactly as they were.
     """
 
-    def __init__(self, module: ModuleType, function: str, backend: str | None, keep_modulator: bool):
+    def __init__(self, module: ModuleType, function: str, backend: str | None, keep_modulator: bool, level: str):
         if backend is not None:
             dispatch.check_backend(backend, f"{function}(backend)")
+        check_level(level, f"{function}(level)")
         self.backend = backend
         self.keep_modulator = keep_modulator
+        self.level = level
         self._verdicts: dict = {}
-        self._classes = _layer_classes(module)
-        if not self._classes:
+        layers = _classes_that_make("focal_layers", module)
+        if not layers:
             raise ValueError(
                 f"{function}(module): expected classes whose constructor makes `focal_layers`, "
                 f"found none in {module.__name__}"
             )
+        # of blocks whatever the level: where patches are nested, the last one's level holds for them too
+        self._classes = list(dict.fromkeys([*layers, *_classes_that_make("modulation", module)]))
         for cls in self._classes:
             if cls not in _patched:
                 _patched[cls] = _patch_constructor(cls)
@@ -105,12 +114,16 @@ class LibraryPatch:
     def __exit__(self, *exc_info) -> None:
         self.undo()
 
-    def accelerate(self, layer: nn.Module) -> None:
-        """Accelerate a layer that was just built, or say once why not."""
-        _, verdict = accelerate_layer(layer, self.backend, self.keep_modulator, self._verdicts)
-        if verdict.why_not is not None:
-            cls = type(layer)
-            warn_once(f"{cls.__module__}.{cls.__qualname__} was built as it is: {verdict.why_not}")
+    def accelerate(self, module: nn.Module) -> None:
+        """Accelerate a layer or a block that was just built, or say once why not."""
+        name = f"{type(module).__module__}.{type(module).__qualname__}"
+        if is_candidate(module):
+            _, verdict = accelerate_layer(module, self.backend, self.keep_modulator, self._verdicts)
+            if verdict.why_not is not None:
+                warn_once(f"{name} was built as it is: {verdict.why_not}")
+        _, reason = accelerate_block(module, self.level, self.keep_modulator, self._verdicts)
+        if reason is not None and self.level == "block" and not self.keep_modulator:
+            warn_once(f"{name} was built with its layer alone accelerated: {reason}")
 
 
 @dataclass
@@ -139,13 +152,13 @@ def _patch_constructor(cls: type[nn.Module]) -> _Constructor:
     return _Constructor(original, __init__, patches)
 
 
-def _layer_classes(module: ModuleType) -> list[type[nn.Module]]:
-    """The classes whose constructors finish the focal modulation layers that `module` names."""
+def _classes_that_make(member: str, module: ModuleType) -> list[type[nn.Module]]:
+    """The classes whose constructors finish what `module` names and has this member, by the constructors' code."""
     found: dict[type[nn.Module], None] = {}
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, OURS):
             constructors = _constructors(value)
-            if any(_makes_levels(vars(cls)["__init__"]) for cls in constructors):
+            if any(_names(vars(cls)["__init__"], member) for cls in constructors):
                 found[constructors[0]] = None
     return list(found)
 
@@ -155,6 +168,6 @@ def _constructors(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if "__init__" in vars(base)]
 
 
-def _makes_levels(constructor: Callable) -> bool:
+def _names(constructor: Callable, member: str) -> bool:
     code = getattr(inspect.unwrap(constructor), "__code__", None)
-    return code is not None and "focal_layers" in code.co_names
+    return code is not None and member in code.co_names

@@ -262,30 +262,22 @@ def accelerate(
     _check_model(model, "accelerate")
     if backend is not None:
         dispatch.check_backend(backend, "accelerate(backend)")
-    if level not in LEVELS:
-        raise ValueError(f"accelerate(level): expected one of {', '.join(LEVELS)}, got {level!r}")
+    check_level(level, "accelerate(level)")
     report, verdicts, layers_without_state = Report(), dict[tuple, Verdict](), 0
-    adapters: dict[nn.Module, Adapter] = {}
     for name, module in model.named_modules():
-        if not _is_candidate(module):
+        if not is_candidate(module):
             continue
         adapter, verdict = accelerate_layer(module, backend, keep_modulator, verdicts)
         if adapter is not None and verdict.why_not is None:
             report.replaced.append((name, adapter.form))
-            adapters[module] = adapter
             layers_without_state += bool(verdict.stores) and not keep_modulator
         elif verdict.why_not is not None:
             report.kept.append((name, verdict.why_not))
     for name, module in model.named_modules():
-        layer = module._modules.get("modulation")
-        if layer is None or layer not in adapters:
-            continue
-        reason = "level='layer' was asked for" if level == "layer" else None
-        reason = "keep_modulator=True was asked for" if keep_modulator else reason
-        form, reason = _accelerate_block(module, adapters[layer], backend, reason, verdicts)
-        if reason is None:
+        form, reason = accelerate_block(module, level, keep_modulator, verdicts)
+        if form is not None:
             report.blocks.append((name, form))
-        elif level == "block":
+        elif reason is not None and level == "block":
             report.kept_blocks.append((name, reason))
     if layers_without_state:
         report.notes.append(
@@ -309,30 +301,40 @@ def accelerate_layer(
     return adapter, verdict
 
 
-def _accelerate_block(
-    module: nn.Module, layer: Adapter, backend: str | None, reason: str | None, verdicts: dict
-) -> tuple[str, str | None]:
-    """Bind a block's forward to our ops, its form and None; or what it had is taken off, and why it is not known."""
+def accelerate_block(
+    module: nn.Module, level: str, keep_modulator: bool, verdicts: dict
+) -> tuple[str | None, str | None]:
+    """Bind the forward of a block around an accelerated layer to our ops, on the layer's backend, if its form is known.
+
+    Returns its form and None; or None and why it runs its class's forward; None twice where there is no such layer.
+    """
+    inner = module._modules.get("modulation")
+    layer = None if inner is None else vars(inner).get("forward")
+    if not isinstance(layer, AcceleratedForward) or not isinstance(layer.adapter, Adapter):
+        return None, None
     bound = vars(module).get("forward")
     if isinstance(bound, AcceleratedForward):
         bound.unbind()
     elif bound is not None:
-        return "", f"its forward is already bound to something else ({bound!r})"
-    if reason is not None:
-        return "", reason
+        return None, f"its forward is already bound to something else ({bound!r})"
+    if keep_modulator or layer.stores:
+        return None, "keep_modulator=True was asked for"
+    if level == "layer":
+        return None, "level='layer' was asked for"
     form = min(BLOCKS, key=lambda form: len(form.missing(module)))
     if missing := form.missing(module):
-        return "", f"not a known form: nearest is {form.form}, without {', '.join(missing)}"
-    adapter = form(layer)
+        return None, f"not a known form: nearest is {form.form}, without {', '.join(missing)}"
+    adapter = form(layer.adapter)
     reason = adapter.why_not(module)
     if reason is None:
-        key = (form, layer, configuration(module))
+        key = (form, layer.adapter, configuration(module))
         if key not in verdicts:
             verdicts[key] = compare(adapter, module)
         reason = verdicts[key].why_not
-    if reason is None:
-        AcceleratedForward(module, adapter, backend, ()).bind()
-    return adapter.form, reason
+    if reason is not None:
+        return None, reason
+    AcceleratedForward(module, adapter, layer.backend, ()).bind()
+    return adapter.form, None
 
 
 def restore(model: nn.Module) -> None:
@@ -358,12 +360,17 @@ def restore(model: nn.Module) -> None:
             )
 
 
+def check_level(level: str, source: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"{source}: expected one of {', '.join(LEVELS)}, got {level!r}")
+
+
 def _check_model(model, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}(model): expected an nn.Module, got {type(model).__name__}")
 
 
-def _is_candidate(module: nn.Module) -> bool:
+def is_candidate(module: nn.Module) -> bool:
     """Worth a line in the report: a name alone never gets a layer replaced, but may get it mentioned."""
     return "focal_layers" in module._modules or _NAMED_SO.search(type(module).__name__) is not None
 
