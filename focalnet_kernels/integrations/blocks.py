@@ -26,8 +26,9 @@ class BlockAdapter:
     members: tuple[str, ...] = ("norm1", "modulation", "drop_path", "norm2", "mlp")
     storable: tuple[str, ...] = ()
 
-    def __init__(self, layer: Adapter):
+    def __init__(self, layer: Adapter, keep_hidden: bool):
         self.layer = layer
+        self.keep_hidden = keep_hidden
 
     @classmethod
     def missing(cls, module: Module) -> list[str]:
@@ -109,7 +110,7 @@ class BlockAdapter:
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
         """Over maps, channels last."""
-        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), backend=backend)
+        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), self.keep_hidden, backend)
 
     def may_run(self, parts: BlockParts, x: Tensor) -> bool:
         """Whether the ops do what the block would now do with this input."""

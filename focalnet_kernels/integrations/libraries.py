@@ -16,14 +16,16 @@ from .._warnings import warn_once
 from .patching import OURS, accelerate_block, accelerate_layer, check_level, is_candidate
 
 
-def patch_timm(backend: str | None = None, *, keep_modulator: bool = False, level: str = "block") -> LibraryPatch:
+def patch_timm(
+    backend: str | None = None, *, keep_modulator: bool = False, level: str = "block", keep_hidden: bool = False
+) -> LibraryPatch:
     """Have timm build its FocalNets with accelerated layers and blocks from here on, until the result's `undo()`.
 
     Names, shapes and initial values of parameters stay: a seed gives the weights that it gave before. What layers
     and blocks do is that of `accelerate`, whose arguments these are. One that is left as it is says why, once.
 
     Args:
-        backend, keep_modulator, level: see `accelerate`. Of several patches in force the last one's hold.
+        backend, keep_modulator, level, keep_hidden: see `accelerate`. Of several patches in force the last one's hold.
 
     Returns:
         A `LibraryPatch`. Models that were built under it stay accelerated after it: see `restore`.
@@ -37,19 +39,24 @@ def patch_timm(backend: str | None = None, *, keep_modulator: bool = False, leve
         ...     model = timm.create_model("focalnet_tiny_lrf")
     """
     module = importlib.import_module("timm.models.focalnet")
-    return LibraryPatch(module, "patch_timm", backend, keep_modulator, level)
+    return LibraryPatch(module, "patch_timm", backend, keep_modulator, level, keep_hidden)
 
 
 def patch_transformers(
-    backend: str | None = None, *, keep_modulator: bool = False, level: str = "block"
+    backend: str | None = None, *, keep_modulator: bool = False, level: str = "block", keep_hidden: bool = False
 ) -> LibraryPatch:
     """As `patch_timm`, for Hugging Face transformers and whatever it builds, `from_pretrained` too."""
     module = importlib.import_module("transformers.models.focalnet.modeling_focalnet")
-    return LibraryPatch(module, "patch_transformers", backend, keep_modulator, level)
+    return LibraryPatch(module, "patch_transformers", backend, keep_modulator, level, keep_hidden)
 
 
 def patch_official(
-    module: ModuleType, backend: str | None = None, *, keep_modulator: bool = False, level: str = "block"
+    module: ModuleType,
+    backend: str | None = None,
+    *,
+    keep_modulator: bool = False,
+    level: str = "block",
+    keep_hidden: bool = False,
 ) -> LibraryPatch:
     """As `patch_timm`, for the authors' code or a copy of it.
 
@@ -57,7 +64,7 @@ def patch_official(
         module: the imported module with the classes of layer and block, such as `classification.focalnet`, or one that
             imports them by name. Layers are the classes whose constructor makes `focal_layers`, blocks those whose
             constructor makes `modulation`; each instance is still recognised as by `accelerate`.
-        backend, keep_modulator, level: see `accelerate`.
+        backend, keep_modulator, level, keep_hidden: see `accelerate`.
 
     Raises:
         TypeError: `module` is no module.
@@ -65,7 +72,7 @@ def patch_official(
     """
     if not isinstance(module, ModuleType):
         raise TypeError(f"patch_official(module): expected an imported module, got {type(module).__name__}")
-    return LibraryPatch(module, "patch_official", backend, keep_modulator, level)
+    return LibraryPatch(module, "patch_official", backend, keep_modulator, level, keep_hidden)
 
 
 class LibraryPatch:
@@ -75,13 +82,22 @@ class LibraryPatch:
     exactly as they were.
     """
 
-    def __init__(self, module: ModuleType, function: str, backend: str | None, keep_modulator: bool, level: str):
+    def __init__(
+        self,
+        module: ModuleType,
+        function: str,
+        backend: str | None,
+        keep_modulator: bool,
+        level: str,
+        keep_hidden: bool,
+    ):
         if backend is not None:
             dispatch.check_backend(backend, f"{function}(backend)")
         check_level(level, f"{function}(level)")
         self.backend = backend
         self.keep_modulator = keep_modulator
         self.level = level
+        self.keep_hidden = keep_hidden
         self._verdicts: dict = {}
         layers = _classes_that_make("focal_layers", module)
         if not layers:
@@ -121,7 +137,7 @@ class LibraryPatch:
             _, verdict = accelerate_layer(module, self.backend, self.keep_modulator, self._verdicts)
             if verdict.why_not is not None:
                 warn_once(f"{name} was built as it is: {verdict.why_not}")
-        _, reason = accelerate_block(module, self.level, self.keep_modulator, self._verdicts)
+        _, reason = accelerate_block(module, self.level, self.keep_modulator, self.keep_hidden, self._verdicts)
         if reason is not None and self.level == "block" and not self.keep_modulator:
             warn_once(f"{name} was built with its layer alone accelerated: {reason}")
 

@@ -121,6 +121,16 @@ def test_layers_alone(options, recwarn):
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]  # it was asked for
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_blocks_keep_hidden_values_where_asked(library):
+    patch, build = LIBRARIES[library]
+    for keep_hidden in (False, True):
+        with patch(keep_hidden=keep_hidden):
+            model = build(small_config())
+        blocks = [module for module in model.modules() if "modulation" in module._modules]
+        assert [block.forward.adapter.keep_hidden for block in blocks] == 4 * [keep_hidden]
+
+
 def test_the_last_patch_decides_on_blocks():
     def blocks():
         return accelerated_blocks(foreign_blocks.build("authors"))
