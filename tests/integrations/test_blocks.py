@@ -2,7 +2,12 @@
 
 import copy
 import io
+import itertools
+import multiprocessing
+import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,6 +84,22 @@ def test_drop_path_draws_in_the_same_order(form):
     expected = answers(block, args, True)[0]
     fk.accelerate(block)
     torch.testing.assert_close(answers(block, args, True)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@for_every_form
+def test_hidden_values_are_kept_where_asked(form, cpu_kernels):
+    block, args = build(form), example(form)
+    sizes, gradients = [], []
+    for keep_hidden in (False, True):
+        fk.accelerate(block, "cpu", keep_hidden=keep_hidden)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            y = block(*args)
+        sizes.append(sum(kept))
+        gradients.append(torch.autograd.grad(y.square().sum(), list(block.parameters())))
+    assert sizes[1] - sizes[0] == 4 * args[0].numel()
+    torch.testing.assert_close(*gradients)
+    assert copy.deepcopy(block).forward.adapter.keep_hidden and pickle.loads(pickle.dumps(block)) is not block
 
 
 class Doubled(nn.Linear):
@@ -227,6 +248,64 @@ def test_changed_weights_act_at_once(change, name, rows, cpu_kernels):
         y, expected = block(x), type(block).forward(block, x)
     assert not torch.allclose(before, y)
     assert relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("change", CHANGED_WEIGHTS.values(), ids=CHANGED_WEIGHTS)
+def test_changed_weights_act_at_once_in_every_thread(change, cpu_kernels):
+    """Threads share the block, and one of them changes it between their calls."""
+    block = build("authors", 32)
+    block.H = block.W = 6
+    x = torch.randn(1, 36, 32)
+    fk.accelerate(block, "cpu")
+    workers, rounds = 3, 4
+    expected: list[torch.Tensor] = []
+
+    def prepare():
+        """The last thread to arrive runs it, while the others wait."""
+        with torch.no_grad():
+            change(block, block.get_parameter("mlp.fc1.weight"))
+            expected.append(type(block).forward(block, x))
+
+    before, after = threading.Barrier(workers, action=prepare, timeout=60), threading.Barrier(workers, timeout=60)
+
+    def work(_):
+        found = []
+        with torch.no_grad():
+            for _ in range(rounds):
+                before.wait()
+                found.append(block(x))
+                after.wait()
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(work, range(workers)))
+    assert all(not torch.allclose(a, b) for a, b in itertools.pairwise(expected))
+    for found in results:
+        for y, value in zip(found, expected, strict=True):
+            assert relative_error(y, value) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_sees_its_own_weights(cpu_kernels, one_thread):
+    """What parent and child change is their own. (OpenMP's threads do not survive a fork.)"""
+    block = build("authors", 32)
+    block.H = block.W = 6
+    x = torch.randn(1, 36, 32)
+    fk.accelerate(block, "cpu")
+    with torch.no_grad():
+        block(x)
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+
+        def child():
+            block.mlp.fc1.weight.add_(1)
+            answers.put(relative_error(block(x), type(block).forward(block, x)))
+
+        process = context.Process(target=child)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0 and answers.get() < 1e-5
+        assert relative_error(block(x), type(block).forward(block, x)) < 1e-5
 
 
 def test_a_training_step_acts_at_once(cpu_kernels):
