@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import focalnet_kernels as fk
 from focalnet_kernels import _calls, dispatch
 from focalnet_kernels._calls import forget
+from focalnet_kernels._prepare import prepare_focal_branch, prepare_focal_modulation, prepare_mlp_branch
 from focalnet_kernels._warnings import warn_once
 from focalnet_kernels.dispatch import BACKENDS, explain_call, requested_backend, select
-from focalnet_kernels.functional import _prepare_focal_branch, _prepare_focal_modulation, _prepare_mlp_branch
 from focalnet_kernels.testing import (
     make_context_inputs,
     make_focal_branch_inputs,
@@ -367,7 +367,7 @@ def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
     """On a GPU, where nothing was measured and nobody named a backend; inference is not."""
     with FakeTensorMode():
         inputs = make_layer_inputs((2, 8, 8, C), [3, 5], postln=postln, seed=0)
-        call, _ = _prepare_focal_modulation(**map_tensors(lambda t: t.to("cuda"), inputs))
+        call, _ = prepare_focal_modulation(**map_tensors(lambda t: t.to("cuda"), inputs))
 
     def reason(training, name):
         return explain_call(call, training, name).reasons.get(backend, "")
@@ -395,9 +395,9 @@ def test_branches_on_a_gpu(C, dtype, in_autocast, backend, monkeypatch):
     with FakeTensorMode():
         residual = torch.float32 if in_autocast else dtype
         inputs = make_mlp_branch_inputs((2, 8, 8, C), 4 * C, dtype=dtype, residual_dtype=residual, seed=0)
-        call, _ = _prepare_mlp_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
+        call, _ = prepare_mlp_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
         inputs = make_focal_branch_inputs((2, 8, 8, C), [3, 5], dtype=dtype, residual_dtype=residual, seed=0)
-        focal, _ = _prepare_focal_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
+        focal, _ = prepare_focal_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
     assert explain_call(call, False).backend == backend
     assert explain_call(call, True).backend == ("triton" if C <= 128 and dtype != torch.float32 else "reference")
     assert explain_call(focal, True).backend == "reference"
@@ -411,7 +411,7 @@ def without_options(inputs):
 
 def test_candidates_are_listed_once(monkeypatch):
     """Whoever asks, to run or to explain: the same backends in the same order, for the same reasons."""
-    call, _ = _prepare_focal_modulation(**make_layer_inputs((1, 5, 4, 8), [3]))
+    call, _ = prepare_focal_modulation(**make_layer_inputs((1, 5, 4, 8), [3]))
     for name in BACKENDS:
         found = explain_call(call, False, name)
         if found.backend is None:

@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import focalnet_kernels as fk
 from focalnet_kernels import dispatch, measured
 from focalnet_kernels._calls import forget
+from focalnet_kernels._prepare import prepare_focal_context, prepare_focal_modulation, prepare_modulate
 from focalnet_kernels.bench.records import read
 from focalnet_kernels.dispatch import Implementation, explain_call, select
-from focalnet_kernels.functional import _prepare_focal_context, _prepare_focal_modulation, _prepare_modulate
 from focalnet_kernels.ops._autograd import needs_grad
 from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_modulate_inputs
 
@@ -86,7 +86,7 @@ def layer_call(shape=(128, 8, 8, 16), kernels=(3, 5), training=False, **options)
     """A call, and whether it trains."""
     inputs = make_layer_inputs(shape, kernels, **options)
     inputs["x"].requires_grad_(training)
-    call, tensors = _prepare_focal_modulation(**inputs)
+    call, tensors = prepare_focal_modulation(**inputs)
     return call, needs_grad(tensors)
 
 
@@ -191,8 +191,8 @@ def test_ops_have_rows_of_their_own(table, gpu):
         *results(triton=2.0, cuda=3.0, reference=1.0, case="modulate focalnet_tiny_lrf stage 1", **op),
         *results(level="block", triton=2.0, reference=1.0), *results(level="model", triton=2.0, reference=1.0),
     )  # fmt: skip
-    context, _ = _prepare_focal_context(*make_context_inputs((4, 16, 8, 8), (3, 5)).values())
-    modulate, _ = _prepare_modulate(*make_modulate_inputs((4, 16, 8, 8)).values())
+    context, _ = prepare_focal_context(*make_context_inputs((4, 16, 8, 8), (3, 5)).values())
+    modulate, _ = prepare_modulate(*make_modulate_inputs((4, 16, 8, 8)).values())
     assert select(context, False).backend == "cuda"
     assert select(modulate, False).backend == "reference"
     assert select(*layer_call()).backend == "triton"
