@@ -14,6 +14,7 @@ from .functional import (
     focal_modulation,
     mlp_branch,
     modulate,
+    patch_embed,
 )
 from .integrations import accelerate, restore
 from .models import FocalNet, FocalNetBackbone, create_model, list_models, load_checkpoint
@@ -60,6 +61,7 @@ __all__ = [
     "load_checkpoint",
     "mlp_branch",
     "modulate",
+    "patch_embed",
     "restore",
     "similarity_focal_modulation",
     "use_backend",

@@ -50,6 +50,14 @@ def check_shape(name: str, kind: Kind, expected: tuple, meaning: str, optional: 
         raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(kind[0])}")
 
 
+def per_axis(name: str, value, axes: int, least: int) -> tuple[int, ...]:
+    """One whole number per spatial axis, none below `least`; one stands for all."""
+    numbers = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(numbers) != axes or any([not isinstance(n, int) or n < least for n in numbers]):
+        raise ValueError(f"{name}: expected a whole number from {least} on, or one per spatial axis, got {value!r}")
+    return numbers
+
+
 def as_levels(name: str, weights) -> tuple:
     """One weight per level."""
     try:

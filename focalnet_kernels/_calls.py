@@ -22,7 +22,7 @@ class Call:
         op: its name.
         device, dtype: of all tensors.
         channels: C.
-        kernels: each level's, a size per axis; none for an op without levels.
+        kernels: each level's, a size per axis; none for an op without levels; of patches, their size and stride.
         shape: (B, *spatial).
         norm_dtype: of the layer's LayerNorm; None without one.
         residual_dtype: of x and what scales a residual branch, where its body is in `dtype`; None elsewhere.

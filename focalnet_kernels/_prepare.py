@@ -22,6 +22,7 @@ from ._arguments import (
     check_shape,
     check_tensor,
     follow_autocast,
+    per_axis,
 )
 from ._calls import Call, Kind, kinds_of, looked_up
 from .ops.focal_branch.parameters import FocalBranchParameters
@@ -179,6 +180,44 @@ def check_residual(x: Kind, residual: Any) -> None:
     check_same_kind((x, *residual), ("x", *residual._fields))
 
 
+def prepare_patch_embed(
+    x, weight, bias, *, stride, padding=0, norm_weight=None, norm_bias=None
+) -> tuple[Call, Sequence[Any]]:
+    """Its tensors, then stride and padding per axis."""
+    x, weight, bias = follow_autocast((x, weight, bias))
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    axes = len(x.shape) - 2 if isinstance(x, Tensor) else 0
+    steps, zeros = per_axis("stride", stride, axes, 1), per_axis("padding", padding, axes, 0)
+    return _check_patch_embed(kinds_of(tensors), steps, zeros), (*tensors, steps, zeros)
+
+
+@looked_up
+def _check_patch_embed(kinds: tuple[Kind, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Call:
+    x, weight, bias, norm_weight, norm_bias = kinds
+    check_map("x", x)
+    shape, dtype, device = x
+    check_tensor("weight", weight)
+    if len(weight[0]) != len(shape) or weight[0][1] != shape[1] or weight[0][0] == 0:
+        got = f"got {tuple(weight[0])}"
+        raise ValueError(f"weight: expected shape (N, {shape[1]}, {', '.join('k' * len(stride))}) = (N, C, *k), {got}")
+    N, _, *kernel = weight[0]
+    check_shape("bias", bias, (N,), "(N,)", optional=True)
+    check_shape("norm_weight", norm_weight, (N,), "(N,)", optional=True)
+    check_shape("norm_bias", norm_bias, (N,), "(N,)", optional=True)
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight, norm_bias: give both or neither")
+    names = ("x", "weight", "bias", "norm_weight", "norm_bias")
+    check_same_kind(kinds, names, norm=("norm_weight", "norm_bias"))
+    grid = [
+        (n + 2 * zeros - k) // step + 1 for n, k, step, zeros in zip(shape[2:], kernel, stride, padding, strict=True)
+    ]
+    if any([n < 1 for n in grid]):
+        raise ValueError(f"x: expected at least one patch of {tuple(kernel)}, got a map of {tuple(shape[2:])}")
+    norm_dtype = None if norm_weight is None else norm_weight[1]
+    kernels = (tuple(kernel), stride)
+    return Call("patch_embed", device, dtype, N, kernels, (shape[0], *grid), norm_dtype)
+
+
 def prepare_cross_focal_modulation(x, target, *args, **kwargs) -> tuple[Tensor, Tensor, LayerParameters]:
     _, (x, *parameters) = prepare_focal_modulation(x, *args, **kwargs)
     x, target = follow_autocast((x, target))
@@ -212,5 +251,6 @@ PREPARE: dict[str, Callable[..., tuple[Call, Sequence[Any]]]] = {
     "focal_modulation": prepare_focal_modulation,
     "focal_branch": prepare_focal_branch,
     "mlp_branch": prepare_mlp_branch,
+    "patch_embed": prepare_patch_embed,
     "cross_focal_modulation": prepare_cross_context,
 }

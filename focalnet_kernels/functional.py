@@ -20,6 +20,7 @@ from ._prepare import (
     prepare_focal_modulation,
     prepare_mlp_branch,
     prepare_modulate,
+    prepare_patch_embed,
 )
 from .dispatch import Explanation, explain_call
 from .ops._autograd import needs_grad
@@ -35,6 +36,7 @@ __all__ = [
     "focal_modulation",
     "mlp_branch",
     "modulate",
+    "patch_embed",
 ]
 
 
@@ -240,6 +242,45 @@ def mlp_branch(
     return ops.mlp_branch(call, x, MlpBranchParameters(parameters), *options, backend)
 
 
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Cut an image, or a stage's map, into patches (paper, section 3.3): norm?(conv(x)), channels last.
+
+    "cpu" has a kernel for it; "triton" and "cuda" have none. Where gradients will be asked for it is PyTorch's
+    convolution on every backend.
+
+    Args:
+        x: (B, C, *spatial), one to three spatial axes, any strides.
+        weight, bias: (N, C, *k), a convolution's, and (N,) or None.
+        stride, padding: the convolution's, one number or one per axis; zeros are padded on both sides.
+        norm_weight, norm_bias: (N,) each, of a LayerNorm over the channels of each patch; None without it.
+        norm_eps: its epsilon.
+        backend: see `focal_context`.
+
+    Returns:
+        (B, *grid, N), contiguous, with grid = (spatial + 2 padding - k) // stride + 1; dtype of `x` (autocast's under
+        autocast).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or a map that holds no patch; the
+            message names it.
+    """
+    call, (*tensors, steps, zeros) = prepare_patch_embed(
+        x, weight, bias, stride=stride, padding=padding, norm_weight=norm_weight, norm_bias=norm_bias
+    )
+    return ops.patch_embed(call, tuple(tensors), (steps, zeros, float(norm_eps)), backend)
+
+
 def cross_focal_modulation(
     x: Tensor,
     target: Tensor,
@@ -313,10 +354,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `op` for these tensors, and for each other backend the reason why not.
 
     Args:
-        op: `focal_context`, `modulate`, `focal_modulation`, `cross_focal_modulation`, `focal_branch` or `mlp_branch`
-            (the function or its name), or a module such as `FocalModulation`. Of the cross form the answer is
-            for its `focal_context`. A module that must call an inner module, one with hooks, say, names it and
-            runs part by part.
+        op: `focal_context`, `modulate`, `focal_modulation`, `cross_focal_modulation`, `focal_branch`, `mlp_branch`
+            or `patch_embed` (the function or its name), or a module such as `FocalModulation`. Of the cross form the
+            answer is for its `focal_context`. A module that must call an inner module, one with hooks, say, names it
+            and runs part by part.
         *args, **kwargs: what it would be called with.
 
     Returns:
@@ -343,7 +384,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     for option in ("normalize", "ln_eps", "return_gates", "norm_eps", "post_norm"):
         kwargs.pop(option, None)
     call, tensors = PREPARE[name](*args, **kwargs)
-    return explain_call(call, needs_grad(tensors), backend)
+    return explain_call(call, needs_grad([t for t in tensors if isinstance(t, Tensor)]), backend)
 
 
 def _bound(function: Callable, name: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:

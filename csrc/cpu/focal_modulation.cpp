@@ -86,7 +86,8 @@ class LayerForward {
     p.weight = f_.packed;
     p.bias = f_bias_.empty() ? nullptr : f_bias_.data() + first_;
     p.in = group.rows(x_);
-    p.residual = residual_.values(group.first);
+    const Residual residual = residual_.values(group.first);
+    if (residual.pre_norm()) p.residual = residual;
     p.out = group.rows(projected, width());
     for_blocks(blocks, k_.linear_scratch(p, blocks.size),
                [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k_.linear_fwd(p, row0, row1, scratch); });

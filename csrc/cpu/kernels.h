@@ -66,7 +66,7 @@ struct LinearForward {
   Packed weight;
   const float* bias;  // N, or null
   Rows in, out;
-  Residual residual;  // its pre-norm comes before the product
+  Residual residual;  // its norm comes before or after the product; nothing else of it
 };
 
 struct ModulateForward {

@@ -26,6 +26,8 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
 std::vector<Tensor> mlp_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                    std::vector<Tensor> saved, double norm_eps, bool post, bool keep_hidden,
                                    int64_t needed);
+Tensor patch_embed_fwd(Tensor patches, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight,
+                       std::optional<Tensor> norm_bias, double norm_eps);
 
 std::string cpu_isa() { return kernels().name; }
 
@@ -41,6 +43,7 @@ STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
   m.impl("focal_branch_bwd", TORCH_BOX(&focalnet::cpu::focal_branch_bwd));
   m.impl("mlp_branch_fwd", TORCH_BOX(&focalnet::cpu::mlp_branch_fwd));
   m.impl("mlp_branch_bwd", TORCH_BOX(&focalnet::cpu::mlp_branch_bwd));
+  m.impl("patch_embed_fwd", TORCH_BOX(&focalnet::cpu::patch_embed_fwd));
 }
 STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));

@@ -17,6 +17,13 @@ class ResidualFloats {
         drop_path_(floats_of(p.drop_path)),
         norm_eps_(float(norm_eps)),
         post_(post) {}
+  // A norm after a body to which nothing is added, or no norm.
+  static ResidualFloats last_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+    const std::optional<Tensor> list[] = {weight, bias, std::nullopt, std::nullopt};
+    ResidualFloats found(ResidualParameters(list), eps, true);
+    found.add_ = false;
+    return found;
+  }
   // For as long as this object lives; images count from `first` on.
   Residual values(int64_t first = 0) const {
     const float* drop_path = drop_path_.empty() ? nullptr : drop_path_.data() + first;

@@ -17,7 +17,7 @@ static OperandRows<operand_t<T>> branch_operand(const Residual& r, const RowBloc
                       : operand_rows(x, C, memory);
 }
 
-// y = x + drop_path * gamma * u, a vector at a time.
+// y = x? + drop_path * gamma * u, a vector at a time.
 template <class T>
 struct AddResidual {
   const Residual& r;
@@ -27,7 +27,8 @@ struct AddResidual {
   FK_INLINE void operator()(int64_t row, int64_t column, int lanes, vf u) const {
     if (r.gamma) u *= load_lanes(r.gamma + column, lanes, 1);
     if (factors) u *= factors[row];
-    y.store(row, column, lanes, u + x.load(row, column, lanes));
+    if (r.add) u += x.load(row, column, lanes);
+    y.store(row, column, lanes, u);
   }
 };
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._parts import why_call_any
+from .._patches import PatchParts
+
 
 class PatchEmbed(nn.Module):
     """Embed patches by a strided convolution (paper, section 3.3): the stem, and the step between two stages.
@@ -77,6 +80,9 @@ class PatchEmbed(nn.Module):
         height, width = self._missing((x.shape[2], x.shape[3]))
         if height or width:
             x = F.pad(x, (0, width, 0, height))
+        parts = PatchParts(self.proj, self.norm)
+        if isinstance(x, Tensor) and why_call_any(self, parts, PatchParts.why_call) is None and parts.takes(x):
+            return parts.run(x)
         # one copy at most, and none where the convolution already answers channels-last
         x = self.proj(x).permute(0, 2, 3, 1).contiguous()
         return x if self.norm is None else self.norm(x)

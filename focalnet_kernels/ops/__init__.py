@@ -5,3 +5,4 @@ from .focal_context.op import focal_context as focal_context
 from .focal_modulation.op import focal_modulation as focal_modulation
 from .mlp_branch.op import mlp_branch as mlp_branch
 from .modulate.op import modulate as modulate
+from .patch_embed.op import patch_embed as patch_embed
