@@ -37,6 +37,7 @@ end.set()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps what is freed")
 def test_idle_threads_keep_little(cpu_kernels):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # malloc itself keeps nothing large
     done = subprocess.run(

@@ -83,7 +83,8 @@ def _describe(value, path, constants, attributes):
     if isinstance(value, tuple):
         return tuple(_describe(v, (*path, i), constants, attributes) for i, v in enumerate(value))
     if isinstance(value, torch.Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
+        if value.is_meta or value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
         return _POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
