@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 BLOCK = re.compile(r"<!-- (table|slower|machine|plot|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+NOWHERE = "Nowhere in these files."
 COLUMNS = {
     "p50_ms": ("milliseconds, medians", 1),
     "images_per_s": ("images per second, medians", 1),
@@ -95,18 +96,25 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def slower(rows: Iterable[dict[str, str]]) -> str:
-    """A line for each case and mode in which the fastest of ours is not the fastest."""
+    """A line for each case and mode in which the fastest of ours is not the fastest. `rows` of one machine alone."""
     groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for row in rows:
         if row.get("mode") and (time := value(row, "p50_ms")) is not None:
-            groups.setdefault((row["mode"], f"{row['case']} {what(row)}"), []).append((time, row["provider"]))
+            case = f"{row['case']} " if "stage" in row["case"] else ""  # which is all that `what` leaves out
+            groups.setdefault((row["mode"], case + what(row)), []).append((time, row["provider"]))
     lines = []
     for (mode, name), times in groups.items():
         ours = min((t for t in times if is_ours(t[1])), default=None)
         best = min(times)
         if ours is not None and ours[0] > best[0]:
             lines.append(f"- {mode}, {name}: {ours[1]} takes {ours[0] / best[0]:.2f} times as long as {best[1]}")
-    return "\n".join(lines) or "Nowhere in these files."
+    return "\n".join(lines) or NOWHERE
+
+
+def slower_by_file(files: dict[str, list[dict[str, str]]]) -> str:
+    """As `slower`, each file by itself: figures of two files were not taken side by side, nor on one machine always."""
+    found = {name: slower(rows) for name, rows in files.items()}
+    return "\n".join(f"In {name}:\n\n{lines}\n" for name, lines in found.items() if lines != NOWHERE).strip() or NOWHERE
 
 
 def machine(row: dict[str, str]) -> str:
@@ -165,9 +173,11 @@ def _block(kind: str, arguments: list[str]) -> str:
         return f"Not measured yet: {', '.join(missing)}."
     if kind == "plot":
         return f"![{Path(names[0]).stem}](benchmarks/results/{names[0]})"
+    if kind == "slower":
+        return slower_by_file({name: read(RESULTS / name) for name in names})
     rows = [row for name in names for row in read(RESULTS / name)]
-    if kind in ("slower", "peers"):
-        return {"slower": slower, "peers": peers}[kind](rows)
+    if kind == "peers":
+        return peers(rows)
     if kind == "machine":
         return machine(rows[0])
     if kind == "learning":

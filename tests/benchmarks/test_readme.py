@@ -93,6 +93,16 @@ def test_losing_rows_are_shown_and_said(report, tmp_path):
         assert part in whole
 
 
+def test_files_are_compared_each_by_itself(report, tmp_path, monkeypatch):
+    """What lost on one machine is not hidden by a faster one."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "slow.csv").write_text(COLUMNS + ROWS)
+    (tmp_path / "fast.csv").write_text(COLUMNS + ROWS.replace("ours cpu,2,3.0", "ours cpu,1,1.0"))
+    line = "- forward, some stage 1 float32 2x4x4x8: ours cpu takes 1.50 times as long as timm compiled"
+    assert report._block("slower", ["fast.csv", "slow.csv"]) == f"In slow.csv:\n\n{line}"
+    assert report._block("slower", ["fast.csv"]) == report.NOWHERE
+
+
 def test_plots_are_drawn_from_the_file(report, tmp_path):
     (tmp_path / "layers.csv").write_text(COLUMNS + ROWS)
     sys.modules["plots"].draw(tmp_path)
