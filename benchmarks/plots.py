@@ -20,6 +20,18 @@ BARS = {
     "peers.csv": ("peers.png", "images_per_s", "images/s", ("forward", "forward+backward")),
     "peers_larger.csv": ("peers_larger.png", "images_per_s", "images/s", ("forward", "forward+backward")),
 }
+# README's: rows of panels, from top to bottom, each with its file and mode; and the bars' names
+CHART = "chart.png"
+CHART_ROWS = (
+    ("training.csv", "forward+backward", "Training step"),
+    ("engines.csv", "forward", "Inference"),
+    ("engines_one_image.csv", "forward", "Inference"),
+)
+CHART_BARS = {
+    "timm": "PyTorch (timm)", "timm compiled": "torch.compile", "timm frozen": "compile + freezing",
+    "ONNX Runtime": "ONNX Runtime", "OpenVINO": "OpenVINO", "timm accelerated cpu": "accelerate()",
+}  # fmt: skip
+CHART_SAYS = "FocalNet-T on a CPU: milliseconds of a training step and of inference, by provider"
 ROOFLINE = ("roofline.png", ("ops.csv", "layers.csv"))
 LEARNING = "learning.png"
 BACKENDS = {"reference": "#4c78a8", "cpu": OURS, "cuda": "#c96f5b", "triton": "#b279a2"}
@@ -28,6 +40,7 @@ BACKENDS = {"reference": "#4c78a8", "cpu": OURS, "cuda": "#c96f5b", "triton": "#
 def names(folder: Path) -> list[str]:
     """The images that `draw` makes from the files that are there."""
     found = [image for file, (image, *_) in BARS.items() if (folder / file).exists()]
+    found += [CHART] if _has_chart(folder) else []
     found += [LEARNING] if (folder / drift.FILE).exists() else []
     return found + ([ROOFLINE[0]] if _ceilings(folder) else [])
 
@@ -36,6 +49,8 @@ def draw(folder: Path) -> None:
     for file, (image, column, unit, modes) in BARS.items():
         if (folder / file).exists():
             _bars(read(folder / file), column, unit, modes).savefig(folder / image, dpi=130)
+    if _has_chart(folder):
+        _chart(folder).savefig(folder / CHART, dpi=200)
     if (folder / drift.FILE).exists():
         _learning(read(folder / drift.FILE)).savefig(folder / LEARNING, dpi=130)
     if _ceilings(folder):
@@ -82,6 +97,50 @@ def _bars(rows, column, unit, modes):
     panels.flat[0].legend(frameon=False, fontsize=7)
     if rows:
         figure.suptitle(f"{rows[0].get('device') or rows[0].get('cpu')}, {rows[0]['threads']} threads", fontsize=9)
+    return figure
+
+
+def _has_chart(folder: Path) -> bool:
+    return all((folder / file).exists() for file, *_ in CHART_ROWS)
+
+
+def _chart(folder: Path):
+    """A row of panels for each of `CHART_ROWS`, a column for each dtype, a bar for each of `CHART_BARS`: medians.
+
+    Narrow, in large letters and on white, for phones and dark pages. No bar is left out for being shorter than ours.
+    """
+    files = {file: read(folder / file) for file, *_ in CHART_ROWS}
+    dtypes = list(dict.fromkeys(row["dtype"] for rows in files.values() for row in rows if row["mode"]))
+    times = {
+        (file, row["dtype"], row["provider"]): float(row["p50_ms"])
+        for (file, mode, _) in CHART_ROWS
+        for row in files[file]
+        if row["mode"] == mode and row["p50_ms"]
+    }
+    bars = [[name for name in CHART_BARS if any((file, d, name) in times for d in dtypes)] for file, *_ in CHART_ROWS]
+    figure = _figure(4.5, 0.9 + 0.21 * sum(map(len, bars)) + 0.42 * len(bars))
+    panels = figure.subplots(
+        len(bars), len(dtypes), squeeze=False, gridspec_kw={"height_ratios": [len(names) for names in bars]}
+    )
+    for (file, _, title), names, line in zip(CHART_ROWS, bars, panels, strict=True):
+        batch = int(files[file][0]["shape"].split("x")[0])
+        for dtype, panel in zip(dtypes, line, strict=True):
+            found = [times.get((file, dtype, name)) for name in names]
+            colours = [OURS if " accelerated" in name else "#9aa5b1" for name in names]
+            longest = max(time for time in found if time is not None)
+            for place, (time, colour) in enumerate(zip(found, colours, strict=True)):
+                text = "no figure" if time is None else f"{time:.0f}"
+                weight = "bold" if colour == OURS else "normal"
+                panel.barh(place, time or 0, color=colour, height=0.78)
+                panel.text((time or 0) + 0.03 * longest, place, text, va="center", fontsize=8.5, weight=weight)
+            panel.set(xlim=(0, 1.28 * longest), ylim=(len(names) - 0.5, -0.5), xticks=[], yticks=[])
+            panel.spines[["top", "right", "bottom"]].set_visible(False)
+            panel.set_title(f"{title}, {batch} image{'s' * (batch > 1)}\n{dtype}, ms", fontsize=8.5, loc="left")
+        line[0].set_yticks(range(len(names)), [CHART_BARS[name] for name in names], fontsize=9)
+        line[0].tick_params(axis="y", length=0)
+        line[0].get_yticklabels()[-1].set_weight("bold")
+    row = files["engines.csv"][0]
+    figure.suptitle(f"FocalNet-T LRF, {row['threads']} threads of {row['device']}. Shorter is faster.", fontsize=9)
     return figure
 
 

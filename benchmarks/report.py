@@ -1,15 +1,16 @@
-"""README's figures, a report for each machine and its plots, from the committed CSV files and from nothing else.
+"""The figures of README and docs/, a report for each machine and its plots, all from the committed CSV files.
 
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exits 1 where a text says something else than its files
 
-In README, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
+In README and docs/*.md, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
 benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its report:
 
     table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
     slower FILE ...                 where somebody is faster than the fastest of ours
     machine FILE                    what the figures were found on
     plot FILE                       an image
+    chart FILE                      README's, no wider on a screen than a column of text
     peers FILE ...                  one row per model, its images per second eager and compiled
     learning FILE                   one row per training, with its distance from float64
 """
@@ -29,8 +30,9 @@ from focalnet_kernels.bench.records import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"<!-- (table|slower|machine|plot|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
+BLOCK = re.compile(r"<!-- (table|slower|machine|plot|chart|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+CHART_WIDTH = 450  # pixels: half of the image's
 NOWHERE = "Nowhere in these files."
 COLUMNS = {
     "p50_ms": ("milliseconds, medians", 1),
@@ -156,23 +158,25 @@ def overhead(rows: list[dict[str, str]]) -> str:
     return _markdown(lines)
 
 
-def rendered(text: str) -> str:
-    """`text` with every block as its files have it."""
+def rendered(text: str, root: str = "") -> str:
+    """`text` with every block as its files have it. `root`: the way from where the text lies to the project's root."""
 
     def fresh(match):
         kind, arguments = match.groups()
-        return f"<!-- {kind} {arguments} -->\n{_block(kind, arguments.split())}\n<!-- end -->"
+        return f"<!-- {kind} {arguments} -->\n{_block(kind, arguments.split(), root)}\n<!-- end -->"
 
     return BLOCK.sub(fresh, text)
 
 
-def _block(kind: str, arguments: list[str]) -> str:
+def _block(kind: str, arguments: list[str], root: str = "") -> str:
     names = arguments if kind in ("slower", "peers") else arguments[:1]
     missing = [name for name in names if not (RESULTS / name).exists()]
     if missing:
         return f"Not measured yet: {', '.join(missing)}."
     if kind == "plot":
-        return f"![{Path(names[0]).stem}](benchmarks/results/{names[0]})"
+        return f"![{Path(names[0]).stem}]({root}benchmarks/results/{names[0]})"
+    if kind == "chart":
+        return f'<img src="{root}benchmarks/results/{names[0]}" width="{CHART_WIDTH}" alt="{plots.CHART_SAYS}">'
     if kind == "slower":
         return slower_by_file({name: read(RESULTS / name) for name in names})
     rows = [row for name in names for row in read(RESULTS / name)]
@@ -221,7 +225,9 @@ def report(folder: Path) -> str:
 def texts() -> dict[Path, str]:
     """Every text that is made here, as it has to be."""
     found = {folder / "README.md": report(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
-    return {ROOT / "README.md": rendered((ROOT / "README.md").read_text()), **found}
+    found[ROOT / "README.md"] = rendered((ROOT / "README.md").read_text())
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    return found | {page: rendered(page.read_text(), "../") for page in pages}
 
 
 def main() -> None:
@@ -233,7 +239,7 @@ def main() -> None:
     for folder in sorted(RESULTS.iterdir()):
         if folder.is_dir():
             plots.draw(folder)
-    for path, text in texts().items():  # after the plots, which README shows where they are
+    for path, text in texts().items():  # after the plots, which they show where they are
         path.write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""README, the reports and the plots are those of the committed CSV files."""
+"""README, the pages of docs/, the reports and the plots are those of the committed CSV files."""
 
 import importlib
 import re
@@ -108,3 +108,20 @@ def test_plots_are_drawn_from_the_file(report, tmp_path):
     sys.modules["plots"].draw(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "roofline.png"}
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def test_the_chart_has_every_bar(report, tmp_path):
+    """Ours and the others', faster ones too, and a word where there is no figure. Opaque, for pages may be dark."""
+    plots = sys.modules["plots"]
+    for file, mode, _ in plots.CHART_ROWS:
+        rows = ROWS.replace(",forward,", f",{mode},").replace("timm compiled", "timm frozen")
+        rows = rows.replace("authors' form", "timm").replace("ours cpu", "timm accelerated cpu")
+        (tmp_path / file).write_text(COLUMNS + rows)
+    figure = plots._chart(tmp_path)
+    assert len(figure.axes) == 6
+    for panel, shown in zip(figure.axes, [["2", "2", "3"], ["2", "no figure", "2"]] * 3, strict=True):
+        assert [text.get_text() for text in panel.texts] == shown
+        assert [bar.get_width() > 0 for bar in panel.patches] == [text != "no figure" for text in shown]
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+    plots.draw(tmp_path)
+    assert (tmp_path / plots.CHART).stat().st_size > 5000 and plots.CHART in plots.names(tmp_path)
