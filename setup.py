@@ -129,11 +129,13 @@ def build_command():
     return Build
 
 
+sys.path.insert(0, str(ROOT / "build_tools"))
+from readme import absolute, repository  # noqa: E402
+
 options = {}
 if BUILD == "none":
     say("FOCALNET_KERNELS_BUILD=none: no C++ kernels")
 else:
-    sys.path.insert(0, str(ROOT / "build_tools"))
     from toolkit import ARCHITECTURES, NVCC, find_toolkit
 
     modules = extensions()
@@ -146,4 +148,9 @@ else:
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
         }
 
-setup(**options)
+where = repository((ROOT / "pyproject.toml").read_text())
+setup(
+    long_description=absolute((ROOT / "README.md").read_text(), where),
+    long_description_content_type="text/markdown",
+    **options,
+)

@@ -204,7 +204,8 @@ def test_pip_packages(bare):
 def tree(tmp_path):
     """setup.py over sources that compile in no time."""
     (tmp_path / "focalnet_kernels").mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "build_tools/toolkit.py", "focalnet_kernels/_version.py"):
+    tools = ("build_tools/toolkit.py", "build_tools/readme.py")
+    for name in ("setup.py", "pyproject.toml", "README.md", *tools, "focalnet_kernels/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("csrc/cpu/nothing.cpp", "csrc/cuda/nothing.cu", "focalnet_kernels/__init__.py"):
