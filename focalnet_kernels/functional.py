@@ -312,8 +312,7 @@ def cross_focal_modulation(
         x: (B, *spatial, C), the query; any strides.
         target: (B, *target_spatial, C), as many spatial axes, at least one pixel; any strides.
         f_weight, f_bias: (2C+L+1, C) and (2C+L+1,) or None. Rows: q (of x), ctx, gates (of the target).
-        focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias, ln_eps, normalize,
-            backend: see `focal_modulation`.
+        focal_weights ... backend: see `focal_modulation`.
 
     Returns:
         (B, *spatial, C), dtype of `x` (the autocast dtype under autocast).

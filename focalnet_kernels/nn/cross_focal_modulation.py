@@ -38,9 +38,7 @@ class CrossFocalModulation(CrossFocalModulationNd):
 
     Constructor and state_dict keys are `FocalModulation`'s, so the weights of either load into the other, and
     `layer(x, x)` is `FocalModulation`. How a target of another size meets the query: `cross_focal_modulation`.
-
-    Args:
-        As `FocalModulation`.
+    Arguments are `FocalModulation`'s.
 
     Shape:
         x (B, H, W, C), target (B, H', W', C) -> (B, H, W, C).
