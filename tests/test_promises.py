@@ -1,4 +1,4 @@
-"""README's and docs/tested.md's tables name tests that exist, and forms that these run over."""
+"""The tables of docs/supported.md and docs/tested.md name tests that exist, and forms that these run over."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 NAMED = re.compile(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`")
 TESTED = (ROOT / "docs/tested.md").read_text()
-README = (ROOT / "README.md").read_text()
+SUPPORTED = (ROOT / "docs/supported.md").read_text()
 
 
 @cache
@@ -21,7 +21,7 @@ def functions(path):
     return {node.name for node in ast.parse((TESTS / path).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("text", [TESTED, README], ids=["tested.md", "README"])
+@pytest.mark.parametrize("text", [TESTED, SUPPORTED], ids=["tested.md", "supported.md"])
 def test_named_tests_exist(text):
     named = NAMED.findall(text)
     assert len(named) >= 8
@@ -47,7 +47,7 @@ def forms_of(path, name):
 
 def test_forms_are_those_of_the_tests():
     """A cell is marked where the row's test runs over the column's form, and nowhere else."""
-    table = README[README.index("<!-- forms -->") : README.index("<!-- end of forms -->")]
+    table = SUPPORTED[SUPPORTED.index("<!-- forms -->") : SUPPORTED.index("<!-- end of forms -->")]
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
     assert re.findall(r"`(\w+)`", header) == list(BUILD)
     assert len(rows) >= 8
