@@ -6,7 +6,7 @@ QUIET = --quiet --quiet --disable-pip-version-check  # errors alone: among pip's
 SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py build_tools focalnet_kernels benchmarks examples tests
 
-.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format bench bench-results bench-report bench-compare clean
+.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format docs bench bench-results bench-report bench-compare clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,16 @@ format: install
 	$(BIN)/ruff check --fix $(PYTHON_FILES)
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/clang-format -i $(SOURCES)
+
+# the documentation's site in build/docs, strict: no link leads nowhere. It needs neither torch nor the package
+DOCS = build/docs-tools
+$(DOCS)/.installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install $(QUIET) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
 
 bench: install
 	$(BIN)/python -m focalnet_kernels bench $(ARGS)
