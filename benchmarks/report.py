@@ -8,6 +8,7 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
 
     table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
     slower FILE ...                 where somebody is faster than the fastest of ours
+    behind FILE ...                 where one of the chart's bars is shorter than accelerate()'s
     machine FILE                    what the figures were found on
     plot FILE                       an image
     chart FILE                      README's, no wider on a screen than a column of text
@@ -30,7 +31,7 @@ from focalnet_kernels.bench.records import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"<!-- (table|slower|machine|plot|chart|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
+BLOCK = re.compile(r"<!-- (table|slower|behind|machine|plot|chart|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHART_WIDTH = 450  # pixels: half of the image's
 NOWHERE = "Nowhere in these files."
@@ -119,6 +120,25 @@ def slower_by_file(files: dict[str, list[dict[str, str]]]) -> str:
     return "\n".join(f"In {name}:\n\n{lines}\n" for name, lines in found.items() if lines != NOWHERE).strip() or NOWHERE
 
 
+def behind(rows: list[dict[str, str]]) -> str:
+    """A line for each workload in which something of the chart is faster than `accelerate`, in the chart's words."""
+    groups: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["mode"] and row["provider"] in plots.CHART_BARS and (time := value(row, "p50_ms")) is not None:
+            key = (row["mode"], row["shape"].split("x")[0], row["threads"], row["dtype"])
+            groups.setdefault(key, {})[row["provider"]] = time
+    lines = []
+    for (mode, batch, threads, dtype), times in groups.items():
+        ours = times.pop("timm accelerated cpu", None)
+        faster = sorted((time, plots.CHART_BARS[name]) for name, time in times.items() if ours and time < ours)
+        if faster:
+            what = "inference" if mode == "forward" else "a training step"
+            counts = [f"{n} {word}{'s' * (n != '1')}" for n, word in ((batch, "image"), (threads, "thread"))]
+            ratios = ", ".join(f"{ours / time:.2f} times that of {name}" for time, name in faster)
+            lines.append(f"- {what}, {', '.join(counts)}, {dtype}: the time of `accelerate` is {ratios}")
+    return "\n".join(lines)
+
+
 def machine(row: dict[str, str]) -> str:
     """One sentence about what a file's figures were found on."""
     device = row.get("device") or row.get("cpu", "")
@@ -169,7 +189,7 @@ def rendered(text: str, root: str = "") -> str:
 
 
 def _block(kind: str, arguments: list[str], root: str = "") -> str:
-    names = arguments if kind in ("slower", "peers") else arguments[:1]
+    names = arguments if kind in ("slower", "behind", "peers") else arguments[:1]
     missing = [name for name in names if not (RESULTS / name).exists()]
     if missing:
         return f"Not measured yet: {', '.join(missing)}."
@@ -179,6 +199,8 @@ def _block(kind: str, arguments: list[str], root: str = "") -> str:
         return f'<img src="{root}benchmarks/results/{names[0]}" width="{CHART_WIDTH}" alt="{plots.CHART_SAYS}">'
     if kind == "slower":
         return slower_by_file({name: read(RESULTS / name) for name in names})
+    if kind == "behind":
+        return "\n".join(filter(None, (behind(read(RESULTS / name)) for name in names))) or NOWHERE
     rows = [row for name in names for row in read(RESULTS / name)]
     if kind == "peers":
         return peers(rows)

@@ -34,7 +34,7 @@ def patch_timm(
         ImportError: timm is not installed.
         ValueError: `backend` is no backend's name, or `level` none of `accelerate`'s.
 
-    Example:
+    Examples:
         >>> with patch_timm():
         ...     model = timm.create_model("focalnet_tiny_lrf")
     """

@@ -261,7 +261,7 @@ def accelerate(
         TypeError: `model` is not an nn.Module.
         ValueError: `backend` is no backend's name, or `level` none of these.
 
-    Example:
+    Examples:
         >>> report = accelerate(timm.create_model("focalnet_tiny_lrf"))
         >>> print(report)
     """

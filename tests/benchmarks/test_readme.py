@@ -35,7 +35,7 @@ def test_speed_has_no_number_of_its_own(report):
     assert len(report.BLOCK.findall(page)) >= 20
     assert typed_numbers(report, page) == []
     chart = readme[readme.index("<!-- ") : readme.index("## What it replaces")]
-    assert [kind for kind, _ in report.BLOCK.findall(chart)] == ["chart", "machine", "slower"]
+    assert [kind for kind, _ in report.BLOCK.findall(chart)] == ["chart", "machine", "behind"]
     assert typed_numbers(report, chart) == []
 
 
@@ -108,6 +108,18 @@ def test_files_are_compared_each_by_itself(report, tmp_path, monkeypatch):
     line = "- forward, some stage 1 float32 2x4x4x8: ours cpu takes 1.50 times as long as timm compiled"
     assert report._block("slower", ["fast.csv", "slow.csv"]) == f"In slow.csv:\n\n{line}"
     assert report._block("slower", ["fast.csv"]) == report.NOWHERE
+
+
+def test_what_is_ahead_of_us_is_said(report):
+    """Everybody who is, and in the chart's words."""
+    row = {"mode": "forward", "shape": "1x3x224x224", "dtype": "float32", "threads": "1"}
+    times = {"timm": 9, "timm frozen": 4, "OpenVINO": 2, "ONNX Runtime": "", "timm accelerated cpu": 5, "ours cpu": 1}
+    rows = [row | {"provider": provider, "p50_ms": str(time)} for provider, time in times.items()]
+    assert report.behind(rows) == (
+        "- inference, 1 image, 1 thread, float32: the time of `accelerate` is 2.50 times that of OpenVINO, "
+        "1.25 times that of compile + freezing"
+    )
+    assert report.behind(rows[:1] + rows[3:]).count("times") == 0
 
 
 def test_plots_are_drawn_from_the_file(report, tmp_path):
