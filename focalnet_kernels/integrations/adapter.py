@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -187,16 +188,21 @@ class Adapter:
         return 2 * C + L + 1
 
     def _why_not_only(self, module: Module) -> str | None:
-        """A further member with a state of its own may take part in the forward."""
         parts = self.parts(module)
         inner = [parts.f, parts.h, parts.proj, parts.act, parts.focal_layers, getattr(module, self.drop)]
         inner += [part for _, part in parts.extra] + ([] if parts.norm is None else [parts.norm])
-        known = {id(module), *(id(m) for part in inner for m in part.modules())}
-        own = {id(p) for part in inner for p in part.parameters()}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in own:
-                return f"parameter {name} is no part of the form"
-        for name, member in module.named_modules():
-            if id(member) not in known and type(member) is not nn.Identity:
-                return f"{name} ({type(member).__name__}) is no part of the form"
-        return next((f"buffer {name} is no part of the form" for name, _ in module.named_buffers()), None)
+        return why_not_only(module, inner)
+
+
+def why_not_only(module: Module, inner: Sequence[Module], parameters: Sequence[Any] = ()) -> str | None:
+    """What `module` has beside these inner modules and parameters: a further member with a state of its own may take
+    part in its forward."""
+    known = {id(module), *(id(m) for part in inner for m in part.modules())}
+    own = {*map(id, parameters), *(id(p) for part in inner for p in part.parameters())}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in own:
+            return f"parameter {name} is no part of the form"
+    for name, member in module.named_modules():
+        if id(member) not in known and type(member) is not nn.Identity:
+            return f"{name} ({type(member).__name__}) is no part of the form"
+    return next((f"buffer {name} is no part of the form" for name, _ in module.named_buffers()), None)

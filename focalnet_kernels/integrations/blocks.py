@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._blocks import BlockParts, BranchParts
 from .._parts import Module
-from .adapter import Adapter, BoundForward
+from .adapter import Adapter, BoundForward, why_not_only
 
 
 class BlockAdapter:
@@ -142,17 +142,8 @@ class BlockAdapter:
             return reason
         parts = self.parts(module)
         inner = [parts.layer, parts.mlp, parts.act, *parts.first.modules(), *parts.second.modules(), *parts.others]
-        inner = [part for part in inner if part is not module]
-        known = {id(module), *(id(m) for part in inner for m in part.modules())}
-        own = {id(p) for part in inner for p in part.parameters()}
-        own |= {id(branch.gamma()) for branch in (parts.first, parts.second)}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in own:
-                return f"parameter {name} is no part of the form"
-        for name, member in module.named_modules():
-            if id(member) not in known and type(member) is not nn.Identity:
-                return f"{name} ({type(member).__name__}) is no part of the form"
-        return None
+        gammas = [branch.gamma() for branch in (parts.first, parts.second)]
+        return why_not_only(module, [part for part in inner if part is not module], gammas)
 
 
 class TransformersBlock(BlockAdapter):

@@ -373,6 +373,23 @@ class DropsTokens(AuthorsBlock):
         return x + y * torch.rand(*y.shape[:2], 1).round().to(y) if self.training else super().after(x, y, gamma)
 
 
+class Positioned(AuthorsBlock):
+    """By what is zero until it is loaded."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("position", torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x + self.position)
+
+
+def test_a_block_with_a_buffer_is_left_alone():
+    block = Positioned(AuthorsClassification(12, 3, 2), 12)
+    report = fk.accelerate(block)
+    assert report.kept_blocks == [("", "buffer position is no part of the form")] and not report.blocks
+
+
 @pytest.mark.parametrize("cls", [Parallel, Halved, DropsTokens])
 def test_look_alikes_are_left_alone(cls):
     block = cls(AuthorsClassification(12, 3, 2), 12)
