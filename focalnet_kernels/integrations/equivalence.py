@@ -101,11 +101,14 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
-def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and the tensors that were left on the module, which are taken off it."""
+def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Tensor, dict[str, Any]]:
+    """The output, and what the forward left on the module, which is taken off it."""
     torch.default_generator.manual_seed(0)  # for drop path; torch.manual_seed would seed every GPU's generator too
+    before = dict(vars(twin))
     y = forward(twin, *[x.clone() if isinstance(x, Tensor) else x for x in args], **kwargs)
-    return y, {n: vars(twin).pop(n) for n, value in list(vars(twin).items()) if isinstance(value, Tensor)}
+    stored = {name: value for name, value in vars(twin).items() if before.get(name, twin) is not value}
+    twin.__dict__ = before
+    return y, stored
 
 
 def _twin(module: nn.Module, draw: Callable[[torch.Size], Tensor]) -> nn.Module:

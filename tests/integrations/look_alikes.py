@@ -25,6 +25,14 @@ class BatchNormLevels(AuthorsDetection):
         return nn.Sequential(*super().level(dim, k)[:1], nn.BatchNorm2d(dim), nn.GELU())
 
 
+class KeepsItsSize(AuthorsDetection):
+    """The formula, and numbers on the layer that somebody may read there."""
+
+    def forward(self, x):
+        self.height = x.shape[1]
+        return super().forward(x)
+
+
 class NoiseInTraining(AuthorsDetection):
     """The formula in evaluation, dropped gates in training."""
 

@@ -37,6 +37,7 @@ OTHER = "not a known form: nearest is"
         ("SigmoidGates", (12,), DIFFERENT),
         ("ParallelLevels", (12,), DIFFERENT),
         ("NoiseInTraining", (12,), DIFFERENT),
+        ("KeepsItsSize", (12,), "its forward also stores height on the module"),
         ("FocalModulation", (12,), DIFFERENT),
         ("BatchNormLevels", (12,), "focal_layers[0][1] is a BatchNorm2d"),
         ("ParallelVolume", (12, 3, 2), FAILS.format("3-D volumes")),
