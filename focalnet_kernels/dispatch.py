@@ -190,7 +190,7 @@ def select(call: Call, training: bool, backend: str | None = None) -> Implementa
         ValueError: `backend` is no backend's name.
     """
     name = requested_backend() if backend is None else check_backend(backend, "backend")
-    plain = _why_plain(exports=name == "auto")
+    plain = why_plain(exports=name == "auto")
     if plain is not None or torch.compiler.is_compiling():
         return _first(call, training, name, plain)
     chosen = call.chosen.get((name, training))
@@ -235,7 +235,7 @@ def _candidates(
     return [(candidate, why_not(candidate)) for candidate in found], order is not None
 
 
-def _why_plain(exports: bool) -> str | None:
+def why_plain(exports: bool) -> str | None:
     """Why this call needs plain PyTorch, whatever its tensors. A user who names a backend may export its raw ops."""
     if torch._C._are_functorch_transforms_active():  # what autograd.Function.apply itself asks
         return "torch.func transforms (grad, vmap, jvp and the like) are left to 'reference', which 'auto' takes there"
@@ -263,7 +263,7 @@ class Explanation:
 def explain_call(call: Call, training: bool, backend: str | None = None) -> Explanation:
     """As `select`, with every reason, and without a BackendError."""
     name = requested_backend() if backend is None else check_backend(backend, "backend")
-    candidates, was_measured = _candidates(call, training, name, _why_plain(exports=name == "auto"))
+    candidates, was_measured = _candidates(call, training, name, why_plain(exports=name == "auto"))
     chosen, reasons = None, {}
     for candidate, reason in candidates:
         if reason is None and name not in ("auto", candidate.backend):

@@ -222,9 +222,9 @@ class _InOtherAxes(torch.autograd.Function):
         return grad.reshape(back) if isinstance(back, torch.Size) else back(grad), None, None
 
 
-def in_other_axes(y: Tensor, there: Callable[[Tensor], Tensor], back: Any) -> Tensor:
+def in_other_axes(y: Tensor, there: Callable[[Tensor], Tensor], back: Any = None) -> Tensor:
     """`there(y)`, which shares y's memory but is no view of it: classes answer with tensors of their own, and who wraps
-    them (FSDP) warns of views. `back`: from its gradient to y's, or y's shape."""
+    them (FSDP) warns of views. `back`: from its gradient to y's, or y's shape; None where nobody will ask for one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return there(y)
     return _InOtherAxes.apply(y, there, back)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .blocks import BlockAdapter
+from .embeddings import EmbeddingAdapter
+
+AnyAdapter = Adapter | BlockAdapter | EmbeddingAdapter
 
 TOLERANCE = 1e-9  # relative; the same formula in another order of sums stays below 1e-13
 
@@ -35,7 +38,7 @@ def configuration(module: nn.Module) -> tuple:
     )
 
 
-def compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
+def compare(adapter: AnyAdapter, module: nn.Module) -> Verdict:
     """Run the class's own forward and ours; the module and the random state stay untouched."""
     try:
         with (
@@ -49,7 +52,7 @@ def compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
         return Verdict(f"its forward fails on input for the {adapter.form} form: {type(error).__name__}: {error}")
 
 
-def _compare(adapter: Adapter | BlockAdapter, module: nn.Module) -> Verdict:
+def _compare(adapter: AnyAdapter, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     twin = _twin(module, lambda shape: _random(shape, generator))
     adapter.silence(twin)
@@ -86,7 +89,7 @@ def _compare_dtypes(theirs: Callable, ours: Callable, twin: nn.Module, args: tup
     twin = _twin(twin, lambda shape: torch.zeros(shape, dtype=torch.float32, device="cpu"))
     args = tuple([x.float() if isinstance(x, Tensor) else x for x in args])
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = (_run(forward, twin, args)[0].dtype for forward in (theirs, ours))
+        expected, found = (_dtype(_run(forward, twin, args)[0]) for forward in (theirs, ours))
     return None if expected == found else f"its forward answers with {expected} in autocast, ours with {found}"
 
 
@@ -101,7 +104,7 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
-def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Tensor, dict[str, Any]]:
+def _run(forward, twin: nn.Module, args: tuple, **kwargs) -> tuple[Any, dict[str, Any]]:
     """The output, and what the forward left on the module, which is taken off it."""
     torch.default_generator.manual_seed(0)  # for drop path; torch.manual_seed would seed every GPU's generator too
     before = dict(vars(twin))
@@ -130,10 +133,18 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") / fan_in**0.5
 
 
-def _relative_difference(theirs, ours: Tensor) -> float:
-    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-        return float("nan")
-    return ((theirs - ours).norm() / ours.norm()).item()
+def _relative_difference(theirs: Any, ours: Any) -> float:
+    """Of a tensor, or of all that a tuple holds: tensors, and numbers, which must be the same. NaN for another kind."""
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.shape == ours.shape:
+        return ((theirs - ours).norm() / ours.norm()).item()
+    if type(ours) is tuple and type(theirs) is tuple and len(theirs) == len(ours):
+        return sum(map(_relative_difference, theirs, ours))  # unlike max(), it passes NaN on
+    return 0.0 if type(ours) is int and type(theirs) is int and theirs == ours else float("nan")
+
+
+def _dtype(y: Any) -> torch.dtype:
+    """A result's, or that of the tensor which a tuple begins with."""
+    return y[0].dtype if isinstance(y, tuple) else y.dtype
 
 
 _INSTANCE = {"forward", "__prepare_scriptable__", "__reduce_ex__"}  # what an accelerated layer has of its own

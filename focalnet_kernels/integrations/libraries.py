@@ -13,16 +13,17 @@ from torch import nn
 
 from .. import dispatch
 from .._warnings import warn_once
-from .patching import OURS, accelerate_block, accelerate_layer, check_level, is_candidate
+from .patching import OURS, accelerate_block, accelerate_embedding, accelerate_layer, check_level, is_candidate
 
 
 def patch_timm(
     backend: str | None = None, *, keep_modulator: bool = False, level: str = "block", keep_hidden: bool = False
 ) -> LibraryPatch:
-    """Have timm build its FocalNets with accelerated layers and blocks from here on, until the result's `undo()`.
+    """Have timm build its FocalNets with accelerated layers, blocks and patch embeddings from here on, until the
+    result's `undo()`.
 
-    Names, shapes and initial values of parameters stay: a seed gives the weights that it gave before. What layers
-    and blocks do is that of `accelerate`, whose arguments these are. One that is left as it is says why, once.
+    Names, shapes and initial values of parameters stay: a seed gives the weights that it gave before. What they do is
+    that of `accelerate`, whose arguments these are. A layer or block that is left as it is says why, once.
 
     Args:
         backend, keep_modulator, level, keep_hidden: see `accelerate`. Of several patches in force the last one's hold.
@@ -63,7 +64,8 @@ def patch_official(
     Args:
         module: the imported module with the classes of layer and block, such as `classification.focalnet`, or one that
             imports them by name. Layers are the classes whose constructor makes `focal_layers`, blocks those whose
-            constructor makes `modulation`; each instance is still recognised as by `accelerate`.
+            constructor makes `modulation`, patch embeddings among those whose constructor makes `proj` or `projection`;
+            each instance is still recognised as by `accelerate`.
         backend, keep_modulator, level, keep_hidden: see `accelerate`.
 
     Raises:
@@ -105,8 +107,9 @@ class LibraryPatch:
                 f"{function}(module): expected classes whose constructor makes `focal_layers`, "
                 f"found none in {module.__name__}"
             )
-        # of blocks whatever the level: where patches are nested, the last one's level holds for them too
-        self._classes = list(dict.fromkeys([*layers, *_classes_that_make("modulation", module)]))
+        # of blocks and embeddings whatever the level: where patches are nested, the last one's level holds for them too
+        others = [cls for name in ("modulation", "proj", "projection") for cls in _classes_that_make(name, module)]
+        self._classes = list(dict.fromkeys([*layers, *others]))
         for cls in self._classes:
             if cls not in _patched:
                 _patched[cls] = _patch_constructor(cls)
@@ -131,7 +134,7 @@ class LibraryPatch:
         self.undo()
 
     def accelerate(self, module: nn.Module) -> None:
-        """Accelerate a layer or a block that was just built, or say once why not."""
+        """Accelerate a layer, block or patch embedding that was just built; of the first two say once why not."""
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         if is_candidate(module):
             _, verdict = accelerate_layer(module, self.backend, self.keep_modulator, self._verdicts)
@@ -140,6 +143,7 @@ class LibraryPatch:
         _, reason = accelerate_block(module, self.level, self.keep_modulator, self.keep_hidden, self._verdicts)
         if reason is not None and self.level == "block" and not self.keep_modulator:
             warn_once(f"{name} was built with its layer alone accelerated: {reason}")
+        accelerate_embedding(module, self.backend, self.level, self._verdicts)
 
 
 @dataclass

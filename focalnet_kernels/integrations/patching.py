@@ -21,8 +21,9 @@ from .._warnings import warn_once
 from ..forms import SimilarityFocalModulation
 from ..nn.focal_modulation import FocalModulationNd
 from .adapter import Adapter, BoundForward
-from .blocks import BLOCKS, BlockAdapter
-from .equivalence import Verdict, compare, configuration
+from .blocks import BLOCKS
+from .embeddings import EMBEDDINGS, EmbeddingAdapter
+from .equivalence import AnyAdapter, Verdict, compare, configuration
 from .official import OfficialClassification, OfficialDetection
 from .query_context import QueryContext
 from .spatio_temporal import SpatioTemporal
@@ -56,6 +57,8 @@ class Report:
         kept: (qualified name, reason) of each layer that was left as it is.
         blocks: (qualified name, form) of each block that runs through them as a whole.
         kept_blocks: (qualified name, reason) of each block of which the layer alone does.
+        embeddings: (qualified name, form) of each patch embedding that runs through them. Others are not mentioned, as
+            any convolution with a norm looks like one.
         notes: what an accelerated layer does otherwise than the class it belongs to.
     """
 
@@ -63,6 +66,7 @@ class Report:
     kept: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[tuple[str, str]] = field(default_factory=list)
     kept_blocks: list[tuple[str, str]] = field(default_factory=list)
+    embeddings: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -73,19 +77,20 @@ class Report:
             lines += [f"{len(self.blocks)} blocks accelerated as a whole, {len(self.kept_blocks)} in their layer alone"]
         lines += [f"  accelerated {name or '(the model itself)'}: {form}" for name, form in self.blocks]
         lines += [f"  its layer alone, {name or '(the model itself)'}: {why}" for name, why in self.kept_blocks]
+        if self.embeddings:
+            lines.append(f"{len(self.embeddings)} patch embeddings accelerated")
+        lines += [f"  accelerated {name or '(the model itself)'}: {form}" for name, form in self.embeddings]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 class AcceleratedForward(BoundForward):
-    """The bound `forward` of one accelerated layer or block.
+    """The bound `forward` of one accelerated layer, block or patch embedding.
 
     A callable object and no bound function: it is copied and pickled together with its module, and the copy then
     reads the copy's parameters. It holds the module weakly, so that a model is freed with its last name.
     """
 
-    def __init__(
-        self, module: nn.Module, adapter: Adapter | BlockAdapter, backend: str | None, stores: tuple[str, ...]
-    ):
+    def __init__(self, module: nn.Module, adapter: AnyAdapter, backend: str | None, stores: tuple[str, ...]):
         self.adapter = adapter
         self.backend = backend
         self.stores = stores
@@ -103,7 +108,7 @@ class AcceleratedForward(BoundForward):
             raise RuntimeError("accelerate: this forward has outlived its layer, or was copied or pickled without it")
         return module
 
-    def __call__(self, *args, **kwargs) -> Tensor:
+    def __call__(self, *args, **kwargs) -> Any:
         module = self.module
         # not ours: an FX proxy, say, or a call for the class to refuse in its own words
         positional = self._positional(args, kwargs)
@@ -132,7 +137,7 @@ class AcceleratedForward(BoundForward):
             reason = f"{type(module).__name__}.forward was replaced"
         if reason is None:
             return parts
-        kind = "" if isinstance(self.adapter, BlockAdapter) else " layer"
+        kind = " layer" if isinstance(self.adapter, Adapter) else ""
         warn_once(f"a {self.adapter.form}{kind} changed after accelerate() and runs its own forward: {reason}")
         return None
 
@@ -229,7 +234,8 @@ def accelerate(
     level: str = "block",
     keep_hidden: bool = False,
 ) -> Report:
-    """Make the focal modulation layers inside a live model, and the blocks around them, run through our ops.
+    """Make the focal modulation layers inside a live model, the blocks around them, and the patch embeddings before
+    them, run through our ops.
 
     Known are the authors' classes (classification; detection and segmentation), timm's, Hugging Face
     transformers', 3-D volumes, the channels-first form of YOLO forks, Video-FocalNets' spatio-temporal layer, and
@@ -250,8 +256,9 @@ def accelerate(
         level: "block": where a block is known too (the authors', timm's, transformers', Video-FocalNets'), its norms,
             MLP, layer scale, drop path and residuals join the layer in two ops. Drop path draws the numbers that it
             always drew. Where a dropout acts within a block, in autocast on a CPU, or where somebody hooks or replaces
-            one of its modules, the block runs as its class does, and its layer alone through our ops. "layer": layers
-            alone.
+            one of its modules, the block runs as its class does, and its layer alone through our ops. Patch embeddings
+            (the authors', timm's, transformers') in a model with accelerated layers run through an op where that helps,
+            in evaluation mode on a CPU without gradients. "layer": layers alone.
         keep_hidden: blocks keep their MLP's hidden values for a faster backward: see `mlp_branch`.
 
     Returns:
@@ -285,6 +292,11 @@ def accelerate(
             report.blocks.append((name, form))
         elif reason is not None and level == "block":
             report.kept_blocks.append((name, reason))
+    if report.replaced:  # elsewhere it is nobody's business here
+        for name, module in model.named_modules():
+            form = accelerate_embedding(module, backend, level, verdicts)
+            if form is not None:
+                report.embeddings.append((name, form))
     if layers_without_state:
         report.notes.append(
             f"{layers_without_state} layers no longer store gates and modulator: keep_modulator=True keeps that"
@@ -333,18 +345,31 @@ def accelerate_block(
     adapter = form(layer.adapter, keep_hidden)
     reason = adapter.why_not(module)
     if reason is None:
-        key = (form, layer.adapter, configuration(module))
-        if key not in verdicts:
-            verdicts[key] = compare(adapter, module)
-        reason = verdicts[key].why_not
+        reason = _verdict(adapter, module, (form, layer.adapter), verdicts).why_not
     if reason is not None:
         return None, reason
     AcceleratedForward(module, adapter, layer.backend, ()).bind()
     return adapter.form, None
 
 
+def accelerate_embedding(module: nn.Module, backend: str | None, level: str, verdicts: dict) -> str | None:
+    """Bind the forward of a patch embedding to our op if its form is known: the form, or None."""
+    bound = vars(module).get("forward")
+    if isinstance(bound, AcceleratedForward) and isinstance(bound.adapter, EmbeddingAdapter):
+        bound.unbind()
+    elif bound is not None:
+        return None
+    for adapter in EMBEDDINGS if level == "block" else ():
+        if adapter.missing(module) or adapter.why_not(module) is not None:
+            continue
+        if _verdict(adapter, module, (adapter,), verdicts).why_not is None:
+            AcceleratedForward(module, adapter, backend, ()).bind()
+            return adapter.form
+    return None
+
+
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every layer and block inside `model` runs its class's own forward again.
+    """Undo `accelerate`: all that it changed inside `model` runs its class's own forward again.
 
     Args:
         model: any module, accelerated or not.
@@ -393,7 +418,12 @@ def _recognise(module: nn.Module, verdicts: dict) -> tuple[Adapter | None, Verdi
         return None, Verdict(f"not a known form: nearest is {adapter.form}, without {', '.join(missing)}")
     if reason := adapter.why_not(module):
         return None, Verdict(reason)
-    key = (adapter, configuration(module))
+    return adapter, _verdict(adapter, module, (adapter,), verdicts)
+
+
+def _verdict(adapter: AnyAdapter, module: nn.Module, form: tuple, verdicts: dict) -> Verdict:
+    """Whether both forwards agree, which those of one form and configuration are asked once."""
+    key = (*form, configuration(module))
     if key not in verdicts:
         verdicts[key] = compare(adapter, module)
-    return adapter, verdicts[key]
+    return verdicts[key]

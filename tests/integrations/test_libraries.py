@@ -6,16 +6,18 @@ import pickle
 import sys
 import types
 import warnings
+from collections import Counter
 
 import pytest
 import timm
 import torch
 from models.foreign import huggingface_model, small_config, timm_model
 from ops import golden
+from timm.models.focalnet import Downsample
 from timm.models.focalnet import FocalModulation as TimmModulation
 from timm.models.focalnet import FocalNetBlock as TimmBlock
 from torch import nn
-from transformers.models.focalnet.modeling_focalnet import FocalNetLayer, FocalNetModulation
+from transformers.models.focalnet.modeling_focalnet import FocalNetLayer, FocalNetModulation, FocalNetPatchEmbeddings
 
 import focalnet_kernels as fk
 from focalnet_kernels.integrations import patch_official, patch_timm, patch_transformers, patching, restore
@@ -27,7 +29,8 @@ from integrations.test_blocks import Parallel, answers, is_fused
 LIBRARIES = {"timm": (patch_timm, timm_model), "transformers": (patch_transformers, huggingface_model)}
 AUTHORS = ("authors", "detection", "video")
 CLASSES = [
-    TimmModulation, TimmBlock, FocalNetModulation, FocalNetLayer, AuthorsClassification, AuthorsBlock, DetectionBlock,
+    TimmModulation, TimmBlock, Downsample, FocalNetModulation, FocalNetLayer, FocalNetPatchEmbeddings,
+    AuthorsClassification, AuthorsBlock, DetectionBlock,
 ]  # fmt: skip
 
 
@@ -46,6 +49,12 @@ def accelerated_blocks(model):
     return sum("forward" in vars(module) for module in model.modules() if "modulation" in module._modules)
 
 
+def accelerated_embeddings(model):
+    return accelerated(
+        nn.ModuleList(m for m in model.modules() if isinstance(m, (Downsample, FocalNetPatchEmbeddings)))
+    )
+
+
 def seeded(build, *args, **options):
     torch.manual_seed(3)
     return build(*args, **options), torch.rand(1)
@@ -60,7 +69,8 @@ def test_models_are_created_accelerated(library):
     state, x = model.state_dict(), torch.randn(1, 3, 32, 32)
     assert list(state) == list(plain.state_dict()) and torch.equal(next_random, next_random_patched)
     assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
-    assert (accelerated(model), accelerated_blocks(model), accelerated(plain)) == (8, 4, 0)
+    assert (accelerated(model), accelerated_blocks(model), accelerated_embeddings(model)) == (11, 4, 3)
+    assert accelerated(plain) == 0
     assert type(model) is type(plain)
 
     output, expected = (getattr(m(x), "logits", m(x)) for m in (model, plain))
@@ -112,7 +122,8 @@ def test_layers_alone(options, recwarn):
     for patch, build in LIBRARIES.values():
         with patch(**options):
             model = build(small_config())
-        assert (accelerated(model), accelerated_blocks(model)) == (4, 0)
+        assert (accelerated(model) - accelerated_embeddings(model), accelerated_blocks(model)) == (4, 0)
+        assert accelerated_embeddings(model) == (0 if "level" in options else 3)
     with patch_official(foreign_blocks, **options):
         blocks = nn.ModuleList(foreign_blocks.build(form) for form in AUTHORS)
     assert (accelerated(blocks), accelerated_blocks(blocks)) == (3, 0)
@@ -200,18 +211,20 @@ def test_built_without_numbers(library, monkeypatch):
 def test_a_configuration_is_compared_once(library, monkeypatch):
     patch, build = LIBRARIES[library]
     compared, compare = [], patching.compare
-    monkeypatch.setattr(patching, "compare", lambda *args: compared.append(args) or compare(*args))
+    monkeypatch.setattr(patching, "compare", lambda *args: compared.append(type(args[1])) or compare(*args))
     with patch():
         build(small_config(drop_path_rate=0.3))
-        assert len(compared) == 3 + 3  # layers and blocks of three widths
+        forms = {"timm": 2, "transformers": 1}[library]  # of patch embeddings with such members
+        assert sorted(Counter(compared).values()) == sorted([3, 3, 3 * forms])  # three widths
+        count = len(compared)
         build(small_config(drop_path_rate=0.3))
-    assert len(compared) == 6
+    assert len(compared) == count
 
 
 def test_timm_factories():
     with patch_timm():
         model = timm.create_model("focalnet_tiny_srf", features_only=True, out_indices=(0, 1))
-    assert accelerated(model) == 8
+    assert accelerated(model) == 8 + 2
     assert [features.shape[1] for features in model(torch.randn(1, 3, 32, 32))] == [96, 192]
 
 
@@ -224,7 +237,7 @@ def test_transformers_from_pretrained(dtype, tolerance, tmp_path):
     with patch_transformers():
         model = type(plain).from_pretrained(tmp_path, dtype=dtype)  # with no numbers at first, and as torch's default
     x = torch.randn(1, 3, 32, 32, dtype=dtype)
-    assert accelerated(model) == 8
+    assert accelerated(model) == 11
     assert golden.relative_error(model(x).logits, plain.to(dtype)(x).logits) < tolerance
 
 
@@ -339,7 +352,7 @@ def test_copies_of_models_built_under_a_patch(library):
     x = torch.randn(1, 3, 32, 32)
     expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickled)):
-        assert accelerated(twin) == 8
+        assert accelerated(twin) == 11
         assert torch.equal(getattr(twin(x), "logits", twin(x)), getattr(expected, "logits", expected))
 
 
