@@ -40,8 +40,12 @@ class PatchParts(NamedTuple):
         return None if reason is None else f"norm {reason}"
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the op does with these plain parts what they do: all numbers are of one kind, and nothing casts."""
-        if x.ndim != 4 or torch.is_autocast_enabled(x.device.type):
+        """Whether the op does with these plain parts what they do: all numbers are of one kind, and nothing casts.
+
+        Not in training mode: gradients may be off for now alone, and checkpointing counts on the same bits once they
+        are on.
+        """
+        if x.ndim != 4 or self.proj.training or torch.is_autocast_enabled(x.device.type):
             return False
         tensors = [self.proj._parameters["weight"], *([] if self.norm is None else [self.norm._parameters["weight"]])]
         return all([t.dtype == x.dtype and t.device == x.device for t in tensors])

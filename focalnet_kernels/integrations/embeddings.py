@@ -75,8 +75,7 @@ class EmbeddingAdapter:
         conv: Any = parts.proj
         sizes = zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)
         fits = x.shape[1] == conv.in_channels and all([n + 2 * padding >= k for n, padding, k in sizes])
-        # in training mode gradients may be off for now alone: checkpointing counts on the same numbers once they are on
-        return fits and not conv.training and parts.takes(x)
+        return fits and parts.takes(x)
 
     def forward(
         self, module: Module, parts: PatchParts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
