@@ -43,7 +43,8 @@ ON_A_CPU = {
     "engines": ENGINES,
     "engines_one_image": f"{ENGINES} --batch 1",
     "training": "--level model --mode forward+backward --compile default --no-roofline --rounds 7 --provider timm"
-    " --provider 'timm compiled' --provider 'timm accelerated cpu' --provider 'ours cpu'",
+    " --provider 'timm compiled' --provider 'timm accelerated cpu' --provider 'timm keep_hidden cpu'"
+    " --provider 'ours cpu'",
     "peers": f"--level peers --compile default --dtype float32 --rounds 5 --no-memory --no-roofline {BOTH}",
     "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --compile default --batch 4"
     f" --dtype float32 --rounds 3 --no-memory --no-roofline {BOTH}",

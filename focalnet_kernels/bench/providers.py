@@ -136,6 +136,10 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
         ]
         if case.level == "model":
             ours += [
+                *[
+                    replace(p, name=f"timm keep_hidden {p.backend}", build=partial(p.build, keep_hidden=True))
+                    for p in ours
+                ],
                 Provider("timm frozen", partial(_engine, "frozen"), needs=("timm",), engine="frozen"),
                 *[
                     Provider(shown, partial(_engine, name), needs=("timm", "onnxscript", name), engine=name)
@@ -207,9 +211,9 @@ def _channels_last(build: Callable, case: Case, exact: bool) -> Subject:
     return replace(subject, inputs=inputs)
 
 
-def _accelerated(backend: str, build: Callable, case: Case, exact: bool) -> Subject:
+def _accelerated(backend: str, build: Callable, case: Case, exact: bool, keep_hidden: bool = False) -> Subject:
     subject = build(case, exact)
-    report = accelerate(subject.module, backend=backend)
+    report = accelerate(subject.module, backend=backend, keep_hidden=keep_hidden)
     if not report.replaced:
         raise RuntimeError(f"accelerate left everything as it was: {report}")
     return subject
