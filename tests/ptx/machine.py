@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import wgmma as wgmma  # enters its opcodes
+from . import matrices as matrices  # enter their opcodes
+from . import wgmma as wgmma
 from .kinds import UNSIGNED
 from .memory import Fault, Memory, tags
 from .opcodes import TOGETHER, make_step

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .kinds import KINDS, UNSIGNED, Kind, bf16_decode, f16_decode, kinds_in
+from .kinds import KINDS, UNSIGNED, Kind, kinds_in
 from .memory import Fault
 from .program import Instruction, Vector
 
@@ -275,15 +275,15 @@ def _convert(instruction: Instruction) -> Step:
 # ------------------------------------------------------------ memory
 
 
-def _layout(instruction: Instruction, registers) -> tuple[tuple, Kind]:
-    names = registers.items if isinstance(registers, Vector) else (registers,)
-    return names, kinds_in(instruction.opcode)[-1]
+def registers_of(operand) -> tuple:
+    """Of a vector, or the one that it is."""
+    return operand.items if isinstance(operand, Vector) else (operand,)
 
 
 @opcode("ld", "ldu")
 def _load(instruction: Instruction) -> Step:
     to, address = instruction.operands[:2]
-    names, kind = _layout(instruction, to)
+    names, kind = registers_of(to), kinds_in(instruction.opcode)[-1]
     space, size = instruction.opcode[1], kind.bits // 8
     extend = KINDS[f"{'s' if kind.name[0] == 's' else 'u'}{kind.bits}"]
 
@@ -310,7 +310,7 @@ def _load(instruction: Instruction) -> Step:
 @opcode("st")
 def _store(instruction: Instruction) -> Step:
     address, source = instruction.operands
-    names, kind = _layout(instruction, source)
+    names, kind = registers_of(source), kinds_in(instruction.opcode)[-1]
     space = instruction.opcode[1]
 
     def step(warp, mask):
@@ -413,90 +413,5 @@ def _vote(instruction: Instruction) -> Step:
         else:
             value = {"any": said.any(1), "all": said.all(1)}[mode]
         warp.write(to, np.repeat(value, 32), mask)
-
-    return step
-
-
-def _matrices(bits: np.ndarray) -> np.ndarray:
-    """(lanes,) registers -> (warps, 8, 8) elements of 16 bits."""
-    return np.ascontiguousarray(bits).view(np.uint16).reshape(-1, 8, 8)
-
-
-def _registers(matrices: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(matrices).reshape(-1, 2).view(np.uint32)[:, 0]
-
-
-@together("ldmatrix")
-def _load_matrix(instruction: Instruction) -> Step:
-    to, address = instruction.operands
-    names, _ = _layout(instruction, to)
-    transposed = "trans" in instruction.opcode
-
-    def step(warp, mask):
-        whole = warp.lanes_of(mask)
-        lanes = whole & (np.arange(warp.lanes) % 32 < 8 * len(names))  # the others' addresses are not used
-        at = warp.address(address, "shared", lanes)
-        rows = warp.memory("shared").load(at, 16, warp.tags[lanes], instruction)
-        found = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, len(names), 8, 8)
-        for i, name in enumerate(names):
-            value = np.zeros(warp.lanes, np.uint32)
-            value[whole] = _registers(found[:, i].transpose(0, 2, 1) if transposed else found[:, i])
-            warp.write(name, value, mask)
-
-    return step
-
-
-@together("stmatrix")
-def _store_matrix(instruction: Instruction) -> Step:
-    address, source = instruction.operands
-    names, _ = _layout(instruction, source)
-    transposed = "trans" in instruction.opcode
-
-    def step(warp, mask):
-        whole = warp.lanes_of(mask)
-        lanes = whole & (np.arange(warp.lanes) % 32 < 8 * len(names))
-        found = np.stack([_matrices(warp.read(name, 32)[whole]) for name in names], 1)
-        rows = np.ascontiguousarray(found.transpose(0, 1, 3, 2) if transposed else found).reshape(-1, 8)
-        at = warp.address(address, "shared", lanes)
-        warp.memory("shared").store(at, rows.view(np.uint8), warp.tags[lanes], instruction)
-
-    return step
-
-
-@together("movmatrix")
-def _transpose_matrix(instruction: Instruction) -> Step:
-    to, source = instruction.operands
-    return lambda warp, mask: warp.write(to, _registers(_matrices(warp.read(source, 32)).transpose(0, 2, 1)), mask)
-
-
-@together("mma")
-def _multiply_matrices(instruction: Instruction) -> Step:
-    """m16n8k16 and m16n8k8 of 16-bit operands; sums in float64, rounded once."""
-    if instruction.opcode[3] not in ("m16n8k16", "m16n8k8") or instruction.opcode[-1] != "f32":
-        raise Fault(f"product unknown to this machine: {instruction}")
-    decode = bf16_decode if "bf16" in instruction.opcode else f16_decode
-    to, *operands = [operand.items for operand in instruction.operands]
-    row, pair = np.arange(32) // 4, np.arange(32) % 4 * 2
-
-    def numbers(warp, names):
-        """(registers, warps, lane, 2)"""
-        return [
-            decode(np.ascontiguousarray(warp.read(n, 32)).view(np.uint16)).reshape(-1, 32, 2).astype(np.float64)
-            for n in names
-        ]
-
-    def step(warp, mask):
-        warps, depth = warp.lanes // 32, 4 * len(operands[0])
-        a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
-        for i, value in enumerate(numbers(warp, operands[0])):
-            for j in range(2):
-                a[:, row + 8 * (i % 2), pair + j + 8 * (i // 2)] = value[:, :, j]
-        for i, value in enumerate(numbers(warp, operands[1])):
-            for j in range(2):
-                b[:, pair + j + 8 * i, row] = value[:, :, j]
-        product = a @ b
-        for i, (name, add) in enumerate(zip(to, operands[2], strict=True)):
-            found = product[:, row + 8 * (i // 2), pair + i % 2].reshape(-1)
-            warp.write(name, (found + warp.read(add, 32).view(np.float32)).astype(np.float32).view(np.uint32), mask)
 
     return step

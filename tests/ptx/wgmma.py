@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from .kinds import bf16_decode, f16_decode
+from .matrices import left_operand
 from .memory import Fault
 from .opcodes import together
 from .program import Immediate, Instruction, Vector
@@ -42,7 +43,7 @@ def _product(instruction: Instruction):
         blocks = warp.lanes_of(mask).reshape(-1, 32)[:, 0]
         add_too = warp.read(add, 1).reshape(-1, 32)[blocks, 0]
         if isinstance(a, Vector):
-            left = partial(lambda value: value, _from_registers(warp, a, blocks, decode))
+            left = partial(lambda value: value, left_operand(warp, a.items, decode)[blocks])
         else:
             rows = 16 * (warp.index % 4) + np.arange(16)
             left = partial(_from_memory, warp, a, rows, transposed[0] == Immediate(1), blocks, decode, instruction)
@@ -65,18 +66,6 @@ def _finish(warp, names, blocks, add_too, left, right, N) -> None:
         bits = np.zeros(warp.lanes, np.uint32)
         bits[whole] = value.astype(np.float32).view(np.uint32).reshape(-1)
         warp.write(name, bits, None if blocks.all() else whole)
-
-
-def _from_registers(warp, names: Vector, blocks, decode) -> np.ndarray:
-    """(blocks, 16, 16): as an operand of `mma`."""
-    row, pair = np.arange(32) // 4, np.arange(32) % 4 * 2
-    found = np.zeros((int(blocks.sum()), 16, 16), np.float32)
-    for i, name in enumerate(names.items):
-        halves = np.ascontiguousarray(warp.read(name, 32)).view(np.uint16)
-        value = decode(halves).reshape(-1, 32, 2)[blocks]
-        for j in range(2):
-            found[:, row + 8 * (i % 2), pair + j + 8 * (i // 2)] = value[:, :, j]
-    return found
 
 
 def _from_memory(warp, descriptor, rows, transposed: bool, blocks, decode, instruction) -> np.ndarray:
