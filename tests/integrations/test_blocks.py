@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from changed_parts import bound_forward, hooked
 from ops.golden import relative_error
 from torch import nn
 
@@ -118,18 +119,6 @@ class Wrapped(nn.Module):
         return self.inner(x) + x.mean()
 
 
-def hooked(name):
-    return lambda block: block.get_submodule(name).register_forward_hook(lambda module, args, y: 2 * y)
-
-
-def own_forward(name):
-    def change(block):
-        module = block.get_submodule(name)
-        module.forward = lambda x, forward=module.forward: 2 * forward(x)
-
-    return change
-
-
 def replaced(parent, name, make):
     def change(block):
         owner = block.get_submodule(parent) if parent else block
@@ -157,9 +146,9 @@ CHANGES = {
     "activation": replaced("mlp", "act", lambda act: nn.ReLU()),
     "rough activation": lambda block: setattr(block.mlp.act, "approximate", "tanh"),
     "another norm": replaced("", "norm2", lambda norm: nn.RMSNorm(norm.normalized_shape)),
-    "norm of its own": own_forward("norm1"),
-    "forward of the layer": own_forward("modulation"),
-    "forward of the mlp": own_forward("mlp"),
+    "norm of its own": bound_forward("norm1"),
+    "forward of the layer": bound_forward("modulation"),
+    "forward of the mlp": bound_forward("mlp"),
     "dropout in the mlp": lambda block: (setattr(block.mlp.drop, "p", 0.5), block.train()),
     "dropout in the layer": lambda block: (setattr(block.modulation.proj_drop, "p", 0.5), block.train()),
     "scaled": lambda block: setattr(block, "gamma_1", nn.Parameter(torch.full((12,), 3.0).double())),

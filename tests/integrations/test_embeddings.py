@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from changed_parts import bound_forward, hooked
 from models.foreign import huggingface_model, small_config, timm_model
 from ops.golden import relative_error
 from timm.layers import LayerNorm2d, PatchEmbed
@@ -121,18 +122,6 @@ def test_the_result_is_no_view(form):
         y = tensor(embed(torch.randn(2, C, 9, 7)))
     assert not y._is_view()
     y += torch.ones_like(y, requires_grad=True)
-
-
-def hooked(part):
-    return lambda embed: embed.get_submodule(part).register_forward_hook(lambda module, args, y: 2 * y)
-
-
-def bound_forward(part):
-    def change(embed):
-        module = embed.get_submodule(part)
-        module.forward = lambda x, forward=module.forward: 2 * forward(x)
-
-    return change
 
 
 def replaced(part, make):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from changed_parts import bound_forward, hooked
 from torch import nn
 
 import focalnet_kernels as fk
@@ -39,18 +40,6 @@ def test_is_the_formula(options, called):
     embed, x = build(**options), torch.randn(2, C, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(embed(x), eager(embed, x))
     assert called == ["auto"]
-
-
-def hooked(part):
-    return lambda embed: embed.get_submodule(part).register_forward_hook(lambda module, args, y: 2 * y)
-
-
-def bound_forward(part):
-    def change(embed):
-        module = embed.get_submodule(part)
-        module.forward = lambda x, forward=module.forward: 2 * forward(x)
-
-    return change
 
 
 def replaced(part, make):
