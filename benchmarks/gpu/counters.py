@@ -15,7 +15,7 @@ from itertools import product
 
 STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
 BATCH, KERNELS = 128, (3, 5, 7)
-OURS = "regex:context_|modulate_|rows_|linear_planes|lgamma"
+OURS = "regex:images_|context_|modulate_|rows_|linear_planes|sum_kernel|lgamma"
 MARK = "lgamma"  # the kernel that begins a direction of a stage
 COLUMNS = {  # of the CSV file: the counter's name
     "us": "gpu__time_duration.sum",

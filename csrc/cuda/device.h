@@ -122,15 +122,23 @@ __device__ float gelu(float x) {
   if constexpr (sizeof(T) == 2 && !std::is_same_v<T, __half>) return x * logistic_phi(x);
   return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
 }
-// Its derivative, Phi(x) + x phi(x).
+// And its derivative, Phi(x) + x phi(x).
+struct Gelu {
+  float value, slope;
+};
+template <class T>
+__device__ Gelu gelu_and_slope(float x) {
+  if constexpr (sizeof(T) == 2 && !std::is_same_v<T, __half>) {
+    const float phi = logistic_phi(x), s = fminf(x * x, 42.25f), value = x * phi;
+    return {value, phi + value * (1.0f - phi) * (1.59501577f + s * (0.22203387f - s * 0.00351515f))};
+  }
+  const float phi = 0.5f * (1.0f + erff(x * 0.7071067811865476f));
+  const float bell = exp2f(x * x * -0.7213475204444817f) * 0.3989422804014327f;
+  return {x * phi, phi + x * bell};
+}
 template <class T>
 __device__ float gelu_slope(float x) {
-  if constexpr (sizeof(T) == 2 && !std::is_same_v<T, __half>) {
-    const float phi = logistic_phi(x), s = fminf(x * x, 42.25f);
-    return phi + x * phi * (1.0f - phi) * (1.59501577f + s * (0.22203387f - s * 0.00351515f));
-  }
-  const float bell = exp2f(x * x * -0.7213475204444817f) * 0.3989422804014327f;
-  return 0.5f * (1.0f + erff(x * 0.7071067811865476f)) + x * bell;
+  return gelu_and_slope<T>(x).slope;
 }
 
 __device__ inline float warp_sum(float value) {

@@ -1,5 +1,6 @@
-// focal_context on a GPU. Over tokens: a launch per level and step. Otherwise one launch, or two where strips have to
-// wait for each other; in the backward one, or four for as many images as fit the scratch memory, and one for the sums.
+// focal_context on a GPU. Of whole images: one launch, in the backward one per level. Over tokens: a launch per level
+// and step. Otherwise one launch, or two where strips have to wait for each other; in the backward one, or four for as
+// many images as fit the scratch memory, and one for the sums.
 #include <stdexcept>
 #include <variant>
 
@@ -25,16 +26,18 @@ Chain chain_of(const Geometry& g, DType dtype, const std::vector<Tensor>& weight
 
 namespace {
 
-using ForwardPlan = std::variant<TokensPlan, RowsForwardPlan, PlanesPlan>;
-using BackwardPlan = std::variant<TokensBackwardPlan, RowsBackwardPlan, PassesPlan, PlanesPlan>;
+using ForwardPlan = std::variant<ImagesPlan, TokensPlan, RowsForwardPlan, PlanesPlan>;
+using BackwardPlan = std::variant<ImagesBackwardPlan, TokensBackwardPlan, RowsBackwardPlan, PassesPlan, PlanesPlan>;
 
 // The first form that can take the call; planes take every one.
 ForwardPlan plan_forward(const ContextForward& p) {
+  if (const auto images = plan_images_fwd(p)) return *images;
   if (const auto tokens = plan_tokens_fwd(p)) return *tokens;
   if (const auto rows = plan_rows_fwd(p.chain)) return *rows;
   return plan_planes_fwd(p.chain);
 }
 BackwardPlan plan_backward(const ContextBackward& p) {
+  if (const auto images = plan_images_bwd(p)) return *images;
   if (const auto tokens = plan_tokens_bwd(p)) return *tokens;
   if (const auto rows = plan_rows_bwd(p.chain)) return *rows;
   if (const auto passes = plan_passes_bwd(p.chain)) return *passes;

@@ -7,6 +7,11 @@ namespace focalnet::cuda {
 
 namespace {
 
+// Planes for the kernels of whole images and those over planes, and where a LayerNorm follows.
+bool lies_by_tokens(const Chain& chain, bool normalized) {
+  return !normalized && takes_tokens(chain) && !takes_images(chain);
+}
+
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
 // A layer's parts, from its input, f's product and its parameters.
@@ -18,15 +23,18 @@ struct Layer {
   bool by_tokens;              // how matrices lie; ops/focal_modulation/native.py says the same to PyTorch
   Tensor rows;                 // x as (tokens, C)
 
-  Layer(const Tensor& x, const LayerParameters& parameters)
+  void* stream;
+
+  Layer(const Tensor& x, const LayerParameters& parameters, const OnDevice& on)
       : p(parameters),
         g(geometry_of(x, 1, x.dim() - 1)),
         dtype(dtype_of(x)),
         C(g.C),
         outputs(2 * C + p.levels() + 1),
         tokens(g.B * g.pixels()),
-        by_tokens(!p.ln_weight && takes_tokens(chain_of(g, dtype, p.focal_weights, false))),
-        rows(torch::stable::reshape(x, {tokens, C})) {}
+        by_tokens(lies_by_tokens(chain_of(g, dtype, p.focal_weights, false), p.ln_weight.has_value())),
+        rows(torch::stable::reshape(x, {tokens, C})),
+        stream(on.stream) {}
 
   // (n, tokens). By tokens each has whole eights of elements, for 16-byte accesses.
   Tensor matrix(int64_t n) const {
@@ -40,11 +48,14 @@ struct Layer {
   // weight @ input, a matrix, with the bias by tokens
   Tensor with_bias(const Tensor& weight, const Tensor& input, const std::optional<Tensor>& bias) const {
     if (!by_tokens) return torch::stable::matmul(weight, input);
-    const int64_t n = weight.size(0), more = eights(n) - n;
-    if (more == 0) return transposed(linear(transposed(input), weight, bias));
+    const int64_t n = weight.size(0), more = eights(n);
+    if (more == n) return transposed(linear(transposed(input), weight, bias));
     std::optional<Tensor> padded;
-    if (bias) padded = torch::stable::pad(*bias, std::array<int64_t, 2>{0, more});
-    const Tensor taller = torch::stable::pad(weight, std::array<int64_t, 4>{0, 0, 0, more});
+    if (bias) padded = torch::stable::new_empty(rows, {more});
+    Tensor taller = torch::stable::new_empty(rows, {more, C});
+    run_pad_rows({dtype, n, more, C, weight.stride(0), weight.stride(1), weight.const_data_ptr(), vector_of(bias),
+                  taller.mutable_data_ptr(), bias ? padded->mutable_data_ptr() : nullptr},
+                 stream);
     return first_rows(linear(transposed(input), taller, padded), n);
   }
   MapView planes(const Tensor& t, int64_t first = 0) const { return planes_of(t, g, first); }
@@ -78,13 +89,31 @@ struct Layer {
   static int64_t eights(int64_t n) { return (n + 7) / 8 * 8; }
 };
 
+// (n,) from (tokens, n)
+Tensor sum_tokens(const Tensor& rows, const OnDevice& on) {
+  const int64_t n = rows.size(1);
+  TokenSums p{rows.size(0), n, rows.stride(0), rows.stride(1), dtype_of(rows), rows.const_data_ptr()};
+  p.parts = token_sums_parts(p);
+  if (p.parts == 0) return torch::stable::sum(rows, std::array<int64_t, 1>{0});
+  Tensor parts = torch::stable::new_empty(rows, {p.parts, n}, ScalarType::Float),
+         sums = torch::stable::new_empty(rows, {n});
+  p.sums = static_cast<float*>(parts.mutable_data_ptr());
+  run_token_sums(p, on.stream);
+  MapView to{};
+  to.data = sums.mutable_data_ptr(), to.c = 1;
+  SumJobs jobs{p.dtype, 1};
+  jobs.jobs[0] = {p.sums, p.parts, n, 1, {1, n, 1, 1, 1}, to};
+  run_sums(jobs, on.stream);
+  return sums;
+}
+
 }  // namespace
 
 std::tuple<Tensor, std::vector<Tensor>> focal_modulation_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
                                                              bool normalize, double ln_eps, bool save) {
   const OnDevice on(x);
   const LayerParameters p(parameters);
-  const Layer layer(x, p);
+  const Layer layer(x, p, on);
   const Tensor projected = layer.with_bias(p.f_weight, transposed(layer.rows), p.f_bias);
   Tensor ctx_all = layer.matrix(layer.C);
   const Tensor mean = context_fwd(layer.chain(projected, normalize), layer.planes(ctx_all), x, on);
@@ -104,7 +133,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
                                          int64_t needed) {
   const OnDevice on(x);
   const LayerParameters p(parameters);
-  const Layer layer(x, p);
+  const Layer layer(x, p, on);
   const int64_t C = layer.C;
   const LayerNeeds needs(needed, p.levels());
   LayerGradients gradients(x, p.levels());
@@ -124,8 +153,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
   run_modulate_bwd(m, on.stream);
   if (needs.proj_weight)
     gradients.proj_weight = strided_like(torch::stable::matmul(transposed(dy), transposed(z)), p.proj_weight);
-  if (needs.proj_bias)
-    gradients.proj_bias = strided_like(torch::stable::sum(dy, std::array<int64_t, 1>{0}), *p.proj_bias);
+  if (needs.proj_bias) gradients.proj_bias = strided_like(sum_tokens(dy, on), *p.proj_bias);
   SumJobs sums{};
   sums.dtype = layer.dtype;
   const auto add_parts = [&](int part, bool wanted, Tensor& gradient, const std::optional<Tensor>& of) {
@@ -160,8 +188,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
     gradients.x = strided_like(torch::stable::reshape(rows, x.sizes()), x);
   }
   if (needs.f_weight) gradients.f_weight = strided_like(torch::stable::matmul(grad_projected, layer.rows), p.f_weight);
-  if (needs.f_bias)
-    gradients.f_bias = strided_like(torch::stable::sum(grad_projected, std::array<int64_t, 1>{1}), *p.f_bias);
+  if (needs.f_bias) gradients.f_bias = strided_like(sum_tokens(transposed(grad_projected), on), *p.f_bias);
   return gradients.list();
 }
 

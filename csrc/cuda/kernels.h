@@ -251,6 +251,73 @@ std::optional<TokensBackwardPlan> plan_tokens_bwd(const ContextBackward& p);
 void run_context_fwd(const ContextForward& p, const TokensPlan& plan, void* stream);
 void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, void* stream);
 
+// --------------- images (images.h): 16-bit maps that fit shared memory, pixels adjacent, square kernels of 3 to 9
+
+// On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around it: every
+// level is computed where the one before it lies. Work is dealt out in units of EIGHT x EIGHT pixels.
+constexpr int EIGHT = 8;
+
+struct ImagesLayout {
+  int images;                    // of a block, at a time
+  int groups, segments;          // of eight rows, of eight columns: the units of an image
+  int pitch, plane;              // elements of a row, and of a plane with zeros around it
+  int reach;                     // rows of zeros above an image
+  int tight_pitch, tight_plane;  // of a plane without zeros, whose rows begin at whole fours of elements
+  int planes;                    // of each channel in the forward
+  int channels, warps;           // of a block; that share a channel
+  int64_t channel_tiles, image_blocks;
+  int64_t runs;  // blocks that share the image blocks of a tile of channels
+  constexpr int units() const { return images * groups * segments; }
+  constexpr int threads() const { return 32 * channels * warps; }
+  constexpr ImagesLayout of(int64_t B) const {  // for some of the call's images
+    ImagesLayout part = *this;
+    part.image_blocks = (B + images - 1) / images;
+    part.runs = runs < part.image_blocks ? runs : part.image_blocks;
+    return part;
+  }
+};
+
+// n / divisor for n < 2^16, by a product.
+struct Divisor {
+  uint32_t divisor = 1;
+  uint64_t inverse = uint64_t(1) << 32;
+  constexpr Divisor() = default;
+  constexpr explicit Divisor(int64_t d) : divisor(uint32_t(d)), inverse(((int64_t(1) << 32) + d - 1) / d) {}
+  constexpr int divide(int n) const { return int(uint64_t(n) * inverse >> 32); }
+};
+
+// How a thread reads pixels: so many in one access.
+struct Vectors {
+  int pixels;  // 1, 2 or 4
+  Divisor per_row, per_image;
+};
+
+struct ImagesPlan {
+  ImagesLayout layout;
+  Vectors vectors;
+
+  int64_t scratch_bytes() const { return 0; }
+};
+
+// A pass per level, from the last to the first, after the forward has written again what enters them.
+struct ImagesBackwardPlan {
+  ImagesLayout forward, levels;
+  Vectors vectors;
+  int64_t B, images;   // of the call; whose maps are in scratch at once
+  int64_t runs;        // of all chunks of so many images
+  int64_t map, bytes;  // elements of a map in scratch; of scratch
+
+  int64_t scratch_bytes() const { return bytes; }
+  std::optional<int64_t> gate_parts() const { return levels.channel_tiles; }
+  int64_t weight_parts() const { return runs * levels.warps; }
+};
+
+bool takes_images(const Chain& chain);  // wherever its maps lie so, and fit
+std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p);
+std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& p);
+void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stream);
+void run_context_bwd(const ContextBackward& p, const ImagesBackwardPlan& plan, void* stream);
+
 // ------------------------------------------------------------------------------------------------- other kernels
 
 // out = the sum over j < count of parts[j * stride + (image * C + channel) * channel_stride + pixel], in a fixed order.
@@ -267,6 +334,27 @@ struct SumJobs {
   SumJob jobs[MAX_SUMS];
 };
 void run_sums(const SumJobs& jobs, void* stream);
+
+// A (rows, columns) weight and its bias, if there is one, with zeros up to `to_rows`; what is written is dense.
+struct PadRows {
+  DType dtype;
+  int64_t rows, to_rows, columns, row_stride, column_stride;
+  const void* weight;
+  Vector bias;
+  void *to_weight, *to_bias;  // to_bias: or null
+};
+void run_pad_rows(const PadRows& p, void* stream);
+
+// The sums over tokens of each of a matrix' n channels, in parts: sums [parts][n].
+struct TokenSums {
+  int64_t tokens, n, token_stride, channel_stride;
+  DType dtype;
+  const void* rows;
+  float* sums = nullptr;
+  int64_t parts = 0;
+};
+int64_t token_sums_parts(const TokenSums& p);  // 0: it does not lie so that we would take it
+void run_token_sums(const TokenSums& p, void* stream);
 
 // out = LN?((q + q_bias) * (modulator + bias))
 struct ModulateForward {
@@ -304,6 +392,16 @@ struct Around {
   Elements gamma;                   // (C,) or nothing
   Elements drop_path;               // a factor per sample, or nothing
 };
+
+// y = LayerNorm(x), dense rows (tokens, C); x is in y's dtype or in float32.
+struct NormForward {
+  int64_t tokens;
+  int C;
+  float eps;
+  Elements x, weight, bias, y;
+};
+bool takes_norm(const NormForward& p);
+void run_norm_fwd(const NormForward& p, void* stream);
 
 // y = x + drop_path * gamma * norm?(u), dense rows (tokens, C).
 struct ResidualForward {

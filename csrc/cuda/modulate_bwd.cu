@@ -1,7 +1,7 @@
 // Backward of modulate_fwd.cu: the gradients of q and of the modulator, the sums for the biases and LayerNorm's
 // parameters, and the forward's result once more, which proj's weight gradient wants.
+#include "cuda/columns.h"
 #include "cuda/modulate_tile.h"
-#include "cuda/tokens.h"
 
 namespace focalnet::cuda {
 
@@ -44,43 +44,85 @@ __global__ void __launch_bounds__(THREADS) modulate_bwd_kernel(ModulateBackward 
   }
 }
 
-// Four channels of a run of tokens per thread, for tokens whose channels are adjacent.
+// Over tokens whose channels are adjacent.
 template <class T>
-__global__ void __launch_bounds__(THREADS) modulate_tokens_bwd_kernel(ModulateBackward arguments) {
-  const ModulateBackward& a = arguments;
+__global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_columns_bwd_kernel(ModulateBackward a) {
   const ModulateForward& p = a.forward;
-  constexpr int LANES = THREADS / GROUPS;
   const int64_t C = p.g.C, tokens = p.g.B * p.g.pixels();
-  const ChannelTile tile((C + TILE - 1) / TILE);
-  const int64_t c = tile.channel, part = tile.rest;
-  float sum[4] = {};
-  for (int64_t i = part * LANES + threadIdx.x / GROUPS; i < tokens && c < C; i += a.parts * LANES) {
-    const Pixel at(p.g, i);
-    float q[4], modulator[4], grad[4], out[4], grad_q[4], grad_modulator[4];
-    load_channels(at.in<const T>(p.q, c), q);
-    load_channels(at.in<const T>(p.modulator, c), modulator);
-    load_channels(at.in<const T>(a.grad, c), grad);
+  const ColumnsTiling tiling(C, sizeof(T));
+  const ColumnsAt at(tiling);
+  constexpr int N = Columns<T>::N;
+  const int64_t column = at.column<T>(tiling), step = a.parts * tiling.lanes;
+  const T* const query = static_cast<const T*>(p.q.data) + column;
+  const T* const modulator = static_cast<const T*>(p.modulator.data) + column;
+  T *const grads = static_cast<T*>(a.grad.data) + column, *const of_q = static_cast<T*>(a.grad_q.data) + column;
+  T* const of_modulator = static_cast<T*>(a.grad_modulator.data) + column;
+  float sum[N] = {};
+  if (column < C && at.lane < tiling.lanes)
+#pragma unroll 2
+    for (int64_t token = at.part * tiling.lanes + at.lane; token < tokens; token += step) {
+      const Columns<T> q = load_columns(query + token * p.q.w), m = load_columns(modulator + token * p.modulator.w);
+      const Columns<T> grad = load_columns(grads + token * a.grad.w);
+      Columns<T> out, grad_q, grad_modulator;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      out[j] = q[j] * modulator[j];
-      grad_q[j] = grad[j] * modulator[j];
-      grad_modulator[j] = grad[j] * q[j];
-      sum[j] += grad_modulator[j];
+      for (int i = 0; i < N; ++i) {
+        out.set(i, q[i] * m[i]), grad_q.set(i, grad[i] * m[i]), grad_modulator.set(i, grad[i] * q[i]);
+        sum[i] += grad[i] * q[i];
+      }
+      store_columns(grads + token * a.grad.w, out);
+      store_columns(of_q + token * a.grad_q.w, grad_q);
+      store_columns(of_modulator + token * a.grad_modulator.w, grad_modulator);
     }
-    store_channels(at.in<T>(a.grad, c), out);
-    store_channels(at.in<T>(a.grad_q, c), grad_q);
-    store_channels(at.in<T>(a.grad_modulator, c), grad_modulator);
-  }
-  float *const area = shared_memory<float>(), *const to = a.sums + part * 3 * C + tile.first;
-  const int channels = tile.channels(p.g);
-  sum_lanes(sum, area, channels, to);
-  if (int(threadIdx.x) < channels) to[C + threadIdx.x] = 0, to[2 * C + threadIdx.x] = 0;
+  float* const to = a.sums + at.part * 3 * C;
+  sum_columns(sum, tiling, at, shared_memory<float>(), column, C, to);
+  if (at.lane == 0)
+    for (int64_t c = column; c < column + N && c < C; ++c) to[C + c] = 0, to[2 * C + c] = 0;
 }
 
-bool by_tokens(const ModulateBackward& a) {
+// Over channels whose tokens are adjacent.
+template <class T>
+__global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_lines_bwd_kernel(ModulateBackward a) {
   const ModulateForward& p = a.forward;
-  const std::initializer_list<MapView> maps{p.q, p.modulator, a.grad, a.grad_q, a.grad_modulator};
-  return !p.ln_weight.data && !p.q_bias.data && !p.bias.data && p.g.C % 4 == 0 && in_quads(maps, p.dtype);
+  const LinesAt at(p.g.C);
+  const int64_t C = p.g.C, c = at.line;
+  const T* const query = static_cast<const T*>(p.q.data) + c * p.q.c;
+  const T* const modulator = static_cast<const T*>(p.modulator.data) + c * p.modulator.c;
+  T *const grads = static_cast<T*>(a.grad.data) + c * a.grad.c, *const of_q =
+                                                                    static_cast<T*>(a.grad_q.data) + c * a.grad_q.c;
+  T* const of_modulator = static_cast<T*>(a.grad_modulator.data) + c * a.grad_modulator.c;
+  const float q_bias = of_vector<T>(p.q_bias, c), bias = of_vector<T>(p.bias, c);
+  float sum = 0;
+  at.each<T>(p.g.W, [&](int64_t i) {
+    const Columns<T> q = load_columns(query + i), m = load_columns(modulator + i), grad = load_columns(grads + i);
+    Columns<T> out, grad_q, grad_modulator;
+#pragma unroll
+    for (int j = 0; j < Columns<T>::N; ++j) {
+      const float value = q[j] + q_bias, factor = m[j] + bias;
+      out.set(j, value * factor), grad_q.set(j, grad[j] * factor), grad_modulator.set(j, grad[j] * value);
+      sum += grad[j] * value;
+    }
+    store_columns(grads + i, out);
+    store_columns(of_q + i, grad_q);
+    store_columns(of_modulator + i, grad_modulator);
+  });
+  sum = group_sum(sum, shared_memory<float>(), ColumnsTiling::THREADS);
+  if (threadIdx.x > 0) return;
+  float* const sums = a.sums + at.part * 3 * C + c;
+  sums[0] = sum, sums[C] = 0, sums[2 * C] = 0;
+}
+
+bool by_lines(const ModulateBackward& a) {
+  const ModulateForward& p = a.forward;
+  const auto in = [&](const MapView& v) { return in_lines(p.g, v, p.dtype); };
+  return !p.ln_weight.data && in(p.q) && in(p.modulator) && in(a.grad) && in(a.grad_q) && in(a.grad_modulator);
+}
+
+bool by_columns(const ModulateBackward& a) {
+  const ModulateForward& p = a.forward;
+  const auto in = [&](const MapView& v) { return in_columns(p.g, v, p.dtype); };
+  const bool plain =
+      !p.ln_weight.data && !p.q_bias.data && !p.bias.data && p.g.C % (p.dtype == DType::f32 ? 4 : 8) == 0;
+  return plain && in(p.q) && in(p.modulator) && in(a.grad) && in(a.grad_q) && in(a.grad_modulator);
 }
 
 // With LayerNorm: `parts` blocks, each of which adds up its tiles' sums in shared memory.
@@ -130,8 +172,8 @@ __global__ void __launch_bounds__(TOKENS* WARPS) modulate_ln_bwd_kernel(Modulate
 int64_t modulate_bwd_parts(const ModulateBackward& a) {
   const ModulateForward& p = a.forward;
   const int64_t tokens = p.g.B * p.g.pixels(), processors = current_device().processors;
-  if (by_tokens(a))
-    return std::max<int64_t>(1, std::min(tokens / THREADS, 8 * processors / ((p.g.C + TILE - 1) / TILE)));
+  if (by_lines(a)) return line_parts(p.g.C, tokens);
+  if (by_columns(a)) return ColumnsTiling(p.g.C, p.dtype == DType::f32 ? 4 : 2).parts(tokens);
   const int64_t most = std::max<int64_t>(1, p.ln_weight.data ? (tokens + TOKENS - 1) / TOKENS : tokens / (4 * THREADS));
   return std::min(most, p.ln_weight.data ? 4 * processors : std::max<int64_t>(1, 16 * processors / p.g.C));
 }
@@ -141,9 +183,12 @@ void run_modulate_bwd(const ModulateBackward& p, void* stream) {
     using T = decltype(zero);
     if (p.forward.ln_weight.data)
       launch(modulate_ln_bwd_kernel<T>, p.parts, TOKENS * WARPS, TOKENS * WARPS * 4, stream, p);
-    else if (by_tokens(p))
-      launch(modulate_tokens_bwd_kernel<T>, p.parts * ((p.forward.g.C + TILE - 1) / TILE), THREADS, THREADS * 16,
-             stream, p);
+    else if (by_lines(p))
+      launch(modulate_lines_bwd_kernel<T>, p.parts * p.forward.g.C, ColumnsTiling::THREADS,
+             ColumnsTiling::THREADS / 32 * 4, stream, p);
+    else if (by_columns(p))
+      launch(modulate_columns_bwd_kernel<T>, p.parts * ColumnsTiling(p.forward.g.C, sizeof(T)).tiles,
+             ColumnsTiling::THREADS, ColumnsTiling::THREADS * Columns<T>::N * 4, stream, p);
     else
       launch(modulate_bwd_kernel<T>, p.parts * p.forward.g.C, THREADS, THREADS / 32 * 4, stream, p);
   });

@@ -1,11 +1,13 @@
-// The second stage of every reduction: partial sums that blocks have written, added in a fixed order.
-#include "cuda/device.h"
+// The second stage of every reduction: partial sums that blocks have written, added in a fixed order. And sums over
+// tokens, whose first stage is nothing else.
+#include "cuda/columns.h"
 
 namespace focalnet::cuda {
 
 namespace {
 
-constexpr int ELEMENTS = 32, LANES = 8;  // a block: elements of a result, threads that add up the parts of each
+constexpr int THREADS = 256, ELEMENTS = 32,
+              LANES = 32;  // a block: elements of a result, threads that add up the parts of each
 
 int64_t blocks_of(const SumJob& job) { return (job.g.B * job.g.C * job.g.pixels() + ELEMENTS - 1) / ELEMENTS; }
 
@@ -37,9 +39,99 @@ __global__ void __launch_bounds__(ELEMENTS* LANES) sum_kernel(Arguments argument
       from_float<T>(sum);
 }
 
+// Large results: a thread has four neighbouring pixels, whose parts are few.
+template <class T>
+__global__ void __launch_bounds__(THREADS) sum_pixels_kernel(SumJob job) {
+  const Geometry& g = job.g;
+  const int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * 4, pixels = g.pixels();
+  if (i >= g.B * g.C * pixels) return;
+  const int64_t plane = i / pixels, pixel = i % pixels;
+  const float* from = job.parts + plane * job.channel_stride + pixel;
+  float sum[4] = {};
+#pragma unroll 4
+  for (int64_t part = 0; part < job.count; ++part, from += job.stride) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+  }
+  T* const to = static_cast<T*>(job.out.data) + plane / g.C * job.out.b + plane % g.C * job.out.c + pixel * job.out.w;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) to[j * job.out.w] = from_float<T>(sum[j]);
+}
+
+bool by_pixels(const SumJob& job) {
+  const Geometry& g = job.g;
+  const MapView& to = job.out;
+  const bool in_a_row = (g.T == 1 || to.t == g.M * g.W * to.w) && (g.M == 1 || to.m == g.W * to.w);
+  return in_a_row && g.pixels() % 4 == 0 && job.channel_stride % 4 == 0 && job.stride % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(job.parts) % 16 == 0 && g.B * g.C * g.pixels() >= (1 << 14);
+}
+
+template <class T>
+__global__ void __launch_bounds__(ColumnsTiling::THREADS) column_sums_kernel(TokenSums p) {
+  const ColumnsTiling tiling(p.n, sizeof(T));
+  const ColumnsAt at(tiling);
+  constexpr int N = Columns<T>::N;
+  const int64_t column = at.column<T>(tiling), step = p.parts * tiling.lanes;
+  const T* const from = static_cast<const T*>(p.rows) + column;
+  float sum[N] = {};
+  if (column < p.n && at.lane < tiling.lanes)
+#pragma unroll 4
+    for (int64_t token = at.part * tiling.lanes + at.lane; token < p.tokens; token += step) {
+      const Columns<T> row = load_columns(from + token * p.token_stride);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += row[i];
+    }
+  sum_columns(sum, tiling, at, shared_memory<float>(), column, p.n, p.sums + at.part * p.n);
+}
+
+template <class T>
+__global__ void __launch_bounds__(ColumnsTiling::THREADS) line_sums_kernel(TokenSums p) {
+  const LinesAt at(p.n);
+  const T* const from = static_cast<const T*>(p.rows) + at.line * p.channel_stride;
+  float sum = 0;
+  at.each<T>(p.tokens, [&](int64_t i) {
+    const Columns<T> values = load_columns(from + i);
+#pragma unroll
+    for (int j = 0; j < Columns<T>::N; ++j) sum += values[j];
+  });
+  sum = group_sum(sum, shared_memory<float>(), ColumnsTiling::THREADS);
+  if (threadIdx.x == 0) p.sums[at.part * p.n + at.line] = sum;
+}
+
 }  // namespace
 
-void run_sums(const SumJobs& sums, void* stream) {
+int64_t token_sums_parts(const TokenSums& p) {
+  const int64_t bytes = p.dtype == DType::f32 ? 4 : 2, width = 16 / bytes;
+  if (reinterpret_cast<uintptr_t>(p.rows) % 16 != 0 || p.tokens == 0) return 0;
+  if (p.channel_stride == 1 && p.token_stride % width == 0) return ColumnsTiling(p.n, bytes).parts(p.tokens);
+  const bool lines = p.token_stride == 1 && p.channel_stride % width == 0 && p.tokens % width == 0;
+  return lines ? line_parts(p.n, p.tokens) : 0;
+}
+
+void run_token_sums(const TokenSums& p, void* stream) {
+  with_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const ColumnsTiling tiling(p.n, sizeof(T));
+    const int threads = tiling.THREADS;
+    if (p.channel_stride == 1)
+      launch(column_sums_kernel<T>, p.parts * tiling.tiles, threads, threads * Columns<T>::N * 4, stream, p);
+    else
+      launch(line_sums_kernel<T>, p.parts * p.n, threads, threads / 32 * 4, stream, p);
+  });
+}
+
+void run_sums(const SumJobs& all, void* stream) {
+  SumJobs sums{all.dtype, 0};
+  for (int j = 0; j < all.n; ++j) {
+    const SumJob& job = all.jobs[j];
+    if (!by_pixels(job)) {
+      sums.jobs[sums.n++] = job;
+      continue;
+    }
+    const int64_t blocks = (job.g.B * job.g.C * job.g.pixels() / 4 + THREADS - 1) / THREADS;
+    with_type(all.dtype,
+              [&](auto zero) { launch(sum_pixels_kernel<decltype(zero)>, blocks, THREADS, 0, stream, job); });
+  }
   Arguments arguments{sums, {}};
   for (int j = 0; j < sums.n; ++j) arguments.first_block[j + 1] = arguments.first_block[j] + blocks_of(sums.jobs[j]);
   with_type(sums.dtype, [&](auto zero) {

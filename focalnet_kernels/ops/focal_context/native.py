@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
-from ..._calls import Call
+from ..._calls import Call, Sizes
 from ...dispatch import Implementation
 from .._autograd import bit_mask
 from .._limits import SLOW_BACKWARD
@@ -28,8 +29,25 @@ def by_tokens(C: int, kernels: Sequence[Sequence[int]]) -> bool:
     return C % 4 == 0 and len(kernels) > 0 and all([3 <= k[-1] <= 13 and prod(k) <= 343 for k in kernels])
 
 
+def by_images(dtype: torch.dtype, C: int, kernels: Sequence[Sequence[int]], sizes: Sizes) -> bool:
+    """Whether backend "cuda" takes whole images whose pixels are adjacent: `takes_images` in csrc/cuda."""
+    (H, M, W), *levels = [_three_axes(axes) for axes in (sizes, *kernels)]
+    square = all([kt == kw and km == 1 and 3 <= kw <= 9 for kt, km, kw in levels])
+    fits = M == 1 and W <= 56 and H * W <= 56 * 56
+    return dtype != torch.float32 and C % 8 == 0 and 1 <= len(levels) <= 4 and square and fits
+
+
+def _three_axes(sizes: Sequence[int]) -> Sequence[int]:
+    """(T, M, W): see csrc/common/geometry.h."""
+    return sizes if len(sizes) == 3 else (sizes[0] if len(sizes) == 2 else 1, 1, sizes[-1])
+
+
 def why_slow(backend: str, call: Call, training: bool) -> str | None:
-    fast = backend == "cpu" or (call.channels_adjacent and by_tokens(call.channels, call.kernels))
+    if call.channels_adjacent:
+        fast = by_tokens(call.channels, call.kernels)
+    else:
+        fast = call.sizes_are_known() and by_images(call.dtype, call.channels, call.kernels, call.shape[1:])
+    fast = fast or backend == "cpu"
     return SLOW_BACKWARD if training and not fast else None
 
 

@@ -17,7 +17,9 @@ from .parameters import LayerParameters
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
     """Whether the matrices of backend "cuda" lie as tokens: `Layer` in csrc/cuda/focal_modulation.cpp."""
-    return ln_weight is None and context.by_tokens(x.shape[-1], [w.shape[2:] for w in focal_weights])
+    C, kernels = x.shape[-1], [w.shape[2:] for w in focal_weights]
+    whole = context.by_images(x.dtype, C, kernels, x.shape[1:-1])
+    return ln_weight is None and context.by_tokens(C, kernels) and not whole
 
 
 def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
@@ -40,6 +42,8 @@ def focal_modulation_bwd(
 
 def why_slow(backend: str, call: Call, training: bool) -> str | None:
     fast = backend == "cpu" or (call.norm_dtype is None and context.by_tokens(call.channels, call.kernels))
+    if not fast and call.sizes_are_known():
+        fast = context.by_images(call.dtype, call.channels, call.kernels, call.shape[1:])
     return SLOW_BACKWARD if training and not fast else None
 
 

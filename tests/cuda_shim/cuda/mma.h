@@ -13,7 +13,9 @@ struct MatrixRow {
   uint16_t elements[8];
 };
 
-inline void load_matrices(uint32_t (&a)[4], const void* row) {
+template <int OFFSET = 0>
+void load_matrices(uint32_t (&a)[4], const void* first) {
+  const void* const row = static_cast<const char*>(first) + OFFSET;
   MatrixRow mine;
   std::memcpy(&mine, row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix: a row is not 16-byte aligned");
@@ -24,7 +26,9 @@ inline void load_matrices(uint32_t (&a)[4], const void* row) {
     std::memcpy(&a[m], &from.elements[lane % 4 * 2], 4);
   }
 }
-inline void load_transposed(uint32_t (&a)[4], const void* row) {
+template <int OFFSET = 0>
+void load_transposed(uint32_t (&a)[4], const void* first) {
+  const void* const row = static_cast<const char*>(first) + OFFSET;
   MatrixRow mine;
   std::memcpy(&mine, row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix: a row is not 16-byte aligned");
