@@ -49,6 +49,16 @@ void residual_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> re
   run_residual_fwd(p, on.stream);
 }
 
+// Whether it was taken: y is written.
+bool norm_rows_fwd(Tensor x, Tensor weight, Tensor bias, double eps, Tensor y) {
+  const OnDevice on(x);
+  const NormForward p{x.size(0),        int(x.size(1)), float(eps), elements(x),
+                      elements(weight), elements(bias), elements(y)};
+  if (!takes_norm(p) || (p.x.dtype != DType::f32 && p.x.dtype != p.y.dtype)) return false;
+  if (p.tokens > 0) run_norm_fwd(p, on.stream);
+  return true;
+}
+
 Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::vector<std::optional<Tensor>> residual,
                      double norm_eps, bool norm, bool scale, Tensor grad_rows) {
   const OnDevice on(grad);

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import library
@@ -16,7 +17,9 @@ from .residual import Residual
 
 
 class RowKernels(NamedTuple):
-    """residual_fwd(x, u, residual, norm_eps, post, y): y = x + drop_path * gamma * post_norm?(u).
+    """norm_fwd(rows, weight, bias, eps, dtype): LayerNorm of adjacent rows in their own dtype or float32, in `dtype`.
+
+    residual_fwd(x, u, residual, norm_eps, post, y): y = x + drop_path * gamma * post_norm?(u).
 
     norm_bwd(rows, grad, grad_rows, residual, norm_eps, *, norm, scale, add=None): the backward of
     (drop_path * gamma *)? norm?(rows), plus `add`, into `grad_rows`. Returns (4, C) float32: the gradients of
@@ -26,6 +29,7 @@ class RowKernels(NamedTuple):
     may be one. Returns that gradient's sum (M,) over tokens.
     """
 
+    norm_fwd: Callable[[Tensor, Tensor, Tensor | None, float, torch.dtype], Tensor]
     residual_fwd: Callable[..., None]
     norm_bwd: Callable[..., Tensor]
     gelu_bwd: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,11 +54,33 @@ def separate(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 _RESIDUAL = "Tensor?[] residual, float norm_eps, bool norm"
 for _schema in (
     f"residual_rows_fwd_cuda(Tensor x, Tensor u, {_RESIDUAL}, Tensor(a!) y) -> ()",
+    "norm_rows_fwd_cuda(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) y) -> bool",
     f"norm_rows_bwd_cuda(Tensor rows, Tensor grad, Tensor? add, {_RESIDUAL}, bool scale, Tensor(a!) grad_rows)"
     " -> Tensor",
     "gelu_rows_bwd_cuda(Tensor pre, Tensor(a!) hidden, Tensor(b!) grad) -> Tensor",
 ):  # not seen by PyTorch: the branches' raw ops call them
     library.define(_schema)
+
+
+def body_input_of(
+    kernels: RowKernels, rows: Tensor, residual: Residual, norm_eps: float, post: bool, dtype: torch.dtype
+) -> Tensor:
+    """What a branch's body gets of adjacent rows: them, or behind a norm, in `dtype`."""
+    if post or residual.norm_weight is None:
+        return rows.to(dtype)
+    return kernels.norm_fwd(rows, residual.norm_weight, residual.norm_bias, norm_eps, dtype)
+
+
+def torch_norm_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def _norm_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    y = torch.empty_like(rows, dtype=dtype)
+    raw = torch.ops.focalnet_kernels.norm_rows_fwd_cuda
+    if bias is not None and raw(rows, weight.contiguous(), bias.contiguous(), eps, y):
+        return y
+    return torch_norm_fwd(rows, weight, bias, eps, dtype)
 
 
 def _contiguous(residual: Residual) -> list[Tensor | None]:
@@ -75,4 +101,4 @@ def _gelu_bwd(pre: Tensor, hidden: Tensor, grad: Tensor) -> Tensor:
     return torch.ops.focalnet_kernels.gelu_rows_bwd_cuda(pre, hidden, grad)
 
 
-CUDA = RowKernels(_residual_fwd, _norm_bwd, _gelu_bwd)
+CUDA = RowKernels(_norm_fwd, _residual_fwd, _norm_bwd, _gelu_bwd)

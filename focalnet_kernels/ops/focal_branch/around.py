@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, like, separate
+from ..token_rows import RowKernels, as_rows, body_input_of, like, separate
 from .parameters import FocalBranchParameters
 
 
@@ -15,7 +14,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """`layer_fwd`: a focal_modulation_fwd. Saves what that does; and its result where the norm follows it."""
     p = FocalBranchParameters(parameters)
-    u, saved = layer_fwd(_input(x, p, norm_eps, post), p.layer, normalize, ln_eps, save)
+    u, saved = layer_fwd(_input(kernels, x, p, norm_eps, post), p.layer, normalize, ln_eps, save)
     y = torch.empty_like(as_rows(x))
     kernels.residual_fwd(as_rows(x), as_rows(u), p.residual, norm_eps, post, y)
     return like(x, y), [*saved, u] if save and post else list(saved)
@@ -27,7 +26,7 @@ def backward(
     p = FocalBranchParameters(parameters)
     names = ("x", *p.names(len(p.layer.focal_weights)))
     wants = {name: bool(needed >> i & 1) for i, name in enumerate(names)}
-    r, z = p.residual, _input(x, p, norm_eps, post)
+    r, z = p.residual, _input(kernels, x, p, norm_eps, post)
     dy, rows = as_rows(grad_y), as_rows(x)
     pre, last = not post and r.norm_weight is not None, post and r.norm_weight is not None
     found: dict[str, Tensor] = {}
@@ -59,9 +58,6 @@ def backward(
     ]
 
 
-def _input(x: Tensor, p: FocalBranchParameters, norm_eps: float, post: bool) -> Tensor:
+def _input(kernels: RowKernels, x: Tensor, p: FocalBranchParameters, norm_eps: float, post: bool) -> Tensor:
     """The layer's."""
-    r, dtype = p.residual, p.layer.f_weight.dtype
-    if post or r.norm_weight is None:
-        return x.to(dtype)
-    return F.layer_norm(x, x.shape[-1:], r.norm_weight, r.norm_bias, norm_eps).to(dtype)
+    return body_input_of(kernels, as_rows(x), p.residual, norm_eps, post, p.layer.f_weight.dtype).view(x.shape)

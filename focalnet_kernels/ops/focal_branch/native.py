@@ -9,9 +9,8 @@ from torch import Tensor
 from ..._calls import Call
 from ...dispatch import Implementation
 from .._library import implement_cuda
-from .._limits import SLOW_ON_GPU
 from .._native import raw_op, why_not_native
-from ..focal_modulation.native import focal_modulation_bwd, focal_modulation_fwd
+from ..focal_modulation import native as layer
 from ..token_rows import CUDA
 from . import around
 
@@ -25,10 +24,9 @@ def focal_branch_bwd(backend, grad_y, x, parameters, saved, normalize, ln_eps, n
     return raw(grad_y, x, list(parameters), list(saved), normalize, ln_eps, norm_eps, post, needed)
 
 
-def why_slow(call: Call, training: bool) -> str | None:
-    """On a GPU PyTorch's own kernels around the layer are as fast, but where the residual has more bits (autocast)."""
-    gains = call.device.type == "cpu" or (not training and call.residual_dtype != call.dtype)
-    return None if gains else SLOW_ON_GPU
+def why_slow(backend: str, call: Call, training: bool) -> str | None:
+    """The layer's: norm and sum around it are as fast as PyTorch's, and faster for few channels."""
+    return None if backend == "cpu" else layer.why_slow(backend, call, training)
 
 
 def implementation(backend: str) -> Implementation:
@@ -38,10 +36,10 @@ def implementation(backend: str) -> Implementation:
         partial(why_not_native, backend),
         partial(focal_branch_fwd, backend),
         partial(focal_branch_bwd, backend),
-        why_slow,
+        partial(why_slow, backend),
     )
 
 
-_layer_fwd, _layer_bwd = partial(focal_modulation_fwd, "cuda"), partial(focal_modulation_bwd, "cuda")
+_layer_fwd, _layer_bwd = partial(layer.focal_modulation_fwd, "cuda"), partial(layer.focal_modulation_bwd, "cuda")
 implement_cuda("focal_branch_fwd_cuda", partial(around.forward, CUDA, _layer_fwd))
 implement_cuda("focal_branch_bwd_cuda", partial(around.backward, CUDA, _layer_fwd, _layer_bwd))

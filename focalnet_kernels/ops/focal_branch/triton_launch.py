@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._calls import Call
 from ...dispatch import Implementation
+from .._limits import SLOW_ON_GPU
 from ..focal_context.triton_launch import why_not
 from ..focal_modulation.triton_launch import focal_modulation_bwd_impl, focal_modulation_fwd_impl
 from ..triton.launch import implement_triton
 from ..triton.token_rows import TRITON
 from . import around
-from .native import why_slow
 
 
 def focal_branch_fwd(x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
@@ -22,6 +23,11 @@ def focal_branch_fwd(x, parameters, normalize, ln_eps, norm_eps, post, save) -> 
 def focal_branch_bwd(grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, post, needed) -> list[Tensor]:
     raw = torch.ops.focalnet_kernels.focal_branch_bwd_triton
     return raw(grad_y, x, list(parameters), list(saved), normalize, ln_eps, norm_eps, post, needed)
+
+
+def why_slow(call: Call, training: bool) -> str | None:
+    """PyTorch's own kernels around the layer are as fast, but where the residual has more bits (autocast)."""
+    return None if not training and call.residual_dtype != call.dtype else SLOW_ON_GPU
 
 
 IMPLEMENTATION = Implementation("triton", why_not, focal_branch_fwd, focal_branch_bwd, why_slow)

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, like, separate
+from ..token_rows import RowKernels, as_rows, body_input_of, like, separate
 from ..triton.geometry import strided_like
 from .parameters import MlpBranchParameters
 
 
 def forward(kernels: RowKernels, x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
     p, rows = MlpBranchParameters(parameters), as_rows(x)
-    y, pre = torch.empty_like(rows), before_gelu(p, body_input(p, rows, norm_eps, post))
+    y, pre = torch.empty_like(rows), before_gelu(p, body_input(kernels, p, rows, norm_eps, post))
     u = after_gelu(p, F.gelu(pre))
     kernels.residual_fwd(rows, u, p.residual, norm_eps, post, y)
     return like(x, y), [t for t, kept in ((u, post), (pre, keep_hidden)) if kept and save]
@@ -23,7 +23,7 @@ def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, 
     p, rows, dy = MlpBranchParameters(parameters), as_rows(x), as_rows(grad_y)
     wants = wanted(p, x, needed)
     du, found = body_gradient(kernels, p, rows, dy, saved, norm_eps, post, wants)
-    z = body_input(p, rows, norm_eps, post)
+    z = body_input(kernels, p, rows, norm_eps, post)
     pre = saved[-1] if keep_hidden else before_gelu(p, z)
     hidden = torch.empty_like(pre) if keep_hidden else pre  # what is kept may be asked for once more
     grad_hidden = du @ p.fc2_weight
@@ -36,11 +36,8 @@ def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, 
     return gradients(p, x, found, wants, z, du, hidden, grad_hidden)
 
 
-def body_input(p: MlpBranchParameters, rows: Tensor, norm_eps: float, post: bool) -> Tensor:
-    r, dtype = p.residual, p.fc1_weight.dtype
-    if post or r.norm_weight is None:
-        return rows.to(dtype)
-    return F.layer_norm(rows, rows.shape[-1:], r.norm_weight, r.norm_bias, norm_eps).to(dtype)
+def body_input(kernels: RowKernels, p: MlpBranchParameters, rows: Tensor, norm_eps: float, post: bool) -> Tensor:
+    return body_input_of(kernels, rows, p.residual, norm_eps, post, p.fc1_weight.dtype)
 
 
 def before_gelu(p: MlpBranchParameters, z: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ def body_gradient(
         return dy, {}
     u = saved[0] if post else rows
     if wants["gamma"] and not post:  # its gradient needs what it scales
-        u = after_gelu(p, F.gelu(before_gelu(p, body_input(p, rows, norm_eps, post))))
+        u = after_gelu(p, F.gelu(before_gelu(p, body_input(kernels, p, rows, norm_eps, post))))
     du = dy.new_empty(dy.shape, dtype=dtype)
     sums = kernels.norm_bwd(u, dy, du, r, norm_eps, norm=norm, scale=True)
     found = {"gamma": sums[2], "fc2_bias": sums[3]}

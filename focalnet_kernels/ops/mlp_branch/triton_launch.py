@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ..._calls import Call
 from ...dispatch import Implementation
+from .._limits import SLOW_ON_GPU
 from ..token_rows import as_rows, like
 from ..triton.launch import cdiv, exact_gelu, implement_triton, launch, next_power_of_2, why_not_triton
 from ..triton.token_rows import TRITON, or_other
 from . import around, native
 from .parameters import MlpBranchParameters
-
-MOST_CHANNELS = 128  # of what one kernel does: with 192 it took 1.5 times as long as cuBLAS and GELU on an H200
 
 
 def mlp_branch_fwd(x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
@@ -27,8 +26,8 @@ def mlp_branch_bwd(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, ne
 
 
 def why_slow(call: Call, training: bool) -> str | None:
-    in_one = call.dtype != torch.float32 and call.channels <= MOST_CHANNELS
-    return None if in_one else native.why_slow(call, training)
+    gains = native.in_one_kernel(call) or (not training and call.residual_dtype != call.dtype)
+    return None if gains else SLOW_ON_GPU
 
 
 IMPLEMENTATION = Implementation("triton", why_not_triton, mlp_branch_fwd, mlp_branch_bwd, why_slow)
@@ -36,7 +35,7 @@ IMPLEMENTATION = Implementation("triton", why_not_triton, mlp_branch_fwd, mlp_br
 
 def in_one_kernel(p: MlpBranchParameters, keep_hidden: bool) -> bool:
     """Which has no hidden values to keep."""
-    return not keep_hidden and p.fc1_weight.dtype != torch.float32 and p.fc1_weight.shape[1] <= MOST_CHANNELS
+    return not keep_hidden and p.fc1_weight.dtype != torch.float32 and p.fc1_weight.shape[1] <= native.MOST_CHANNELS
 
 
 # next_power_of_2(C) -> BN, BM, warps, stages, forward and backward; those of 128 in bfloat16 were measured on an H200

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..residual import Residual
-from ..token_rows import RowKernels
+from ..token_rows import RowKernels, torch_norm_fwd
 from .launch import cdiv, exact_gelu, launch, multiprocessors, next_power_of_2
 
 ELEMENTS = 4096  # of a program's tile
@@ -78,4 +78,4 @@ def _pixels(tokens: int, residual: Residual) -> int:
     return max(1, tokens) if residual.drop_path is None else max(1, tokens // max(1, len(residual.drop_path)))
 
 
-TRITON = RowKernels(residual_fwd, norm_bwd, gelu_bwd)
+TRITON = RowKernels(torch_norm_fwd, residual_fwd, norm_bwd, gelu_bwd)

@@ -1,0 +1,115 @@
+// LayerNorm over dense token rows. As many lanes share a row as keep it in their registers: PyTorch's kernel gives a
+// block to each, and rows of 96 channels leave most of it idle.
+#include <algorithm>
+
+#include "cuda/columns.h"
+
+namespace focalnet::cuda {
+
+namespace {
+
+constexpr int THREADS = 256;
+
+struct Arguments {
+  NormForward p;
+  int lanes;  // that share a row, a power of two
+};
+
+__device__ inline float sum_lanes(float value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+template <class T, int N>
+__device__ void load_values(const Elements& e, int64_t at, float (&to)[N]) {
+  const T* const from = static_cast<const T*>(e.data) + at;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = to_float(from[i]);
+}
+template <int N>
+__device__ void load_values(const Elements& e, int64_t at, float (&to)[N]) {
+  if (e.dtype == DType::f32) return load_values<float>(e, at, to);
+  if (e.dtype == DType::bf16) return load_values<__nv_bfloat16>(e, at, to);
+  return load_values<__half>(e, at, to);
+}
+
+// A lane has N accesses of V channels, `lanes` of them apart.
+template <class X, class Y, int N>
+__global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
+  const NormForward& p = a.p;
+  constexpr int V = Columns<X>::N;
+  const int lane = threadIdx.x % a.lanes, C = p.C;
+  float weight[N][V], bias[N][V];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int c = (lane + j * a.lanes) * V;
+    if (c < C) load_values(p.weight, c, weight[j]), load_values(p.bias, c, bias[j]);
+  }
+  const int64_t step = int64_t(gridDim.x) * (THREADS / a.lanes);
+  // every lane of a warp goes through the same rounds: they exchange sums
+  for (int64_t first = int64_t(blockIdx.x) * (THREADS / a.lanes); first < p.tokens; first += step) {
+    const int64_t token = first + threadIdx.x / a.lanes;
+    const X* const row = static_cast<const X*>(p.x.data) + token * C;
+    Columns<X> x[N];
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int c = (lane + j * a.lanes) * V;
+      x[j] = Columns<X>{};
+      if (c < C && token < p.tokens) x[j] = load_columns(row + c);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum += x[j][i];
+    }
+    const float mean = sum_lanes(sum, a.lanes) / C;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float off = x[j][i] - mean;
+        squares += (lane + j * a.lanes) * V < C ? off * off : 0.0f;
+      }
+    const float rstd = 1.0f / sqrtf(sum_lanes(squares, a.lanes) / C + p.eps);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int c = (lane + j * a.lanes) * V;
+      if (c >= C || token >= p.tokens) continue;
+      float y[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) y[i] = (x[j][i] - mean) * rstd * weight[j][i] + bias[j][i];
+      Y* const to = static_cast<Y*>(const_cast<void*>(p.y.data)) + token * C + c;
+#pragma unroll
+      for (int i = 0; i < V; i += 4) {
+        const float four[4] = {y[i], y[i + 1], y[i + 2], y[i + 3]};
+        store_quad(to + i, 1, 4, four);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool takes_norm(const NormForward& p) {
+  const int width = p.x.dtype == DType::f32 ? 4 : 8;
+  const auto aligned = [](const Elements& e) { return reinterpret_cast<uintptr_t>(e.data) % 16 == 0; };
+  return p.C % width == 0 && p.C <= 32 * 4 * width && aligned(p.x) && aligned(p.y);
+}
+
+void run_norm_fwd(const NormForward& p, void* stream) {
+  with_type(p.x.dtype, [&](auto x) {
+    with_type(p.y.dtype, [&](auto y) {
+      using X = decltype(x);
+      using Y = decltype(y);
+      if constexpr (sizeof(X) == sizeof(float) || std::is_same_v<X, Y>) {
+        const int groups = p.C / Columns<X>::N;
+        Arguments a{p, 1};
+        while (groups > 4 * a.lanes) a.lanes *= 2;
+        const int64_t blocks = (p.tokens * a.lanes + THREADS - 1) / THREADS, most = 16 * current_device().processors;
+        with_constant<1, 2, 3, 4>((groups + a.lanes - 1) / a.lanes, [&](auto n) {
+          launch(norm_rows_kernel<X, Y, n>, std::min(blocks, most), THREADS, 0, stream, a);
+        });
+      }
+    });
+  });
+}
+
+}  // namespace focalnet::cuda
