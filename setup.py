@@ -68,7 +68,7 @@ def cpu_library():
 def cuda_library(toolkit):
     # torch takes a wrapper's folder for the toolkit's, and wants a GPU where it is not told what to compile for
     os.environ["CUDA_HOME"] = str(toolkit.home)
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = str(toolkit.home)
@@ -80,7 +80,7 @@ def cuda_library(toolkit):
             ("USE_CUDA", None),
             ("FOCALNET_CUDA_BUILD", build.replace('"', '\\"') if sys.platform == "win32" else build),
         ],
-        extra_compile_args={"cxx": CXX, "nvcc": NVCC},
+        extra_compile_args={"cxx": CXX, "nvcc": toolkit.flags()},
     )
     runtime = toolkit.runtime()
     if runtime and sys.platform != "win32":
@@ -136,7 +136,7 @@ options = {}
 if BUILD == "none":
     say("FOCALNET_KERNELS_BUILD=none: no C++ kernels")
 else:
-    from toolkit import ARCHITECTURES, NVCC, find_toolkit
+    from toolkit import find_toolkit
 
     modules = extensions()
     for module in modules:

@@ -10,8 +10,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES = "8.0;9.0+PTX"  # TORCH_CUDA_ARCH_LIST, unless it is set: newer GPUs compile the PTX when they load it
-NVCC = ["-O3", "--expt-relaxed-constexpr", "--compress-mode=size"]  # no line numbers: ten times smaller
+NVCC = ["-O3", "--expt-relaxed-constexpr"]
+COMPRESSED = (12, 8)  # the first version that knows Blackwell, and how to make binaries small
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,17 @@ class Toolkit:
     nvcc: Path
     home: Path  # where nvcc says it is: behind a wrapper that is not where the wrapper lies
     version: str
+
+    def architectures(self) -> str:
+        """TORCH_CUDA_ARCH_LIST, unless it is set: newer GPUs compile the PTX when they load it."""
+        return "8.0;9.0;10.0;12.0+PTX" if self._number() >= COMPRESSED else "8.0;9.0+PTX"
+
+    def flags(self) -> list[str]:
+        """nvcc's."""
+        return [*NVCC, "--compress-mode=size"] if self._number() >= COMPRESSED else NVCC
+
+    def _number(self) -> tuple[int, ...]:
+        return tuple(map(int, self.version.split(".")))
 
     def runtime(self) -> Path | None:
         """libcudart, which the pip packages ship under its versioned name alone."""
