@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .._calls import Call
 
+OLDEST_CUDA = (8, 0)  # compute capability: tensor cores that know bfloat16; Triton's code for 7.5 has none, and spills
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SLOW_BACKWARD = "its backward was slower than eager PyTorch on an H100: name it to train with it"
@@ -19,3 +22,15 @@ def why_no_kernel(call: Call) -> str | None:
     if call.norm_dtype not in (None, call.dtype):
         return f"its LayerNorm is {call.norm_dtype} in a layer of {call.dtype}: left to the reference"
     return None
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """Why a GPU cannot run our kernels; None where it can."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
+        return None
+    if (found := _capability(device)) < OLDEST_CUDA:
+        return f"it needs compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}, {device} has {found[0]}.{found[1]}"
+    return None
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from math import prod
 
@@ -10,9 +9,8 @@ import torch
 
 from .. import _libraries
 from .._calls import Call
-from ._limits import why_no_kernel
+from ._limits import why_no_kernel, why_too_old
 
-OLDEST_CUDA = (8, 0)  # compute capability: tensor cores that know bfloat16
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
 
@@ -32,18 +30,7 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return f"a residual of {call.residual_dtype} around a body of {call.dtype} is left to the reference"
     if backend == "cpu":
         return _libraries.cpu_missing
-    return _why_too_large(call) or _libraries.cuda_missing or _why_too_old(call.device)
-
-
-def _why_too_old(device: torch.device) -> str | None:
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
-        return None
-    if (found := _capability(device)) < OLDEST_CUDA:
-        return f"it needs compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}, {device} has {found[0]}.{found[1]}"
-    return None
-
-
-_capability = functools.cache(torch.cuda.get_device_capability)
+    return _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
 
 
 def _why_too_large(call: Call) -> str | None:

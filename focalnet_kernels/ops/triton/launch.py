@@ -13,7 +13,7 @@ import torch
 
 from ..._calls import Call
 from .._library import implement
-from .._limits import why_no_kernel
+from .._limits import why_no_kernel, why_too_old
 
 # Triton reads it when it is imported, and takes these words: no changing it later
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -55,7 +55,7 @@ def why_not_triton(call: Call) -> str | None:
             return "Triton's interpreter computes bfloat16 wrongly"
     elif call.device.type != "cuda":
         return f"the tensors are on {call.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
-    return MISSING
+    return MISSING or why_too_old(call.device)
 
 
 def implement_triton(name: str, function: Callable) -> None:
