@@ -28,7 +28,7 @@ struct LevelBackward {
 
   // the partial sums of a gate's gradient, of an image of the block's
   __device__ float* gate_sum(const Block& block, int image, int gate) const {
-    const int64_t whole = block.tile * B + first_image + block.first_image + image;
+    const int64_t whole = int64_t(block.tile) * B + first_image + block.first_image + image;
     return gate_sums + (whole * (chain.L + 1) + gate) * chain.g.pixels();
   }
 };
@@ -256,7 +256,7 @@ __device__ void store_images(const LevelBackward& p, const Shared<T>& shared, co
   const T* const grads = block.in<const T>(p.grad_out, block.channel);
   for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
     const PixelsAt at = PixelsAt::of<PITCH, N>(i, p.chain.g, p.layout, p.vectors);
-    Pixels<T, N> gradient[CHANNELS];
+    Pixels<T, N> gradient[CHANNELS] = {};  // or compilers keep what it was
     if (of_last)
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
@@ -284,19 +284,18 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
   const Level& size = chain.levels[p.level].size;
-  Block block(layout);
   const Shared<T> shared(layout, int(size.kw));
-  const int c = block.channel_here, run = int(blockIdx.x / layout.channel_tiles);
+  const int runs = int(layout.runs), items = int(layout.image_blocks);
   const bool last = p.level + 1 == chain.L;
 
   fill_zeros(shared.from, 2 * CHANNELS * shared.plane);
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
+  list_units(g, layout, layout.images, shared.units);
   __syncthreads();
-  load_taps<CHANNELS>(chain.levels[p.level], block.channel, shared.taps, shared.taps_stride);
-  int listed = 0;
-  for (int64_t item = run; item < layout.image_blocks; item += layout.runs) {
-    block.take(item, g, layout);
-    if (block.images != listed) list_units(g, layout, listed = block.images, shared.units);  // without stale ones
+  load_taps<CHANNELS>(chain.levels[p.level], Block(layout, 0, g).channel, shared.taps, shared.taps_stride);
+  for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
+    const Block block(layout, item, g);
+    if (block.images != layout.images) list_units(g, layout, block.images, shared.units);  // the last ones
     for (int i = threadIdx.x; i < CHANNELS * block.images && last; i += blockDim.x)
       shared.global[i] = gelu<float>(p.mean[(block.first_image + i / CHANNELS) * g.C + block.channel + i % CHANNELS]);
     __syncthreads();
@@ -306,10 +305,6 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
       else
         load_images<T, PITCH, n, false>(p, shared, block);
     });
-    const int64_t next = (item + layout.runs) * layout.images;
-    for (const MapView* map : {&p.from, &p.grad_out, &p.up})
-      if (map->data && !(last && map == &p.up))
-        prefetch<T>(*map, g, layout, next, block.channel + c, block.of_channel(), 32 * layout.warps);
     __syncthreads();
     if (last) mean_gradient<T, PITCH, WHOLE>(p, shared, block);
     with_size(size, [&](auto K) {
@@ -319,9 +314,10 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
       else
         level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, products);
       if (p.weight_sums) {
-        const int64_t part = (p.first_run + run) * layout.warps + block.part;
-        store_taps<K>(products, shared.area + threadIdx.x / 32 * AREA, item == run,
-                      p.weight_sums + (part * g.C + block.channel + c) * p.all_taps + p.first_tap);
+        const int64_t part = (p.first_run + item % runs) * layout.warps + block.part;
+        store_taps<K>(
+            products, shared.area + threadIdx.x / 32 * AREA, item < runs,
+            p.weight_sums + (part * g.C + block.channel + block.channel_here) * int64_t(p.all_taps) + p.first_tap);
       }
       __syncthreads();  // nothing reads what enters the level any more
       if (p.down.data) convolve_back<T, PITCH, WHOLE, K>(p, shared, block);

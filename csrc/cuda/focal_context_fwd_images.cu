@@ -7,7 +7,6 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int CHANNELS = 4, MOST = 4;  // of a block; levels
-constexpr int AT_ONCE = 2;             // groups of pixels that a thread has on the way
 using Block = ImagesBlock<CHANNELS>;
 
 __host__ __device__ int kernel_rows(const Chain& chain) {
@@ -59,38 +58,25 @@ __device__ void load_images(const ImagesForward& p, const Shared<T>& shared, con
   for (int c = 0; c < CHANNELS; ++c) bias[c] = of_vector<T>(chain.ctx_bias, block.channel + c);
 #pragma unroll
   for (int l = 0; l <= MOST; ++l) gate_bias[l] = l <= chain.L ? of_vector<T>(chain.gates_bias, l) : 0.0f;
-  const int groups = block.images * int(p.vectors.per_image.divisor);
-  for (int first = threadIdx.x; first < groups; first += AT_ONCE * int(blockDim.x)) {
-    PixelsAt at[AT_ONCE];
-    Pixels<T, N> channels[AT_ONCE][CHANNELS], gate[AT_ONCE][MOST + 1];
+  for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
+    const PixelsAt at = PixelsAt::of<PITCH, N>(i, chain.g, p.layout, p.vectors);
+    Pixels<T, N> channels[CHANNELS], gate[MOST + 1];
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      const int i = first + k * int(blockDim.x);
-      at[k] = PixelsAt::of<PITCH, N>(i < groups ? i : first, chain.g, p.layout, p.vectors);
+    for (int c = 0; c < CHANNELS; ++c)
+      channels[c] = load_pixels<T, N>(ctx + at.image * chain.ctx.b + c * chain.ctx.c + at.pixel);
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c)
-        channels[k][c] = load_pixels<T, N>(ctx + at[k].image * chain.ctx.b + c * chain.ctx.c + at[k].pixel);
+    for (int l = 0; l <= MOST; ++l)
+      if (l <= chain.L) gate[l] = load_pixels<T, N>(gates + at.image * chain.gates.b + l * chain.gates.c + at.pixel);
 #pragma unroll
-      for (int l = 0; l <= MOST; ++l)
-        if (l <= chain.L)
-          gate[k][l] = load_pixels<T, N>(gates + at[k].image * chain.gates.b + l * chain.gates.c + at[k].pixel);
+    for (int c = 0; c < CHANNELS; ++c) {
+      if (chain.ctx_bias.data) channels[c].set([&](int j) { return channels[c][j] + bias[c]; });
+      store_pixels(shared.at(0, c) + at.padded, channels[c]);
     }
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) {
-      if (first + k * int(blockDim.x) >= groups) break;
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        Pixels<T, N>& pixels = channels[k][c];
-        if (chain.ctx_bias.data) pixels.set([&](int j) { return pixels[j] + bias[c]; });
-        store_pixels(shared.at(0, c) + at[k].padded, pixels);
-      }
-#pragma unroll
-      for (int l = 0; l <= MOST; ++l) {
-        if (l > chain.L) break;
-        Pixels<T, N>& pixels = gate[k][l];
-        if (chain.gates_bias.data) pixels.set([&](int j) { return pixels[j] + gate_bias[l]; });
-        store_pixels(shared.gates + l * shared.tight_plane + at[k].tight, pixels);
-      }
+    for (int l = 0; l <= MOST; ++l) {
+      if (l > chain.L) break;
+      if (chain.gates_bias.data) gate[l].set([&](int j) { return gate[l][j] + gate_bias[l]; });
+      store_pixels(shared.gates + l * shared.tight_plane + at.tight, gate[l]);
     }
   }
 }
@@ -177,23 +163,21 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
   const Chain& chain = p.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
-  Block block(layout);
   const Shared<T> shared(chain, layout);
-  const int L = chain.L, c = block.channel_here, per_image = layout.groups * layout.segments;
+  const int L = chain.L, per_image = layout.groups * layout.segments;
 
   fill_zeros(shared.planes, layout.planes * CHANNELS * shared.plane);
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
   list_units(g, layout, layout.images, shared.units);
   __syncthreads();
   for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt))
-    load_taps<CHANNELS>(chain.levels[l], block.channel, shared.taps + rows * TAPS_ROW, shared.taps_stride);
-  for (int64_t item = blockIdx.x / layout.channel_tiles; item < layout.image_blocks; item += layout.runs) {
-    block.take(item, g, layout);
+    load_taps<CHANNELS>(chain.levels[l], Block(layout, 0, g).channel, shared.taps + rows * TAPS_ROW,
+                        shared.taps_stride);
+  const int runs = int(layout.runs), items = int(layout.image_blocks);
+  for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
+    const Block block(layout, item, g);
+    const int c = block.channel_here;
     with_pixels(p.vectors, [&](auto n) { load_images<T, PITCH, n>(p, shared, block); });
-    const int64_t next = (item + layout.runs) * layout.images;
-    prefetch<T>(chain.ctx, g, layout, next, block.channel + c, block.of_channel(), 32 * layout.warps);
-    for (int l = c; l <= L; l += CHANNELS)
-      prefetch<T>(chain.gates, g, layout, next, l, block.of_channel(), 32 * layout.warps);
     __syncthreads();
     for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt)) {
       const T* const taps = shared.taps + c * shared.taps_stride + rows * TAPS_ROW;
@@ -283,7 +267,8 @@ void run_images_fwd(const ImagesForward& p, void* stream) {
 }
 
 void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stream) {
-  run_images_fwd({p.chain, plan.layout, plan.vectors, p.out, {}, p.mean}, stream);
+  const ImagesForward images{p.chain, plan.layout, plan.vectors, p.out, {}, p.mean};
+  run_images_fwd(images, stream);
 }
 
 }  // namespace focalnet::cuda

@@ -53,9 +53,17 @@ struct Layer {
     std::optional<Tensor> padded;
     if (bias) padded = torch::stable::new_empty(rows, {more});
     Tensor taller = torch::stable::new_empty(rows, {more, C});
-    run_pad_rows({dtype, n, more, C, weight.stride(0), weight.stride(1), weight.const_data_ptr(), vector_of(bias),
-                  taller.mutable_data_ptr(), bias ? padded->mutable_data_ptr() : nullptr},
-                 stream);
+    const PadRows pad{dtype,
+                      n,
+                      more,
+                      C,
+                      weight.stride(0),
+                      weight.stride(1),
+                      weight.const_data_ptr(),
+                      vector_of(bias),
+                      taller.mutable_data_ptr(),
+                      bias ? padded->mutable_data_ptr() : nullptr};
+    run_pad_rows(pad, stream);
     return first_rows(linear(transposed(input), taller, padded), n);
   }
   MapView planes(const Tensor& t, int64_t first = 0) const { return planes_of(t, g, first); }

@@ -198,27 +198,22 @@ __device__ void with_size(const Level& k, const F& f) {
 // one of the channels, or a part of one.
 template <int CHANNELS>
 struct ImagesBlock {
-  int64_t tile, channel;  // tile: of channels, from `channel` on
-  int64_t first_image = 0;
-  int images = 0, tiles = 0;  // tiles: pairs of units of each channel
+  int tile, channel;               // tile: of channels, from `channel` on
+  int first_image, images, tiles;  // tiles: pairs of units of each channel
   int channel_here, part;
-  __device__ explicit ImagesBlock(const ImagesLayout& layout)
-      : tile(blockIdx.x % layout.channel_tiles), channel(tile * CHANNELS) {
-    const int warp = threadIdx.x / 32;
-    channel_here = warp % CHANNELS, part = warp / CHANNELS;
-  }
-  __device__ void take(int64_t item, const Geometry& g, const ImagesLayout& layout) {
-    first_image = item * layout.images;
-    images = int(g.B - first_image < layout.images ? g.B - first_image : layout.images);
-    tiles = (images * layout.groups * layout.segments + 1) / 2;
-  }
+  __device__ ImagesBlock(const ImagesLayout& layout, int item, const Geometry& g)
+      : tile(int(blockIdx.x % unsigned(layout.channel_tiles))),
+        channel(tile * CHANNELS),
+        first_image(item * layout.images),
+        images(int(g.B) - first_image < layout.images ? int(g.B) - first_image : layout.images),
+        tiles((images * layout.groups * layout.segments + 1) / 2),
+        channel_here(int(threadIdx.x) / 32 % CHANNELS),
+        part(int(threadIdx.x) / 32 / CHANNELS) {}
   // f(index of the first unit) of this warp's steps of two tiles
   template <class F>
   __device__ void each_step(const ImagesLayout& layout, const F& f) const {
     for (int tile = 2 * part; tile < tiles; tile += 2 * layout.warps) f(2 * tile);
   }
-  // this thread among those of its channel
-  __device__ int of_channel() const { return part * 32 + threadIdx.x % 32; }
   // the first pixel of one of the block's channels
   template <class T>
   __device__ T* in(const MapView& map, int64_t channel) const {
@@ -290,23 +285,6 @@ __device__ inline float sum_units(const float (&values)[4]) {
 #pragma unroll
   for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   return sum;
-}
-
-// Begins to bring a channel of the images from `first` on, of which a block takes `layout.images`, into the second
-// cache. The threads that share the channel have numbers below `threads`.
-template <class T>
-__device__ void prefetch(const MapView& map, const Geometry& g, const ImagesLayout& layout, int64_t first,
-                         int64_t channel, int thread, int threads) {
-#ifdef __CUDA_ARCH__
-  constexpr int LINE = 64;  // elements
-  const int pixels = int(g.pixels()), lines = (pixels + LINE - 1) / LINE;
-  for (int i = thread; i < layout.images * lines; i += threads) {
-    const int image = i / lines, pixel = i % lines * LINE;
-    if (first + image >= g.B) break;
-    const T* const at = element<const T>(map, first + image, channel, 0, 0, 0) + pixel;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
-  }
-#endif
 }
 
 // A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, `warps` that

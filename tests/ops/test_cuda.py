@@ -1,15 +1,18 @@
 """The CUDA kernels on a CPU: the shim that runs them, and what every backend's tests do not ask of them."""
 
+import itertools
 import math
 
 import cuda_shim
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import focalnet_kernels as fk
+from focalnet_kernels.ops import token_rows
 from focalnet_kernels.testing import assert_op_accurate, layer_tensors, make_context_inputs, make_layer_inputs, run
 from ops.strategies import DTYPES, dtype_name
 
@@ -244,11 +247,87 @@ def test_tokens(cuda_on_cpu, by_tokens, dtype, seed):
         assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=wanted)
 
 
+# (shape, kernels, bytes of shared memory, of scratch), with pixels adjacent: whole units and others, an odd number
+# of them, one to four levels, pixels read by one, two and four, several images at a time and one after the other with a
+# rest, blocks that do not share a multiprocessor, chunks of images, rows as long as may be
+IMAGES = {
+    "whole-units": ((2, 8, 16, 8), [3, 5, 7]),
+    "odd-units": ((1, 8, 24, 8), [3, 5]),
+    "small-maps": ((9, 16, 7, 7), [3, 5, 7]),
+    "pairs": ((5, 8, 6, 14), [3, 5]),
+    "one-level": ((3, 8, 9, 12), [9]),
+    "four-levels": ((2, 8, 12, 12), [3, 5, 7, 9]),
+    "one-after-the-other": ((5, 16, 9, 11), [3, 5], 36_000),
+    "a-rest": ((70, 8, 3, 4), [3]),
+    "chunks": ((7, 8, 6, 9), [3, 5, 3], None, 20_000),
+    "column": ((2, 8, 9, 1), [3, 5]),
+    "row": ((2, 8, 1, 20), [3]),
+    "wide": ((1, 8, 3, 56), [7, 3]),
+}
+
+
+@pytest.fixture(params=IMAGES.values(), ids=list(IMAGES))
+def by_images(request, monkeypatch):
+    """(shape, kernels) of whole images."""
+    shape, kernels, *limits = request.param
+    for name, limit in zip(("SHARED", "SCRATCH"), limits, strict=False):
+        if limit is not None:
+            monkeypatch.setenv(f"FOCALNET_SHIM_{name}", str(limit))
+    return shape, kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+def test_images(cuda_on_cpu, by_images, dtype, seed):
+    shape, kernels = by_images
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed, mean=0.5)
+    inputs["normalize"] = dtype == torch.float16
+    grad_output = torch.randn(shape).to(dtype)
+    assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output)
+    for wanted in (["ctx"], ["gates"], ["weights[0]"]):
+        assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+def test_layers_of_images(cuda_on_cpu, by_images, dtype, seed):
+    """There biases are the kernels' to add."""
+    (B, C, *spatial), kernels = by_images
+    options = {"dtype": dtype, "postln": dtype == torch.float16, "seed": seed, "mean": 0.5}
+    inputs = make_layer_inputs((B, *spatial, C), kernels, **options)
+    grad_output = torch.randn(B, *spatial, C).to(dtype)
+    assert_op_accurate(fk.focal_modulation, inputs, "cuda", grad_output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+def test_order_of_threads_over_images(cuda_on_cpu, by_images, dtype, seed):
+    shape, kernels = by_images
+    inputs = make_context_inputs(shape, kernels, dtype=dtype, seed=seed)
+    assert_order_does_not_matter(cuda_on_cpu, fk.focal_context, inputs, torch.randn(shape).to(dtype), seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=["same", "around"])
+def test_norm_of_rows(cuda_on_cpu, dtype, residual_dtype, seed):
+    """Rows of few and many lanes, of a part of their accesses, and those left to PyTorch."""
+    generator = torch.Generator().manual_seed(seed)
+    for tokens, C in ((37, 8), (5, 96), (33, 192), (9, 136), (3, 1024), (4, 20), (2, 1536)):
+        x = (torch.randn(tokens, C, generator=generator) + 3).to(residual_dtype or dtype)
+        weight, bias = (torch.randn(C, generator=generator).to(residual_dtype or dtype) for _ in range(2))
+        found = token_rows.CUDA.norm_fwd(x, weight, bias, 1e-5, dtype)
+        exact = F.layer_norm(x.double(), (C,), weight.double(), bias.double(), 1e-5)
+        eager = F.layer_norm(x, (C,), weight, bias, 1e-5).to(dtype)
+        assert found.dtype == dtype
+        assert (found - exact).norm() <= 2 * (eager - exact).norm() + 1e-12
+
+
 def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
     """What torch.compile is told of the layer's kept matrices, by tokens or by planes, is how they lie."""
     fwd = torch.ops.focalnet_kernels.focal_modulation_fwd_cuda
-    for C, kernels, postln in ((8, [3], False), (8, [3, 5], False), (6, [3], False), (8, [3], True), (8, [15], False)):
-        inputs = make_layer_inputs((2, 5, 4, C), kernels, postln=postln)
+    few = (5, 4, 8)
+    calls = [(few, [3], True), *((few, kernels, False) for kernels in ([3], [3, 5], [15], [(3, 5)], [3] * 5))]
+    shapes = ((5, 4, 6), (5, 4, 12), (5, 57, 8), (64, 52, 8), (9, 8), (3, 4, 5, 8))
+    calls += [*((shape, [3], False) for shape in shapes), ((3, 1, 5, 8), [(3, 1, 3)], False)]
+    for (shape, kernels, postln), dtype in itertools.product(calls, DTYPES):
+        inputs = make_layer_inputs((2, *shape), kernels, postln=postln, dtype=dtype)
         arguments = [*layer_tensors(inputs), False, 1e-5, True]
         real = fwd(*arguments)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
