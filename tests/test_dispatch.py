@@ -12,11 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import focalnet_kernels as fk
-from focalnet_kernels import _calls, dispatch
+from focalnet_kernels import _calls, _libraries, dispatch
 from focalnet_kernels._calls import forget
 from focalnet_kernels._prepare import prepare_focal_branch, prepare_focal_modulation, prepare_mlp_branch
 from focalnet_kernels._warnings import warn_once
 from focalnet_kernels.dispatch import BACKENDS, explain_call, requested_backend, select
+from focalnet_kernels.ops import _limits
+from focalnet_kernels.ops._native import why_not_native
+from focalnet_kernels.ops.triton import launch
 from focalnet_kernels.testing import (
     make_context_inputs,
     make_focal_branch_inputs,
@@ -382,16 +385,17 @@ def test_what_trains_slower_than_eager_is_left_to_it(backend, C, postln, fast):
 ON_A_GPU = [  # channels, dtype, whether in autocast, who runs the MLP branch in inference
     (96, torch.bfloat16, False, "triton"),
     (128, torch.float16, True, "triton"),
-    (192, torch.bfloat16, False, "reference"),
-    (192, torch.bfloat16, True, "triton"),
-    (96, torch.float32, False, "reference"),
+    (192, torch.bfloat16, False, "cuda"),
+    (192, torch.bfloat16, True, "cuda"),
+    (96, torch.float32, False, "cuda"),
 ]
 
 
 @pytest.mark.parametrize("C, dtype, in_autocast, backend", ON_A_GPU)
 def test_branches_on_a_gpu(C, dtype, in_autocast, backend, monkeypatch):
-    """Where nobody names a backend: what was measured faster than eager on an H200."""
-    monkeypatch.setattr("focalnet_kernels.ops.triton.launch.MISSING", None)
+    """Where nobody names a backend: what was measured faster than eager on an H100 and an H200."""
+    monkeypatch.setattr(launch, "MISSING", None)
+    monkeypatch.setattr(_libraries, "cuda_missing", None)
     with FakeTensorMode():
         residual = torch.float32 if in_autocast else dtype
         inputs = make_mlp_branch_inputs((2, 8, 8, C), 4 * C, dtype=dtype, residual_dtype=residual, seed=0)
@@ -400,8 +404,7 @@ def test_branches_on_a_gpu(C, dtype, in_autocast, backend, monkeypatch):
         focal, _ = prepare_focal_branch(**without_options(map_tensors(lambda t: t.to("cuda"), inputs)))
     assert explain_call(call, False).backend == backend
     assert explain_call(call, True).backend == ("triton" if C <= 128 and dtype != torch.float32 else "reference")
-    assert explain_call(focal, True).backend == "reference"
-    assert (explain_call(focal, False).backend == "reference") != in_autocast
+    assert explain_call(focal, True).backend == explain_call(focal, False).backend == "cuda"
     assert explain_call(call, True, "triton").backend == "triton"
 
 
@@ -451,3 +454,17 @@ def test_what_is_remembered_is_bounded():
     sizes = [table.cache_info() for table in _calls._tables]
     assert len(sizes) == 6 and all(info.currsize <= info.maxsize == 1024 for info in sizes)
     assert max(info.currsize for info in sizes) == 1024
+
+
+def test_old_gpus_are_left_to_the_reference(monkeypatch):
+    """Before compute capability 8.0 tensor cores do not know bfloat16, and Triton's code spills."""
+    call = _calls.Call("focal_context", torch.device("cuda"), torch.float16, 8, ((3, 3),), (1, 4, 4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "MISSING", None)
+    monkeypatch.setattr(_libraries, "cuda_missing", None)
+    monkeypatch.setattr(_limits, "_capability", lambda device: (7, 5))
+    for reason in (launch.why_not_triton(call), why_not_native("cuda", call)):
+        assert reason == "it needs compute capability 8.0, cuda has 7.5"
+    monkeypatch.setattr(_limits, "_capability", lambda device: (8, 0))
+    assert launch.why_not_triton(call) is why_not_native("cuda", call) is None

@@ -62,15 +62,6 @@ for _schema in (
     library.define(_schema)
 
 
-def body_input_of(
-    kernels: RowKernels, rows: Tensor, residual: Residual, norm_eps: float, post: bool, dtype: torch.dtype
-) -> Tensor:
-    """What a branch's body gets of adjacent rows: them, or behind a norm, in `dtype`."""
-    if post or residual.norm_weight is None:
-        return rows.to(dtype)
-    return kernels.norm_fwd(rows, residual.norm_weight, residual.norm_bias, norm_eps, dtype)
-
-
 def torch_norm_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).to(dtype)
 

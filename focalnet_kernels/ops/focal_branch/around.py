@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, body_input_of, like, separate
+from ..token_rows import RowKernels, as_rows, like, separate
 from .parameters import FocalBranchParameters
 
 
@@ -59,5 +59,8 @@ def backward(
 
 
 def _input(kernels: RowKernels, x: Tensor, p: FocalBranchParameters, norm_eps: float, post: bool) -> Tensor:
-    """The layer's."""
-    return body_input_of(kernels, as_rows(x), p.residual, norm_eps, post, p.layer.f_weight.dtype).view(x.shape)
+    """The layer's. As it is, it keeps x's strides, which its result then has."""
+    r, dtype = p.residual, p.layer.f_weight.dtype
+    if post or r.norm_weight is None:
+        return x.to(dtype)
+    return kernels.norm_fwd(as_rows(x), r.norm_weight, r.norm_bias, norm_eps, dtype).view(x.shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_rows import RowKernels, as_rows, body_input_of, like, separate
+from ..token_rows import RowKernels, as_rows, like, separate
 from ..triton.geometry import strided_like
 from .parameters import MlpBranchParameters
 
@@ -37,7 +37,10 @@ def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, 
 
 
 def body_input(kernels: RowKernels, p: MlpBranchParameters, rows: Tensor, norm_eps: float, post: bool) -> Tensor:
-    return body_input_of(kernels, rows, p.residual, norm_eps, post, p.fc1_weight.dtype)
+    r, dtype = p.residual, p.fc1_weight.dtype
+    if post or r.norm_weight is None:
+        return rows.to(dtype)
+    return kernels.norm_fwd(rows, r.norm_weight, r.norm_bias, norm_eps, dtype)
 
 
 def before_gelu(p: MlpBranchParameters, z: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def mlp_branch(
 dispatch.register(
     "mlp_branch",
     native.implementation("cpu"),
-    triton_launch.IMPLEMENTATION,
     native.implementation("cuda"),
+    triton_launch.IMPLEMENTATION,
     dispatch.Implementation("reference", lambda call: None, mlp_branch_reference),
 )
