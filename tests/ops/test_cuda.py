@@ -309,14 +309,14 @@ def test_order_of_threads_over_images(cuda_on_cpu, by_images, dtype, seed):
 def test_norm_of_rows(cuda_on_cpu, dtype, residual_dtype, seed):
     """Rows of few and many lanes, of a part of their accesses, and those left to PyTorch."""
     generator = torch.Generator().manual_seed(seed)
-    for tokens, C in ((37, 8), (5, 96), (33, 192), (9, 136), (3, 1024), (4, 20), (2, 1536)):
+    for tokens, C in ((370, 8), (75, 96), (33, 192), (49, 136), (13, 1024), (90, 20), (12, 1536)):
         x = (torch.randn(tokens, C, generator=generator) + 3).to(residual_dtype or dtype)
         weight, bias = (torch.randn(C, generator=generator).to(residual_dtype or dtype) for _ in range(2))
         found = token_rows.CUDA.norm_fwd(x, weight, bias, 1e-5, dtype)
         exact = F.layer_norm(x.double(), (C,), weight.double(), bias.double(), 1e-5)
         eager = F.layer_norm(x, (C,), weight, bias, 1e-5).to(dtype)
         assert found.dtype == dtype
-        assert (found - exact).norm() <= 2 * (eager - exact).norm() + 1e-12
+        assert (found - exact).norm() <= 2 * (eager - exact).norm() + 1e-7 * exact.norm()  # a float's rounding
 
 
 def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
