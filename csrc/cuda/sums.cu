@@ -6,8 +6,8 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int THREADS = 256, ELEMENTS = 32,
-              LANES = 32;  // a block: elements of a result, threads that add up the parts of each
+constexpr int THREADS = 256;              // of a block that adds pixels
+constexpr int ELEMENTS = 32, LANES = 32;  // of another: elements of a result, threads that add up the parts of each
 
 int64_t blocks_of(const SumJob& job) { return (job.g.B * job.g.C * job.g.pixels() + ELEMENTS - 1) / ELEMENTS; }
 
@@ -103,7 +103,9 @@ __global__ void __launch_bounds__(ColumnsTiling::THREADS) line_sums_kernel(Token
 int64_t token_sums_parts(const TokenSums& p) {
   const int64_t bytes = p.dtype == DType::f32 ? 4 : 2, width = 16 / bytes;
   if (reinterpret_cast<uintptr_t>(p.rows) % 16 != 0 || p.tokens == 0) return 0;
-  if (p.channel_stride == 1 && p.token_stride % width == 0) return ColumnsTiling(p.n, bytes).parts(p.tokens);
+  // the last access of a row may reach beyond its n, not beyond the row
+  const bool columns = p.channel_stride == 1 && p.token_stride % width == 0;
+  if (columns && (p.n % width == 0 || p.token_stride > p.n)) return ColumnsTiling(p.n, bytes).parts(p.tokens);
   const bool lines = p.token_stride == 1 && p.channel_stride % width == 0 && p.tokens % width == 0;
   return lines ? line_parts(p.n, p.tokens) : 0;
 }
