@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/kernels.h"
@@ -87,6 +88,42 @@ __device__ void store_quad(T* p, int64_t stride, int n, const float (&from)[4]) 
   } else {
     for (int i = 0; i < 4; ++i)
       if (i < n) p[i * stride] = from_float<T>(from[i]);
+  }
+}
+
+// Two 16-bit elements, and as a register.
+template <class T>
+struct alignas(4) Two {
+  T values[2];
+};
+
+template <class T>
+__device__ Two<T> two_of(float a, float b);
+template <>
+__device__ inline Two<__nv_bfloat16> two_of<__nv_bfloat16>(float a, float b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);  // one instruction
+  return {both.x, both.y};
+}
+template <>
+__device__ inline Two<__half> two_of<__half>(float a, float b) {
+  const __half2 both = __floats2half2_rn(a, b);
+  return {both.x, both.y};
+}
+template <class T>
+__device__ uint32_t packed(const Two<T>& two) {
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+template <class T>
+__device__ float unpack(uint32_t word, int i) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // a float's upper half
+    const uint32_t bits = i ? word & 0xffff0000u : word << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  } else {
+    T two[2];
+    memcpy(two, &word, 4);
+    return to_float(two[i]);
   }
 }
 

@@ -26,33 +26,9 @@ struct alignas(16) Unit {
   int window, tight, rows, columns;
 };
 
-// Two elements of a register.
 template <class T>
 __device__ uint32_t pack(float low, float high) {
-  uint32_t word;
-#ifdef __CUDA_ARCH__  // as one instruction, whose result is a whole register to the compiler
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-  const T two[2] = {from_float<T>(low), from_float<T>(high)};
-  memcpy(&word, two, 4);
-#endif
-  return word;
-}
-template <class T>
-__device__ float unpack(uint32_t word, int i) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // a float's upper half
-    const uint32_t bits = i ? word & 0xffff0000u : word << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  } else {
-    T two[2];
-    memcpy(two, &word, 4);
-    return to_float(two[i]);
-  }
+  return packed(two_of<T>(low, high));
 }
 __device__ inline uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
 __device__ inline void store_word(void* p, uint32_t word) { *static_cast<uint32_t*>(p) = word; }

@@ -46,24 +46,6 @@ __device__ __forceinline__ void for_pairs(const F& f) {
     for (int i = 0; i < 2; ++i) f(r, i);
 }
 
-template <class T>
-struct alignas(4) Two {
-  T values[2];
-};
-
-template <class T>
-__device__ Two<T> two_of(float a, float b);
-template <>
-__device__ inline Two<__nv_bfloat16> two_of<__nv_bfloat16>(float a, float b) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);  // one instruction
-  return {both.x, both.y};
-}
-template <>
-__device__ inline Two<__half> two_of<__half>(float a, float b) {
-  const __half2 both = __floats2half2_rn(a, b);
-  return {both.x, both.y};
-}
-
 // This lane's pairs in a map, a plane at a time: addresses are expensive to compute, so what does not change is kept.
 template <class T>
 struct Lines {
@@ -94,11 +76,6 @@ struct Lines {
     if (columns[i] > 1) to[v.w] = two.values[1];
   }
 };
-
-template <class T>
-__device__ uint32_t packed(const Two<T>& two) {
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
 
 template <class T>
 __device__ Two<T> with_bias(Two<T> two, float bias, int n) {

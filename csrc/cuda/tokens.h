@@ -29,16 +29,10 @@ __device__ Channels<T> load_channels(const T* p) {
 }
 template <class T>
 __device__ float channel_of(const Channels<T>& channels, int c) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // a float's upper half
-    const unsigned word = channels.raw.words[c / 2], bits = c % 2 ? word & 0xffff0000u : word << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  } else {
-    T values[4];
-    memcpy(values, &channels.raw, sizeof(values));
-    return to_float(values[c]);
-  }
+  if constexpr (sizeof(T) == 2) return unpack<T>(channels.raw.words[c / 2], c % 2);
+  float value;
+  memcpy(&value, &channels.raw.words[c % Channels<T>::WORDS], sizeof(value));
+  return value;
 }
 template <class T>
 __device__ void load_channels(const T* p, float (&to)[4]) {
