@@ -40,6 +40,7 @@ def draw(
     channel_axis: int = 1,
     scale: float = 1.0,
     mean: float = 0.0,
+    normed: bool = False,
 ) -> Tensor:
     """Random normal numbers of logical `shape` in that memory layout.
 
@@ -49,6 +50,8 @@ def draw(
             has stride 0); "permuted" (axes in a random order in memory); "offset" (starts one element into
             its storage, so aligned vector loads fail).
         scale, mean: standard deviation and mean. Sums of zero mean hide what they lost.
+        normed: a LayerNorm reads the last axis, so "expanded" takes another: of equal channels the norm would
+            see nothing but rounding errors, and its gradient, times eps**-0.5, overflows float16.
     """
     n, shape = len(shape), list(shape)
 
@@ -68,7 +71,7 @@ def draw(
             order = torch.randperm(n, generator=generator).tolist()
         return normal([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(n)])
     if layout == "expanded":
-        axis = pick(n)
+        axis = pick(n - 1 if normed else n)
         base = normal([1 if i == axis else size for i, size in enumerate(shape)])
         return base.expand(shape)
     if layout == "offset":
@@ -199,7 +202,7 @@ def make_mlp_branch_inputs(
     C = shape[-1]
     options, of_residual = {"dtype": dtype, "device": device}, {"dtype": residual_dtype or dtype, "device": device}
     return {
-        "x": _tokens(shape, x_layout, generator, mean=mean, **of_residual),
+        "x": _tokens(shape, x_layout, generator, mean=mean, normed=True, **of_residual),
         "fc1_weight": draw((hidden, C), layout, generator, scale=C**-0.5, **options),
         "fc1_bias": draw((hidden,), layout, generator, **options) if bias else None,
         "fc2_weight": draw((C, hidden), layout, generator, scale=hidden**-0.5, **options),
@@ -229,12 +232,10 @@ def make_focal_branch_inputs(
     seed = fresh_seed() if seed is None else seed
     layer = {"bias": bias, "postln": postln, "dtype": dtype, "layout": layout, "device": device, "mean": mean}
     inputs = make_layer_inputs(shape, kernels, seed=seed, **layer)
-    of_residual = {"dtype": residual_dtype or dtype, "device": device}
+    generator, of_residual = _generator(seed + 1), {"dtype": residual_dtype or dtype, "device": device}
+    inputs["x"] = _tokens(shape, layout, generator, mean=mean, normed=True, **of_residual)
     layout = "contiguous" if layout == "expanded" else layout
-    inputs["x"] = inputs["x"].to(of_residual["dtype"])
-    return inputs | _residual_inputs(
-        shape, layout, _generator(seed + 1), of_residual, norm, post_norm, gamma, drop_path
-    )
+    return inputs | _residual_inputs(shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path)
 
 
 def _residual_inputs(shape, layout, generator, options, norm, post_norm, gamma, drop_path) -> dict:
