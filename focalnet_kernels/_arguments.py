@@ -104,14 +104,20 @@ def check_same_kind(kinds: Sequence[Kind], names: Sequence[str], norm: Sequence[
         raise TypeError(f"{name}: expected {names[0]}'s dtype {dtype}, got {kind[1]}")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on this device; None where it is off."""
+    if device.type in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def follow_autocast(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on for the first one's device."""
     if not isinstance(tensors[0], Tensor):
         return tensors
-    device = tensors[0].device.type
-    if device in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     kinds = kinds_of(tensors)
     castable = [isinstance(kind, tuple) and kind[1] in _DTYPES and kind[1] != torch.float64 for kind in kinds]
     return [t.to(dtype) if cast else t for t, cast in zip(tensors, castable, strict=True)]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._arguments import autocast_dtype
 from ._parts import Module, Parts, is_off, why_call, why_call_gelu, why_call_norm, why_call_projection
 from ._snapshot import Snapshot
 from .functional import focal_branch, mlp_branch
@@ -123,21 +124,30 @@ class BlockParts(NamedTuple):
         return mlp_branch(y, *weights, **_around(second, y), keep_hidden=keep_hidden, backend=backend)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the ops take these plain parts' numbers for `x`: all of one kind. Where autocast mixes them on a CPU
-        the layer alone is an op."""
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return False
+        """Whether the ops take these plain parts' numbers for `x`: all of one kind, but for what autocast casts, and
+        for float32 norms beside 16 bits, which autocast leaves so on a CPU."""
         branches = self.first, self.second
         gammas = [branch.gamma() for branch in branches if branch.scale is not None]
-        fc1_weight = self.fc1._parameters["weight"]
+        fc1_weight: Any = self.fc1._parameters["weight"]
         for gamma in gammas:  # which no snapshot knows
             if not isinstance(gamma, Tensor) or tuple(gamma.shape) != (fc1_weight.shape[1],):
                 return False
-        tensors: list[Any] = [fc1_weight, *gammas]
-        tensors += [branch.norm._parameters["weight"] for branch in branches if branch.norm is not None]
+        bodies, alike = [fc1_weight], {x.dtype}
         if self.layer_parts is not None:
-            tensors.append(self.layer_parts.f._parameters["weight"])
-        return all([t.dtype == x.dtype and t.device == x.device for t in tensors])
+            bodies.append(self.layer_parts.f._parameters["weight"])
+        norms: list[Any] = [branch.norm._parameters["weight"] for branch in branches if branch.norm is not None]
+        autocast = autocast_dtype(x.device)
+        if autocast is not None and x.dtype not in (torch.float32, autocast):
+            return False
+        of_bodies = alike if autocast is None else alike | {torch.float32}
+        of_norms = alike | {torch.float32} if x.device.type == "cpu" and x.dtype.itemsize == 2 else alike
+        return all(
+            [
+                t.dtype in dtypes and t.device == x.device
+                for tensors, dtypes in ((bodies, of_bodies), (norms, of_norms), (gammas, alike))
+                for t in tensors
+            ]
+        )
 
 
 def _around(branch: BranchParts, x: Tensor) -> dict[str, Any]:

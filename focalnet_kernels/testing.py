@@ -188,6 +188,7 @@ def make_mlp_branch_inputs(
     drop_path: bool = False,
     dtype: torch.dtype = torch.float32,
     residual_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
     layout: str = "contiguous",
     device: torch.device | str = "cpu",
     seed: int | None = None,
@@ -195,7 +196,8 @@ def make_mlp_branch_inputs(
 ) -> dict:
     """Arguments of `mlp_branch` for x of `shape` (B, *spatial, C) and so many hidden channels.
 
-    Layouts are as in `make_layer_inputs`. `residual_dtype`: of all but the MLP; None: the same. `mean`: of x.
+    Layouts are as in `make_layer_inputs`. `residual_dtype`: of all but the MLP; None: the same. `norm_dtype`: of the
+    norm's weight and bias; None: the residual's. `mean`: of x.
     """
     generator = _generator(seed)
     x_layout, layout = layout, "contiguous" if layout == "expanded" else layout
@@ -207,7 +209,7 @@ def make_mlp_branch_inputs(
         "fc1_bias": draw((hidden,), layout, generator, **options) if bias else None,
         "fc2_weight": draw((C, hidden), layout, generator, scale=hidden**-0.5, **options),
         "fc2_bias": draw((C,), layout, generator, **options) if bias else None,
-        **_residual_inputs(shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path),
+        **_residual_inputs(shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path, norm_dtype),
     }
 
 
@@ -223,6 +225,7 @@ def make_focal_branch_inputs(
     drop_path: bool = False,
     dtype: torch.dtype = torch.float32,
     residual_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
     layout: str = "contiguous",
     device: torch.device | str = "cpu",
     seed: int | None = None,
@@ -235,21 +238,24 @@ def make_focal_branch_inputs(
     generator, of_residual = _generator(seed + 1), {"dtype": residual_dtype or dtype, "device": device}
     inputs["x"] = _tokens(shape, layout, generator, mean=mean, normed=True, **of_residual)
     layout = "contiguous" if layout == "expanded" else layout
-    return inputs | _residual_inputs(shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path)
+    return inputs | _residual_inputs(
+        shape, layout, generator, of_residual, norm, post_norm, gamma, drop_path, norm_dtype
+    )
 
 
-def _residual_inputs(shape, layout, generator, options, norm, post_norm, gamma, drop_path) -> dict:
+def _residual_inputs(shape, layout, generator, options, norm, post_norm, gamma, drop_path, norm_dtype) -> dict:
     B, C = shape[0], shape[-1]
+    of_norm = options if norm_dtype is None else options | {"dtype": norm_dtype}
 
-    def vector(present, mean=0.0):
+    def vector(present, options, mean=0.0):
         return draw((C,), layout, generator, mean=mean, **options) if present else None
 
     kept = torch.rand(B, generator=generator) < 0.75
     return {
-        "norm_weight": vector(norm, 1.0),
-        "norm_bias": vector(norm),
+        "norm_weight": vector(norm, of_norm, 1.0),
+        "norm_bias": vector(norm, of_norm),
         "post_norm": post_norm,
-        "gamma": vector(gamma, 1.0),
+        "gamma": vector(gamma, options, 1.0),
         "drop_path": (kept / 0.75).to(options["device"], options["dtype"]) if drop_path else None,
     }
 

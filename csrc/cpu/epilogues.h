@@ -20,6 +20,11 @@ FK_INLINE void prefetch_tile(const RowBlock<T>& block, int64_t row, int64_t rows
       __builtin_prefetch(block[row + i] + column + (j < NR ? j : NR - 1), WRITE);
 }
 
+template <int WRITE, class T>
+FK_INLINE void prefetch_tile(const StreamRows<T>& block, int64_t row, int64_t rows, int64_t column) {
+  with_rows(block, [&](const auto& known) FK_LAMBDA { prefetch_tile<WRITE>(known, row, rows, column); });
+}
+
 // out = sum + bias
 template <class T>
 struct StoreBias {
@@ -55,9 +60,9 @@ FK_INLINE void each_vector(int64_t row, int64_t rows, int64_t column, const floa
 }
 
 // f(row, column, n, sum), which reads the rows `in`.
-template <class T, class F>
+template <class Block, class F>
 struct ReadRows {
-  RowBlock<T> in;
+  Block in;
   F f;
 
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const { prefetch_tile<0>(in, row, rows, column); }
@@ -68,8 +73,8 @@ struct ReadRows {
   }
   FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const { f(row, column, n, sum); }
 };
-template <class T, class F>
-ReadRows(RowBlock<T>, F) -> ReadRows<T, F>;
+template <class Block, class F>
+ReadRows(Block, F) -> ReadRows<Block, F>;
 
 // f(row, column, n, sum), for which nothing has to be fetched: what it touches is in cache.
 template <class F>

@@ -2,14 +2,15 @@
 
 template <class T>
 struct FewRowsScratch {
-  RowBlock<T> out, q, x;
+  StreamRows<T> x, out;
+  RowBlock<T> q;
   const float* factors;
   operand_t<T>* panel;
 
   FewRowsScratch(Arena& arena, const FewRowsProduct& p, int64_t row0, int64_t n)
-      : out(row_block<T>(arena, p.out, row0, n)),
+      : x(stream_rows<T>(arena, p.residual, p.x, row0, n)),
+        out(stream_rows<T>(arena, p.residual, p.out, row0, n)),
         q(row_block<T>(arena, p.q, row0, n)),
-        x(row_block<T>(arena, p.x, row0, n)),
         factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
         panel(arena.take<operand_t<T>>(panels_elements<operand_t<T>>(NR, p.K))) {}
 };
@@ -19,11 +20,11 @@ static void few_rows_operand_of(const Rows& x, const Residual& r, int64_t K, int
                                 void* memory) {
   using CT = operand_t<T>;
   Arena arena(memory);
-  const RowBlock<T> rows = row_block<T>(arena, x, row0, row1 - row0);
+  const StreamRows<T> rows = stream_rows<T>(arena, r, x, row0, row1 - row0);
   const int64_t stride = padded_k<CT>(K);
   CT* to = static_cast<CT*>(operand) + row0 * stride;
   const auto made = branch_operand(r, rows, K, to);
-  for (int64_t i = 0; i < rows.n && made.first != to; ++i)  // they are their own operand
+  for (int64_t i = 0; i < made.n && made.first != to; ++i)  // they are their own operand
     __builtin_memcpy(to + i * stride, made.first + i * made.stride, K * int64_t(sizeof(CT)));
 }
 
@@ -65,7 +66,7 @@ static void few_rows_product_of(const FewRowsProduct& p, int64_t n0, int64_t n1,
   const int64_t K = padded_k<CT>(p.K), stride = padded_k<CT>(p.N);
   const OperandRows<CT> a{static_cast<const CT*>(p.operand), K, p.rows};
   CT* next = static_cast<CT*>(p.next);
-  const AddResidual<T> finish{p.residual, s.factors, s.x, s.out};
+  const AddResidual finish{p.residual, s.factors, s.x, s.out};
   const bool post = p.residual.post_norm();
   const auto biased = [&](int64_t column, int lanes, vf sum)
                           FK_LAMBDA { return p.bias ? sum + load_lanes(p.bias + column, lanes, 1) : sum; };
@@ -83,7 +84,7 @@ static void few_rows_product_of(const FewRowsProduct& p, int64_t n0, int64_t n1,
           epilogue, weights, at_most(NR, p.N - later), p.K * int64_t(sizeof(T)), p.stride_n * int64_t(sizeof(T)), a.n};
       panel_product(a, s.panel, K, column, columns, fetching);
     };
-    if (p.then == Then::STORE) then(StoreBias<T>{s.out, p.bias});
+    if (p.then == Then::STORE) then(StoreBias<T>{s.out.of_body, p.bias});
     if (p.then == Then::GELU) then(StoreGelu<T>{next, stride, 0, p.bias});
     if (p.then == Then::MODULATE)
       then(ReadRows{s.q, [&](int64_t row, int64_t c, int lanes, vf sum) FK_LAMBDA {
@@ -106,5 +107,5 @@ template <class T>
 static void few_rows_post_norm_of(const FewRowsProduct& p, int64_t row0, int64_t row1, void* memory) {
   Arena arena(memory);
   const FewRowsScratch<T> s(arena, p, row0, row1 - row0);
-  post_norm_rows(AddResidual<T>{p.residual, s.factors, s.x, s.out}, p.u + row0 * p.N, row1 - row0, p.N);
+  post_norm_rows(AddResidual{p.residual, s.factors, s.x, s.out}, p.u + row0 * p.N, row1 - row0, p.N);
 }

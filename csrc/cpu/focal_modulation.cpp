@@ -31,7 +31,7 @@ class LayerForward {
         residual_(residual),
         out_(out),
         g_(geometry_of(x, 1, x.dim() - 1)),
-        dtype_(dtype_of(x)),
+        dtype_(dtype_of(p.f_weight)),
         F_(p.f_weight.size(0)),
         save_(save),
         normalize_(normalize),
@@ -87,6 +87,7 @@ class LayerForward {
     p.bias = f_bias_.empty() ? nullptr : f_bias_.data() + first_;
     p.in = group.rows(x_);
     const Residual residual = residual_.values(group.first);
+    p.residual.wide = residual.wide;
     if (residual.pre_norm()) p.residual = residual;
     p.out = group.rows(projected, width());
     for_blocks(blocks, k_.linear_scratch(p, blocks.size),
@@ -157,7 +158,7 @@ void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloat
                   double ln_eps, const Tensor& y) {
   using Then = FewRowsProduct::Then;
   const Kernels& k = kernels();
-  const DType dtype = dtype_of(x);
+  const DType dtype = dtype_of(p.f_weight);
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const ImageGroup all(g, dtype, 0, g.B);
   const int64_t C = g.C, F = p.f_weight.size(0), rows = all.tokens();
@@ -206,9 +207,11 @@ std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerPa
                                                   bool save) {
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const int64_t tokens = g.B * g.pixels();
+  const ScalarType of_body = p.f_weight.scalar_type();
   Outputs out{torch::stable::empty_like(x), {}};
   if (save)
-    out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}), torch::stable::new_empty(x, {tokens, g.C}),
+    out.saved = {torch::stable::new_empty(x, {tokens, p.f_weight.size(0)}, of_body),
+                 torch::stable::new_empty(x, {tokens, g.C}, of_body),
                  torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
   if (tokens > 0 && few_rows(tokens, g.C) && !save)
     few_rows_fwd(x, p, residual, normalize, ln_eps, out.y);
@@ -228,7 +231,8 @@ std::tuple<Tensor, std::vector<Tensor>> focal_branch_fwd(Tensor x, std::vector<s
                                                          bool normalize, double ln_eps, double norm_eps, bool post,
                                                          bool save) {
   const FocalBranchParameters p(parameters);
-  return layer_fwd(x, p.layer, {p.residual, norm_eps, post}, normalize, ln_eps, save);
+  const bool wide = x.scalar_type() != p.layer.f_weight.scalar_type();
+  return layer_fwd(x, p.layer, {p.residual, norm_eps, post, wide}, normalize, ln_eps, save);
 }
 
 }  // namespace focalnet::cpu

@@ -25,7 +25,7 @@ class LayerBackward {
         residual_(residual),
         saved_(saved),
         g_(geometry_of(x, 1, x.dim() - 1)),
-        dtype_(dtype_of(x)),
+        dtype_(dtype_of(p.f_weight)),
         L_(p.levels()),
         C_(g_.C),
         F_(p.f_weight.size(0)),
@@ -56,8 +56,8 @@ class LayerBackward {
     modulate_sums_ = Buffer(blocks * ModulateBackward::SUMS * C_ * 4);
     f_bias_sums_ = Buffer(blocks * (F_ + 2 * C_) * 4);
     const Residual r = residual_.values();
-    if (r.gamma || r.drop_path || r.post_norm()) grad_u_ = Buffer(rows * C_ * bytes);
-    if (r.pre_norm()) f_in_ = Buffer(rows * C_ * bytes);
+    if (r.gamma || r.drop_path || r.post_norm() || r.wide) grad_u_ = Buffer(rows * C_ * bytes);
+    if (r.pre_norm() || r.wide) f_in_ = Buffer(rows * C_ * bytes);
     if (r.post_norm() || needs_.gamma) proj_ = PackedMatrix(k_, p.proj_weight), proj_bias_ = floats_of(p.proj_bias);
   }
 
@@ -238,7 +238,7 @@ class LayerBackward {
 
   // of one group: gradients and what is made again, and partial sums per block
   Buffer grad_projected_, grad_modulator_, z_, grad_ctx_all_, ctx_all_;
-  Buffer grad_u_, f_in_;  // what is not grad_y, and not x
+  Buffer grad_u_, f_in_;  // what is not grad_y, and not x, as they are
   Buffer gate_sums_, modulate_sums_, f_bias_sums_;
 };
 
@@ -256,7 +256,8 @@ std::vector<Tensor> focal_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::o
                                      std::vector<Tensor> saved, bool normalize, double ln_eps, double norm_eps,
                                      bool post, int64_t needed) {
   const FocalBranchParameters p(parameters);
-  const ResidualFloats residual(p.residual, norm_eps, post);
+  const bool wide = x.scalar_type() != p.layer.f_weight.scalar_type();
+  const ResidualFloats residual(p.residual, norm_eps, post, wide);
   const Saved of_forward{saved.at(0), saved.at(1), saved.at(2)};
   return LayerBackward(grad_y, x, p.layer, &p.residual, residual, of_forward, normalize, ln_eps, needed).run();
 }

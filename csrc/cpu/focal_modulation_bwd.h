@@ -2,13 +2,14 @@
 
 template <class T>
 struct ModulateBackScratch {
-  RowBlock<T> grad_out, grad_u, q, modulator, grad_q, grad_modulator, z, grad_ctx_all;
+  StreamRows<T> grad_out;
+  RowBlock<T> grad_u, q, modulator, grad_q, grad_modulator, z, grad_ctx_all;
   const float* factors;
   float *dz, *row, *other, *sums;
   operand_t<T>* operand;
 
   ModulateBackScratch(Arena& arena, const ModulateBackward& p, int64_t row0, int64_t n)
-      : grad_out(row_block<T>(arena, p.grad_out, row0, n)),
+      : grad_out(stream_rows<T>(arena, p.residual, p.grad_out, row0, n)),
         grad_u(row_block<T>(arena, p.grad_u, row0, n)),
         q(row_block<T>(arena, p.q, row0, n)),
         modulator(row_block<T>(arena, p.modulator, row0, n)),
@@ -41,8 +42,8 @@ static OperandRows<operand_t<T>> modulate_grad_u(const ModulateBackward& p, cons
                                                  const RowSums& sums) {
   using CT = operand_t<T>;
   const Residual& r = p.residual;
-  const int64_t n = s.grad_out.n, C = p.proj_t.N, Cp = padded_k<CT>(C);
-  if (!p.grad_u.data) return operand_rows(s.grad_out, C, s.operand);
+  const int64_t n = s.q.n, C = p.proj_t.N, Cp = padded_k<CT>(C);
+  if (!p.grad_u.data) return operand_rows(s.grad_out.of_body, C, s.operand);
   if (p.proj.panels) {
     for (int64_t i = 0; i < n; ++i) {
       CT* to = s.operand + i * Cp;
@@ -83,7 +84,7 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
   const ModulateBackScratch<T> s(arena, p, row0, n);
   const RowSums sums(s.sums, p.sums + block * all_sums, all_sums);
   const int64_t proj_bias = 0, h_bias = C, ln_weight = 2 * C, ln_bias = 3 * C;
-  const RowBlock<T>& grad_u = p.grad_u.data ? s.grad_u : s.grad_out;
+  const RowBlock<T>& grad_u = p.grad_u.data ? s.grad_u : s.grad_out.of_body;
 
   product(modulate_grad_u(p, s, sums), p.proj_t,
           NoRows{[&](int64_t row, int64_t column, int lanes, vf value)
@@ -115,16 +116,17 @@ static void modulate_bwd_of(const ModulateBackward& p, int64_t block, int64_t ro
 
 template <class T>
 struct ProjectBackScratch {
-  RowBlock<T> grad, grad_x, x, grad_y, z;
+  RowBlock<T> grad, z;
+  StreamRows<T> x, grad_y, grad_x;
   float *sums, *grad_z, *row;
   operand_t<T>* operand;
 
   ProjectBackScratch(Arena& arena, const ProjectBackward& p, int64_t row0, int64_t n)
       : grad(row_block<T>(arena, p.grad_projected, row0, n)),
-        grad_x(row_block<T>(arena, p.grad_x, row0, n)),
-        x(row_block<T>(arena, p.x, row0, n)),
-        grad_y(row_block<T>(arena, p.grad_y, row0, n)),
         z(row_block<T>(arena, p.z, row0, n)),
+        x(stream_rows<T>(arena, p.residual, p.x, row0, n)),
+        grad_y(stream_rows<T>(arena, p.residual, p.grad_y, row0, n)),
+        grad_x(stream_rows<T>(arena, p.residual, p.grad_x, row0, n)),
         sums(arena.take<float>(p.all_sums())),
         grad_z(arena.take<float>(p.residual.pre_norm() ? n * p.f_t.N : 0)),
         row(arena.take<float>(p.f_t.N)),
@@ -151,8 +153,10 @@ static void project_bwd_of(const ProjectBackward& p, int64_t block, int64_t row0
   const Residual& r = p.residual;
   const int64_t C = p.f_t.N;
   const bool norm = r.pre_norm();
+  for (int64_t i = 0; i < n && p.z.data && !norm; ++i)
+    for (int64_t c = 0; c < C; c += VL) store_lanes(s.z[i] + c, lanes_of(C - c), 1, s.x.load(i, c, lanes_of(C - c)));
   if (!p.grad_x.data && !norm) return;
-  if (!r.add) return product(operand_rows(s.grad, F, s.operand), p.f_t, StoreBias<T>{s.grad_x, nullptr});
+  if (!r.add) return product(operand_rows(s.grad, F, s.operand), p.f_t, StoreBias<T>{s.grad_x.of_body, nullptr});
   product(operand_rows(s.grad, F, s.operand), p.f_t,
           ReadRows{s.grad_y, [&](int64_t row, int64_t column, int lanes, vf value) FK_LAMBDA {
                      if (norm) return store_lanes(s.grad_z + row * C + column, lanes, 1, value);

@@ -52,6 +52,7 @@ struct Rows {
 // y = x + drop_path * gamma * post_norm?(body(pre_norm?(x))): what a residual branch has around its body.
 struct Residual {
   bool add;                              // false: the body alone
+  bool wide;                             // x, y and their gradients are float, whatever the body is
   const float *norm_weight, *norm_bias;  // null: no norm
   float norm_eps;
   bool post;
@@ -97,7 +98,7 @@ struct ModulateBackward {
   Packed proj;  // where u has to be made again: for a last norm, and for gamma's gradient
   const float* proj_bias;
   Rows grad_out, q, modulator;
-  Rows grad_u;          // written where data is not null: where it is not grad_out
+  Rows grad_u;          // written where data is not null: where it is not grad_out as it is
   Rows grad_q;          // written
   Rows grad_modulator;  // written
   Rows z;               // written: proj's input, LN?(q * modulator)
@@ -116,7 +117,7 @@ struct ProjectBackward {
   Rows grad_projected;  // F channels; the gates' are written here
   Residual residual;    // its pre-norm is f's input
   Rows x, grad_y;       // of the branch
-  Rows z;               // written, f's input again, where it is not x
+  Rows z;               // written where data is not null: f's input again, where it is not x as it is
   Rows grad_x;          // written where data is not null
   float* sums;          // per block of rows [F + 2 C]: f's bias, the pre-norm's weight and bias
   int64_t all_sums() const { return f_t.K + 2 * f_t.N; }

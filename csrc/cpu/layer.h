@@ -22,7 +22,7 @@ struct ImageGroup {
   // The group's rows of a tensor (B, *spatial, channels).
   Rows rows(const Tensor& t) const {
     MapView v = map_of(t, 1, t.dim() - 1);
-    v.data = at_element(v.data, first * v.b, dtype);
+    v.data = at_element(v.data, first * v.b, dtype_of(t));
     return rows_of(v, g);
   }
   // Where the group's rows begin in a dense tensor (tokens of all images, channels).

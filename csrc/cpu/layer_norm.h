@@ -36,10 +36,9 @@ static void layer_norm_rows(CT* x, int64_t stride, int64_t n, int64_t C, const f
 }
 
 // The operand form of LN(x).
-template <class T>
-static OperandRows<operand_t<T>> layer_norm_operand(const RowBlock<T>& x, int64_t C, const float* weight,
-                                                    const float* bias, float eps, operand_t<T>* memory) {
-  using CT = operand_t<T>;
+template <class T, class CT>
+static OperandRows<CT> layer_norm_operand(const RowBlock<T>& x, int64_t C, const float* weight, const float* bias,
+                                          float eps, CT* memory) {
   const int64_t Cp = padded_k<CT>(C);
   if (x.channel != 1) {
     const auto copy = operand_rows(x, C, memory);

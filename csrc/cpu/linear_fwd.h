@@ -2,12 +2,13 @@
 
 template <class T>
 struct LinearScratch {
-  RowBlock<T> in, out;
+  StreamRows<T> in;
+  RowBlock<T> out;
   operand_t<T>* operand;
   float* u;
 
   LinearScratch(Arena& arena, const LinearForward& p, int64_t row0, int64_t n)
-      : in(row_block<T>(arena, p.in, row0, n)),
+      : in(stream_rows<T>(arena, p.residual, p.in, row0, n)),
         out(row_block<T>(arena, p.out, row0, n)),
         operand(operand_memory<T>(arena, n, p.weight.K)),
         u(arena.take<float>(p.residual.post_norm() ? n * p.weight.N : 0)) {}
@@ -24,5 +25,5 @@ static void linear_fwd_of(const LinearForward& p, int64_t row0, int64_t row1, vo
             if (p.bias) sum += load_lanes(p.bias + column, lanes, 1);
             store_lanes(s.u + row * N + column, lanes, 1, sum);
           }});
-  post_norm_rows(AddResidual<T>{p.residual, nullptr, s.out, s.out}, s.u, n, N);
+  post_norm_rows(AddResidual{p.residual, nullptr, s.out, s.out}, s.u, n, N);
 }

@@ -10,19 +10,21 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   const Kernels& k = kernels();
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const int64_t tokens = g.B * g.pixels();
+  const DType dtype = dtype_of(p.fc1_weight);
+  const ScalarType of_body = p.fc1_weight.scalar_type();
   const Tensor y = torch::stable::empty_like(x);
   std::vector<Tensor> saved;
-  if (save && post) saved.push_back(torch::stable::new_empty(x, {tokens, g.C}));
-  if (save && keep_hidden) saved.push_back(torch::stable::new_empty(x, {tokens, p.fc1_weight.size(0)}));
+  if (save && post) saved.push_back(torch::stable::new_empty(x, {tokens, g.C}, of_body));
+  if (save && keep_hidden) saved.push_back(torch::stable::new_empty(x, {tokens, p.fc1_weight.size(0)}, of_body));
   if (tokens == 0) return {y, saved};
 
   const Rows rows = rows_of(map_of(x, 1, x.dim() - 1), g), out = rows_of(map_of(y, 1, x.dim() - 1), g);
   const std::vector<float> fc1_bias = floats_of(p.fc1_bias), fc2_bias = floats_of(p.fc2_bias);
-  const ResidualFloats residual(p.residual, norm_eps, post);
+  const ResidualFloats residual(p.residual, norm_eps, post, dtype_of(x) != dtype);
   if (few_rows(tokens, g.C) && saved.empty()) {
-    const FewRows few(k, dtype_of(x), tokens);
+    const FewRows few(k, dtype, tokens);
     const Buffer z = few.operand(rows, residual.values(), g.C);
-    const Buffer hidden(k.operand_bytes(dtype_of(x), tokens, p.fc1_weight.size(0)));
+    const Buffer hidden(k.operand_bytes(dtype, tokens, p.fc1_weight.size(0)));
     FewRowsProduct first = few.product(z, p.fc1_weight, fc1_bias, FewRowsProduct::Then::GELU);
     first.next = hidden.data;
     few.run(first);
@@ -36,7 +38,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
 
   const PackedMatrix fc1(k, p.fc1_weight), fc2(k, p.fc2_weight);
   MlpForward f{};
-  f.dtype = dtype_of(x);
+  f.dtype = dtype;
   f.fc1 = fc1.packed;
   f.fc2 = fc2.packed;
   f.fc1_bias = data_or_null(fc1_bias);

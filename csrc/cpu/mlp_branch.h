@@ -34,14 +34,15 @@ struct StoreGelu {
 
 template <class T>
 struct MlpScratch {
-  RowBlock<T> x, y, u, pre;
+  StreamRows<T> x, y;
+  RowBlock<T> u, pre;
   const float* factors;
   float* out;
   operand_t<T>*z, *hidden;
 
   MlpScratch(Arena& arena, const MlpForward& p, int64_t row0, int64_t n)
-      : x(row_block<T>(arena, p.x, row0, n)),
-        y(row_block<T>(arena, p.y, row0, n)),
+      : x(stream_rows<T>(arena, p.residual, p.x, row0, n)),
+        y(stream_rows<T>(arena, p.residual, p.y, row0, n)),
         u(row_block<T>(arena, p.u, row0, n)),
         pre(row_block<T>(arena, p.pre, row0, n)),
         factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
@@ -59,7 +60,7 @@ static void mlp_fwd_of(const MlpForward& p, int64_t row0, int64_t row1, void* me
   const MlpScratch<T> s(arena, p, row0, n);
   const auto z = branch_operand(r, s.x, C, s.z);
 
-  const AddResidual<T> finish{r, s.factors, s.x, s.y};
+  const AddResidual finish{r, s.factors, s.x, s.y};
   for (int64_t m = 0; m < M; m += RUN) {
     const int64_t end = at_most(M, m + RUN), stride = padded_k<CT>(end - m);
     for (int64_t i = 0; i < n && stride > end - m; ++i) s.hidden[i * stride + end - m] = CT{};
@@ -85,17 +86,18 @@ static void mlp_fwd_of(const MlpForward& p, int64_t row0, int64_t row1, void* me
 
 template <class T>
 struct MlpBackScratch {
-  RowBlock<T> x, grad_y, u, pre, grad_x, z, grad_u, hidden, grad_hidden;
+  StreamRows<T> x, grad_y, grad_x;
+  RowBlock<T> u, pre, z, grad_u, hidden, grad_hidden;
   const float* factors;
   float *grad_z, *row, *other, *slope, *sums, *hidden_sums;
   operand_t<T>*of_z, *of_grad_u, *of_grad_hidden;
 
   MlpBackScratch(Arena& arena, const MlpBackward& p, int64_t row0, int64_t n)
-      : x(row_block<T>(arena, p.x, row0, n)),
-        grad_y(row_block<T>(arena, p.grad_y, row0, n)),
+      : x(stream_rows<T>(arena, p.residual, p.x, row0, n)),
+        grad_y(stream_rows<T>(arena, p.residual, p.grad_y, row0, n)),
+        grad_x(stream_rows<T>(arena, p.residual, p.grad_x, row0, n)),
         u(row_block<T>(arena, p.u, row0, n)),
         pre(row_block<T>(arena, p.pre, row0, n)),
-        grad_x(row_block<T>(arena, p.grad_x, row0, n)),
         z(row_block<T>(arena, p.z, row0 - p.first, n)),
         grad_u(row_block<T>(arena, p.grad_u, row0 - p.first, n)),
         hidden(row_block<T>(arena, p.hidden, row0 - p.first, n)),
@@ -117,7 +119,7 @@ template <class T>
 static OperandRows<operand_t<T>> mlp_grad_u(const MlpBackward& p, const MlpBackScratch<T>& s, const RowSums& sums) {
   using CT = operand_t<T>;
   const Residual& r = p.residual;
-  const int64_t n = s.x.n, C = p.fc1.K, Cp = padded_k<CT>(C);
+  const int64_t n = s.grad_u.n, C = p.fc1.K, Cp = padded_k<CT>(C);
   const int64_t norm_weight = C, gamma = 3 * C;
   for (int64_t i = 0; i < n; ++i) {
     float* d = s.row;

@@ -20,7 +20,7 @@ class MlpBackwardPass {
         u_(post ? &saved.front() : nullptr),
         pre_(keep_hidden ? &saved.back() : nullptr),
         g_(geometry_of(x, 1, x.dim() - 1)),
-        dtype_(dtype_of(x)),
+        dtype_(dtype_of(p.fc1_weight)),
         tokens_(g_.B * g_.pixels()),
         C_(g_.C),
         M_(p.fc1_weight.size(0)),
@@ -31,7 +31,7 @@ class MlpBackwardPass {
         fc1_bias_(floats_of(p.fc1_bias)),
         fc2_bias_(floats_of(p.fc2_bias)),
         gamma_(floats_of(p.residual.gamma)),
-        residual_(p.residual, norm_eps, post),
+        residual_(p.residual, norm_eps, post, dtype_of(x) != dtype_),
         units_({tokens_, C_, 1, 1, 1}),
         totals_(MlpBackward::SUMS * C_),
         hidden_totals_(M_) {

@@ -3,17 +3,18 @@
 
 template <class T>
 struct ModulateScratch {
-  RowBlock<T> ctx_all, out, modulator, x, q;
+  RowBlock<T> ctx_all, modulator, q;
+  StreamRows<T> x, out;
   operand_t<T>*operand, *z;
   const float* factors;
   float* u;
 
   ModulateScratch(Arena& arena, const ModulateForward& p, int64_t row0, int64_t n)
       : ctx_all(row_block<T>(arena, p.ctx_all, row0, n)),
-        out(row_block<T>(arena, p.out, row0, n)),
         modulator(row_block<T>(arena, p.modulator, row0, n)),
-        x(row_block<T>(arena, p.x, row0, n)),
         q(p.q.data ? row_block<T>(arena, p.q, row0, n) : new_row_block<T>(arena, n, p.weight.K)),
+        x(stream_rows<T>(arena, p.residual, p.x, row0, n)),
+        out(stream_rows<T>(arena, p.residual, p.out, row0, n)),
         operand(operand_memory<T>(arena, n, p.weight.K)),
         z(operand_memory<T>(arena, n, p.weight.K)),
         factors(row_factors(arena, p.residual, p.x.pixels, row0, n)),
@@ -45,9 +46,9 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
     for (int64_t c = C; c < ldz; ++c) s.z[i * ldz + c] = CT{};
   if (p.ln_weight) layer_norm_rows(s.z, ldz, n, C, p.ln_weight, p.ln_bias, p.ln_eps);
   const OperandRows<CT> z{s.z, ldz, n};
-  if (!p.residual.add) return product(z, p.proj, StoreBias<T>{s.out, p.proj_bias});
+  if (!p.residual.add) return product(z, p.proj, StoreBias<T>{s.out.of_body, p.proj_bias});
 
-  const AddResidual<T> finish{p.residual, s.factors, s.x, s.out};
+  const AddResidual finish{p.residual, s.factors, s.x, s.out};
   const bool post = p.residual.post_norm();
   product(z, p.proj, ReadRows{s.x, [&](int64_t row, int64_t column, int lanes, vf u) FK_LAMBDA {
                                 if (p.proj_bias) u += load_lanes(p.proj_bias + column, lanes, 1);

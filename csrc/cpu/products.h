@@ -29,6 +29,7 @@ FK_INLINE void convert(float* to, float from) { *to = from; }
 FK_INLINE void convert(float* to, bf16 from) { *to = load_scalar(&from); }
 FK_INLINE void convert(float* to, f16 from) { *to = load_scalar(&from); }
 FK_INLINE void convert(bf16* to, bf16 from) { *to = from; }
+FK_INLINE void convert(bf16* to, float from) { store_lanes(to, 1, 1, splat(from)); }
 
 // k is padded to whole steps.
 template <class CT>

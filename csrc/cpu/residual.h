@@ -9,8 +9,10 @@ namespace focalnet::cpu {
 class ResidualFloats {
  public:
   ResidualFloats() = default;  // no residual: the body alone
-  ResidualFloats(const ResidualParameters& p, double norm_eps, bool post)
+  // wide: x is float around a body of 16 bits
+  ResidualFloats(const ResidualParameters& p, double norm_eps, bool post, bool wide = false)
       : add_(true),
+        wide_(wide),
         norm_weight_(floats_of(p.norm_weight)),
         norm_bias_(floats_of(p.norm_bias)),
         gamma_(floats_of(p.gamma)),
@@ -27,12 +29,12 @@ class ResidualFloats {
   // For as long as this object lives; images count from `first` on.
   Residual values(int64_t first = 0) const {
     const float* drop_path = drop_path_.empty() ? nullptr : drop_path_.data() + first;
-    return {add_,     data_or_null(norm_weight_), data_or_null(norm_bias_), norm_eps_, post_, data_or_null(gamma_),
-            drop_path};
+    return {add_,      wide_, data_or_null(norm_weight_), data_or_null(norm_bias_),
+            norm_eps_, post_, data_or_null(gamma_),       drop_path};
   }
 
  private:
-  bool add_ = false;
+  bool add_ = false, wide_ = false;
   std::vector<float> norm_weight_, norm_bias_, gamma_, drop_path_;
   float norm_eps_ = 0;
   bool post_ = false;

@@ -11,18 +11,20 @@ FK_INLINE const float* row_factors(Arena& arena, const Residual& r, int64_t pixe
 
 // The operand of a branch's body: x, or its pre-norm.
 template <class T>
-static OperandRows<operand_t<T>> branch_operand(const Residual& r, const RowBlock<T>& x, int64_t C,
+static OperandRows<operand_t<T>> branch_operand(const Residual& r, const StreamRows<T>& x, int64_t C,
                                                 operand_t<T>* memory) {
-  return r.pre_norm() ? layer_norm_operand(x, C, r.norm_weight, r.norm_bias, r.norm_eps, memory)
-                      : operand_rows(x, C, memory);
+  return with_rows(x, [&](const auto& rows) {
+    return r.pre_norm() ? layer_norm_operand(rows, C, r.norm_weight, r.norm_bias, r.norm_eps, memory)
+                        : operand_rows(rows, C, memory);
+  });
 }
 
 // y = x? + drop_path * gamma * u, a vector at a time.
-template <class T>
+template <class Block>
 struct AddResidual {
   const Residual& r;
   const float* factors;
-  const RowBlock<T>&x, &y;
+  const Block &x, &y;
 
   FK_INLINE void operator()(int64_t row, int64_t column, int lanes, vf u) const {
     if (r.gamma) u *= load_lanes(r.gamma + column, lanes, 1);
@@ -32,9 +34,12 @@ struct AddResidual {
   }
 };
 
+template <class Block>
+AddResidual(const Residual&, const float*, const Block&, const Block&) -> AddResidual<Block>;
+
 // The same of whole rows of u, in their last norm's place too.
-template <class T>
-static void post_norm_rows(const AddResidual<T>& add, float* u, int64_t n, int64_t C) {
+template <class Block>
+static void post_norm_rows(const AddResidual<Block>& add, float* u, int64_t n, int64_t C) {
   layer_norm_rows(u, C, n, C, add.r.norm_weight, add.r.norm_bias, add.r.norm_eps);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = 0; c < C; c += VL) add(i, c, lanes_of(C - c), load_lanes(u + i * C + c, lanes_of(C - c), 1));

@@ -66,6 +66,36 @@ static RowBlock<T> new_row_block(Arena& arena, int64_t n, int64_t C) {
     for (int64_t i = 0; i < n; ++i) block.rows[i] = values + i * C;
   return block;
 }
+// Rows of a residual branch's x, y, or their gradients: stored as T, or as float around a body of 16 bits.
+template <class T>
+struct StreamRows {
+  RowBlock<T> of_body;  // its addresses are those of floats where `wide`
+  bool wide;
+
+  FK_INLINE RowBlock<float> as_float() const {
+    return {reinterpret_cast<float**>(of_body.rows), of_body.n, of_body.channel};
+  }
+  FK_INLINE vf load(int64_t i, int64_t c, int lanes) const {
+    return wide ? as_float().load(i, c, lanes) : of_body.load(i, c, lanes);
+  }
+  FK_INLINE void store(int64_t i, int64_t c, int lanes, vf x) const {
+    return wide ? as_float().store(i, c, lanes, x) : of_body.store(i, c, lanes, x);
+  }
+};
+template <class T>
+static StreamRows<T> stream_rows(Arena& arena, const Residual& r, const Rows& all, int64_t row0, int64_t n) {
+  if (sizeof(T) == 4 || !r.wide) return {row_block<T>(arena, all, row0, n), false};
+  const RowBlock<float> block = row_block<float>(arena, all, row0, n);
+  return {{reinterpret_cast<T**>(block.rows), n, block.channel}, true};
+}
+// f(rows) as what they are.
+template <class T, class F>
+FK_INLINE auto with_rows(const StreamRows<T>& x, F f) {
+  if constexpr (sizeof(T) < 4)
+    if (x.wide) return f(x.as_float());
+  return f(x.of_body);
+}
+
 // Room for the operand form of n rows.
 template <class T>
 FK_INLINE operand_t<T>* operand_memory(Arena& arena, int64_t n, int64_t K) {
@@ -73,9 +103,8 @@ FK_INLINE operand_t<T>* operand_memory(Arena& arena, int64_t n, int64_t K) {
 }
 
 // The operand form of rows of K channels: themselves where that is possible, otherwise a copy in `memory`.
-template <class T>
-static OperandRows<operand_t<T>> operand_rows(const RowBlock<T>& rows, int64_t K, operand_t<T>* memory) {
-  using CT = operand_t<T>;
+template <class T, class CT>
+static OperandRows<CT> operand_rows(const RowBlock<T>& rows, int64_t K, CT* memory) {
   const int64_t n = rows.n, Kp = padded_k<CT>(K);
   if constexpr (sizeof(CT) == sizeof(T)) {
     bool regular = rows.channel == 1 && Kp == K;

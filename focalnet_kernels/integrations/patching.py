@@ -255,10 +255,10 @@ def accelerate(
             part by part and keeps these activations alive; blocks run as their classes do.
         level: "block": where a block is known too (the authors', timm's, transformers', Video-FocalNets'), its norms,
             MLP, layer scale, drop path and residuals join the layer in two ops. Drop path draws the numbers that it
-            always drew. Where a dropout acts within a block, in autocast on a CPU, or where somebody hooks or replaces
-            one of its modules, the block runs as its class does, and its layer alone through our ops. Patch embeddings
-            (the authors', timm's, transformers') in a model with accelerated layers run through an op where that helps,
-            in evaluation mode on a CPU without gradients. "layer": layers alone.
+            always drew. Where a dropout acts within a block, or where somebody hooks or replaces one of its modules,
+            the block runs as its class does, and its layer alone through our ops. Patch embeddings (the authors',
+            timm's, transformers') in a model with accelerated layers run through an op where that helps, in evaluation
+            mode on a CPU without gradients. "layer": layers alone.
         keep_hidden: blocks keep their MLP's hidden values for a faster backward: see `mlp_branch`.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 
 from .. import _libraries
 from .._calls import Call
-from ._limits import why_no_kernel, why_too_old
+from ._limits import why_no_kernel, why_not_on_a_gpu, why_too_old
 
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
@@ -26,11 +26,9 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return f"the tensors are on {call.device}, not on {'the CPU' if backend == 'cpu' else 'a GPU'}"
     if reason := why_no_kernel(call):
         return reason
-    if backend == "cpu" and call.residual_dtype not in (None, call.dtype):
-        return f"a residual of {call.residual_dtype} around a body of {call.dtype} is left to the reference"
     if backend == "cpu":
         return _libraries.cpu_missing
-    return _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
+    return why_not_on_a_gpu(call) or _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
 
 
 def _why_too_large(call: Call) -> str | None:

@@ -80,12 +80,28 @@ def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 6, 7, 18), (3,), seed, dtype=dtype, layout=layout, grad_layout=layout, **ALL)
 
 
+MIXED = {"float32-residual": {"residual_dtype": torch.float32}, "float32-norm": {"norm_dtype": torch.float32}}
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("parts", [ALL, {"norm": False}, {"norm": True}], ids=["all", "none", "norm"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+@pytest.mark.parametrize("mixed", MIXED.values(), ids=MIXED)
+def test_mixed_dtypes(backend, mixed, dtype, parts, post, seed):
+    if "norm_dtype" in mixed and backend in ("triton", "cuda"):
+        pytest.skip("GPUs leave a norm of more bits to the reference")
+    options = {"dtype": dtype, "post_norm": post, **mixed, **parts}
+    check(backend, (2, 6, 7, 24), (3,), seed, **options)
+    for layout in ("contiguous", "channels_last", "slice"):
+        inputs = make_focal_branch_inputs((2, 6, 7, 24), (3,), seed=seed, layout=layout, **options)
+        assert_op_accurate(fk.focal_branch, inputs, backend)
+
+
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
-def test_residual_of_more_bits(backend, dtype, post, seed):
-    if backend == "cpu":
-        pytest.skip("backend cpu leaves a residual of more bits than its body to the reference")
-    check(backend, (2, 6, 7, 24), (3,), seed, residual_dtype=torch.float32, dtype=dtype, post_norm=post, **ALL)
+def test_instruction_sets_of_a_float32_residual(isa, dtype, post, seed):
+    for shape, kernels in SHAPES.values():
+        check("cpu", shape, kernels, seed, residual_dtype=torch.float32, dtype=dtype, post_norm=post, **ALL)
 
 
 def test_keeps_the_memory_order(backend, seed):
