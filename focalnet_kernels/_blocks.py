@@ -125,7 +125,7 @@ class BlockParts(NamedTuple):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the ops take these plain parts' numbers for `x`: all of one kind, but for what autocast casts, and
-        for float32 norms beside 16 bits, which autocast leaves so on a CPU."""
+        for float32 norms beside 16 bits, which it leaves so."""
         branches = self.first, self.second
         gammas = [branch.gamma() for branch in branches if branch.scale is not None]
         fc1_weight: Any = self.fc1._parameters["weight"]
@@ -140,7 +140,7 @@ class BlockParts(NamedTuple):
         if autocast is not None and x.dtype not in (torch.float32, autocast):
             return False
         of_bodies = alike if autocast is None else alike | {torch.float32}
-        of_norms = alike | {torch.float32} if x.device.type == "cpu" and x.dtype.itemsize == 2 else alike
+        of_norms = alike | {torch.float32} if x.dtype.itemsize == 2 else alike
         return all(
             [
                 t.dtype in dtypes and t.device == x.device

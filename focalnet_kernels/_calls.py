@@ -26,7 +26,6 @@ class Call:
         shape: (B, *spatial).
         norm_dtype: of the layer's LayerNorm; None without one.
         residual_dtype: of x and what scales a residual branch, where its body is in `dtype`; None elsewhere.
-        residual_norm_dtype: of the norm of a residual branch; None without one.
         channels_adjacent: whether C is the innermost axis of the maps in memory.
     """
 
@@ -38,7 +37,6 @@ class Call:
     shape: Sizes
     norm_dtype: torch.dtype | None = None
     residual_dtype: torch.dtype | None = None
-    residual_norm_dtype: torch.dtype | None = None
     channels_adjacent: bool = False
     chosen: dict = field(default_factory=dict, repr=False)  # dispatch's: by backend asked for and direction
 

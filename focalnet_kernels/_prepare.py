@@ -122,10 +122,9 @@ def _check_focal_branch(kinds: tuple[Kind, ...]) -> Call:
     p: Any = FocalBranchParameters(kinds[1:])
     check_map("x", x, layout="(B, *spatial, C)")
     _check_body("f_weight", p.layer.f_weight, x)
-    norm_dtype = check_residual(x, p.residual)
+    check_residual(x, p.residual)
     call = _check_focal_modulation(((x[0], p.layer.f_weight[1], x[2]), *p.layer))
-    of_residual = {"residual_dtype": x[1], "residual_norm_dtype": norm_dtype}
-    return dataclasses.replace(call, op="focal_branch", **of_residual, chosen={})
+    return dataclasses.replace(call, op="focal_branch", residual_dtype=x[1], chosen={})
 
 
 def _check_drop_path(drop_path) -> None:
@@ -165,14 +164,13 @@ def _check_mlp_branch(kinds: tuple[Kind, ...]) -> Call:
     check_matrix("fc2_weight", p.fc2_weight, C, M)
     check_shape("fc1_bias", p.fc1_bias, (M,), "(M,)", optional=True)
     check_shape("fc2_bias", p.fc2_bias, (C,), "(C,)", optional=True)
-    norm_dtype = check_residual(x, p.residual)
+    check_residual(x, p.residual)
     check_same_kind(kinds[1:5], p.names[:4])
-    of_residual = {"residual_dtype": residual_dtype, "residual_norm_dtype": norm_dtype}
-    return Call("mlp_branch", device, dtype, C, (), tuple(shape[:-1]), **of_residual)
+    return Call("mlp_branch", device, dtype, C, (), tuple(shape[:-1]), residual_dtype=residual_dtype)
 
 
-def check_residual(x: Kind, residual: Any) -> torch.dtype | None:
-    """The tensors of a `Residual` around a branch of x. Returns its norm's dtype."""
+def check_residual(x: Kind, residual: Any) -> None:
+    """The tensors of a `Residual` around a branch of x."""
     shape = x[0]
     for name in ("norm_weight", "norm_bias", "gamma"):
         check_shape(name, getattr(residual, name), (shape[-1],), "(C,)", optional=True)
@@ -180,7 +178,6 @@ def check_residual(x: Kind, residual: Any) -> torch.dtype | None:
     if (residual.norm_weight is None) != (residual.norm_bias is None):
         raise ValueError("norm_weight, norm_bias: give both or neither")
     check_same_kind((x, *residual), ("x", *residual._fields), norm=("norm_weight", "norm_bias"))
-    return None if residual.norm_weight is None else residual.norm_weight[1]
 
 
 def prepare_patch_embed(

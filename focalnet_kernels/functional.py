@@ -216,8 +216,7 @@ def mlp_branch(
         x: (B, *spatial, C), one to three spatial axes, any strides.
         fc1_weight, fc1_bias: (M, C), or a 1x1 convolution's, and (M,) or None.
         fc2_weight, fc2_bias: (C, M), or a 1x1 convolution's, and (C,) or None.
-        norm_weight, norm_bias: (C,) each, of a LayerNorm; None without it. Both may be float32 beside 16 bits, which on
-            a GPU is left to the reference.
+        norm_weight, norm_bias: (C,) each, of a LayerNorm; None without it. Both may be float32 beside 16 bits.
         norm_eps: its epsilon.
         post_norm: the norm follows the MLP.
         gamma: (C,), the layer scale; None without it.

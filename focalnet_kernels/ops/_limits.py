@@ -24,13 +24,6 @@ def why_no_kernel(call: Call) -> str | None:
     return None
 
 
-def why_not_on_a_gpu(call: Call) -> str | None:
-    """Why no GPU's kernels run a call that a CPU's do."""
-    if call.residual_norm_dtype not in (None, call.residual_dtype):
-        return f"its norm is {call.residual_norm_dtype} beside {call.residual_dtype}: left to the reference on a GPU"
-    return None
-
-
 def why_too_old(device: torch.device) -> str | None:
     """Why a GPU cannot run our kernels; None where it can."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():

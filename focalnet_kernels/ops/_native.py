@@ -9,7 +9,7 @@ import torch
 
 from .. import _libraries
 from .._calls import Call
-from ._limits import why_no_kernel, why_not_on_a_gpu, why_too_old
+from ._limits import why_no_kernel, why_too_old
 
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
@@ -28,7 +28,7 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return reason
     if backend == "cpu":
         return _libraries.cpu_missing
-    return why_not_on_a_gpu(call) or _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
+    return _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
 
 
 def _why_too_large(call: Call) -> str | None:

@@ -35,7 +35,9 @@ def residual_reference(
     def norm(z: Tensor) -> Tensor:
         if residual.norm_weight is None:
             return z
-        return F.layer_norm(z, z.shape[-1:], residual.norm_weight, residual.norm_bias, norm_eps)
+        weight, bias = residual.norm_weight, residual.norm_bias
+        # a float32 norm of 16 bits is layer_norm's on a CPU alone
+        return F.layer_norm(z.to(weight.dtype), z.shape[-1:], weight, bias, norm_eps).to(z.dtype)
 
     u = norm(body(x).to(x.dtype)) if post else body(norm(x)).to(x.dtype)
     if residual.gamma is not None:

@@ -63,7 +63,7 @@ for _schema in (
 
 
 def torch_norm_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).to(dtype)
+    return F.layer_norm(rows.to(weight.dtype), rows.shape[-1:], weight, bias, eps).to(dtype)
 
 
 def _norm_fwd(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:

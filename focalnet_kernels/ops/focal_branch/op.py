@@ -98,8 +98,7 @@ def focal_branch(
     """The checked op: see `focalnet_kernels.focal_branch`."""
     if dispatch.select(call, needs_grad((x, *parameters)), backend).backend != "reference":
         return run(call, x, parameters, (normalize, ln_eps, norm_eps, post), backend)
-    around = {"residual_dtype": None, "residual_norm_dtype": None}
-    of_layer = dataclasses.replace(call, op="focal_modulation", **around, chosen={})
+    of_layer = dataclasses.replace(call, op="focal_modulation", residual_dtype=None, chosen={})
 
     def body(z: Tensor) -> Tensor:
         z = z.to(parameters.layer.f_weight.dtype)
