@@ -92,7 +92,7 @@ def _cases(variant, batch, size, dtypes, device) -> list[dict]:
 
     shapes = [
         {"shape": (batch, *layer.spatial, layer.dim), "options": layer.options}
-        for layer in published_layers(variant, size)
+        for layer in published_layers(variant, (size, size))
     ]
     shapes.append({"shape": (batch, 3, size, size), "variant": variant})
     modes = ("forward", "forward+backward")

@@ -32,7 +32,15 @@ ENGINES = (
     "--level model --mode forward --compile default --no-memory --no-roofline --rounds 15 --provider timm"
     " --provider 'timm compiled' --provider 'timm frozen' --provider 'ONNX Runtime' --provider OpenVINO"
     " --provider 'timm accelerated cpu*' --provider 'ours cpu' --provider transformers"
+    " --provider 'transformers accelerated cpu'"
 )
+TRAINING = (
+    "--level model --mode forward+backward --no-roofline --provider timm --provider 'timm accelerated cpu'"
+    " --provider 'timm keep_hidden cpu' --provider 'ours cpu'"
+)
+LARGER = "--target focalnet_small_lrf --target focalnet_base_lrf --batch 4 --rounds 5"
+# 800 x 1333 pixels, as detectors pad them
+DETECTED = "--size 800x1344 --batch 1 --rounds 5"
 ON_A_CPU = {
     "layers": f"{COMPILED} --provider '[!a]*' --provider \"authors' form\" --rounds 7",
     "ops": "--level op --rounds 7 --no-memory",
@@ -42,9 +50,12 @@ ON_A_CPU = {
     "model": f"--level model {COMPILED} --rounds 5 --no-memory {BOTH} {MODELS} --provider 'timm accelerated*'",
     "engines": ENGINES,
     "engines_one_image": f"{ENGINES} --batch 1",
-    "training": "--level model --mode forward+backward --compile default --no-roofline --rounds 7 --provider timm"
-    " --provider 'timm compiled' --provider 'timm accelerated cpu' --provider 'timm keep_hidden cpu'"
-    " --provider 'ours cpu'",
+    "engines_larger": f"{ENGINES} {LARGER}",
+    "backbone": f"{ENGINES} {DETECTED}",
+    "training": f"{TRAINING} --compile default --rounds 7 --provider 'timm compiled' --provider transformers"
+    " --provider 'transformers accelerated cpu'",
+    "training_larger": f"{TRAINING} {LARGER}",
+    "training_backbone": f"{TRAINING} {DETECTED}",
     "peers": f"--level peers --compile default --dtype float32 --rounds 5 --no-memory --no-roofline {BOTH}",
     "peers_larger": "--level peers --target focalnet_small_lrf --target focalnet_base_lrf --compile default --batch 4"
     f" --dtype float32 --rounds 3 --no-memory --no-roofline {BOTH}",

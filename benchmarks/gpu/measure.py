@@ -125,7 +125,7 @@ def _cases(levels, targets, batch, dtypes, device, tiny) -> list[Case]:
         return list(cases(levels, targets, batch=batch, size=None, dtypes=dtypes, device=device))
     layer = PublishedLayer(8, 7, 3, 3)
     whats = [(level, what) for level in levels for what in (OPS if level == "op" else (level,))]
-    return [Case(level, what, "tiny", 1, layer, 0, batch, d, device) for level, what in whats for d in dtypes]
+    return [Case(level, what, "tiny", 1, layer, (), batch, d, device) for level, what in whats for d in dtypes]
 
 
 def compile_kernels(case: Case, name: str, modes: tuple[str, ...]) -> bool:

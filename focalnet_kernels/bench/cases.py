@@ -31,7 +31,7 @@ class Case:
         target: a variant's name, "detection" or "video": where the shape comes from.
         stage: from 1; 0 for whole models.
         layer: the stage's layer; None for whole models.
-        pixels: a side of a whole model's image; 0 otherwise.
+        image: (height, width) of a whole model's; () otherwise.
     """
 
     level: str
@@ -39,7 +39,7 @@ class Case:
     target: str
     stage: int
     layer: PublishedLayer | None
-    pixels: int
+    image: tuple[int, ...]
     batch: int
     dtype: torch.dtype
     device: str
@@ -48,7 +48,7 @@ class Case:
     def shape(self) -> tuple[int, ...]:
         """Of the input: (B, 3, H, W) images, (B, *spatial, C) for a layer or block, (B, C, *spatial) for an op."""
         if self.layer is None:
-            return (self.batch, 3, self.pixels, self.pixels)
+            return (self.batch, 3, *self.image)
         if self.level == "op":
             return (self.batch, self.layer.dim, *self.layer.spatial)
         return (self.batch, *self.layer.spatial, self.layer.dim)
@@ -77,7 +77,7 @@ def cases(
     targets: Iterable[str],
     *,
     batch: int,
-    size: int | None,
+    size: tuple[int, int] | None,
     dtypes: Iterable[torch.dtype],
     device: str,
 ) -> Iterator[Case]:
@@ -86,7 +86,7 @@ def cases(
     Args:
         levels: of `LEVELS`. Detection and video have no models here, video no blocks, and only `PEERS` have peers.
         targets: of `TARGETS`.
-        size: a side of the image in pixels; None for the variant's own. Detection maps keep theirs.
+        size: (height, width) of the image; None for the variant's own. Detection maps keep theirs.
 
     Raises:
         ValueError: images of that size are too small for a target.
@@ -99,17 +99,17 @@ def cases(
                 if level in ("model", "peers"):
                     if target in (VARIANTS if level == "model" else PEERS):
                         list(published_layers(target, size))  # a model would say so late, and of each of its cases
-                        pixels = size or VARIANTS[target]["img_size"]
-                        yield Case(level, level, target, 0, None, pixels, **common)
+                        image = size or (VARIANTS[target]["img_size"],) * 2
+                        yield Case(level, level, target, 0, None, image, **common)
                     continue
                 if level == "block" and target == "video":
                     continue  # nobody builds blocks of volumes
                 for stage, layer in enumerate(_layers(target, size), 1):
                     for what in OPS if level == "op" else (level,):
-                        yield Case(level, what, target, stage if target != "detection" else 1, layer, 0, **common)
+                        yield Case(level, what, target, stage if target != "detection" else 1, layer, (), **common)
 
 
-def _layers(target: str, size: int | None) -> Iterable[PublishedLayer]:
+def _layers(target: str, size: tuple[int, int] | None) -> Iterable[PublishedLayer]:
     if target in VARIANTS:
         return published_layers(target, size)
     return DETECTION if target == "detection" else VIDEO

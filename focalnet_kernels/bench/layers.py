@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -60,26 +60,28 @@ class PublishedLayer:
         )
 
 
-def published_layers(variant: str, size: int | None = None) -> Iterator[PublishedLayer]:
-    """The layer of every stage of a published variant, for images of `size` pixels a side (None: the variant's own).
+def published_layers(variant: str, size: Sequence[int] | None = None) -> Iterator[PublishedLayer]:
+    """The layer of every stage of a published variant, for images of `size` (height, width; None: the variant's own).
 
     Raises:
         ValueError: the last stage has no pixel left.
     """
     config = VARIANTS[variant]
-    side = (config["img_size"] if size is None else size) // config.get("patch_size", 4)
+    patch = config.get("patch_size", 4)
+    height, width = [side // patch for side in ((config["img_size"],) * 2 if size is None else size)]
     stages = list(zip(config["focal_levels"], config["focal_windows"], strict=True))
-    if side < 2 ** (len(stages) - 1):
-        least = 2 ** (len(stages) - 1) * config.get("patch_size", 4)
-        raise ValueError(f"size: expected at least {least} pixels a side for {variant}, got {size}")
+    if size is not None and min(height, width) < 2 ** (len(stages) - 1):
+        least = 2 ** (len(stages) - 1) * patch
+        raise ValueError(f"size: expected at least {least} pixels a side for {variant}, got {min(size)}")
     for stage, (level, window) in enumerate(stages):
         yield PublishedLayer(
             config["embed_dim"] * 2**stage,
-            side // 2**stage,
+            height // 2**stage,
             window,
             level,
             config.get("normalize_modulator", False),
             config.get("use_postln_in_modulation", False),
+            width=None if width == height else width // 2**stage,
         )
 
 

@@ -135,7 +135,7 @@ def _start_server() -> None:
 def _host_peak(case: Case, provider: Provider, mode: str, threads: int) -> int:
     torch.set_num_threads(threads)
     # a small one first, for the pages of libraries and for whatever is set up once
-    small = {"batch": 1, "pixels": min(case.pixels, 64)}
+    small = {"batch": 1, "image": tuple(min(side, 64) for side in case.image)}
     if case.layer is not None:
         small["layer"] = replace(case.layer, dim=32, size=8, width=None)
     ready(calls(provider.build(replace(case, **small), False), mode))()

@@ -140,6 +140,15 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
                     replace(p, name=f"timm keep_hidden {p.backend}", build=partial(p.build, keep_hidden=True))
                     for p in ours
                 ],
+                *[
+                    Provider(
+                        f"transformers accelerated {b}",
+                        partial(_accelerated, b, _transformers),
+                        backend=b,
+                        needs=("transformers",),
+                    )  # fmt: skip
+                    for b in BACKENDS
+                ],
                 Provider("timm frozen", partial(_engine, "frozen"), needs=("timm",), engine="frozen"),
                 *[
                     Provider(shown, partial(_engine, name), needs=("timm", "onnxscript", name), engine=name)
@@ -166,7 +175,7 @@ def _reason_against(backend: str, case: Case) -> str | None:
     if case.device.startswith("cuda") and not torch.cuda.is_available():
         return "there is no GPU"
     if case.layer is None:
-        layers = published_layers(case.target, case.pixels)
+        layers = published_layers(case.target, case.image)
     else:
         layers = [case.layer]
     for layer in layers:
@@ -371,7 +380,7 @@ def _transformers_config(case: Case):
     }
     if layer is None:
         options |= {
-            "image_size": case.pixels,
+            "image_size": list(case.image),
             "patch_size": config.get("patch_size", 4),
             "embed_dim": config["embed_dim"],
             "depths": list(config["depths"]),
@@ -419,6 +428,6 @@ def _peers(case: Case, compile_modes: Sequence[str]) -> list[Provider]:
 
 def _timm_peer(name: str, case: Case, exact: bool) -> Subject:
     torch.manual_seed(0)
-    options = {"img_size": case.pixels} if "swin" in name else {}  # its windows need to know
+    options = {"img_size": case.image} if "swin" in name else {}  # its windows need to know
     model = importlib.import_module("timm").create_model(name, drop_path_rate=0.0, **options)
     return Subject(model, {"x": _input(case, exact)}, _placed(case, model, exact), images=True)

@@ -80,7 +80,7 @@ def _model(case: Case) -> tuple[Work, Work]:
     """A model as its parts one after the other: stem, blocks, steps between the stages, final norm and head."""
     config = VARIANTS[case.target]
     B, forward, backward = case.batch, Work(), Work()
-    size, C_in = (case.pixels, case.pixels), 3
+    size, C_in = case.image, 3
     for stage, depth in enumerate(config["depths"]):
         C = config["embed_dim"] * 2**stage
         with torch.device("meta"):
@@ -106,7 +106,7 @@ def _model(case: Case) -> tuple[Work, Work]:
     return forward, backward
 
 
-def _block_of(case: Case, stage: int, size: tuple[int, int]) -> tuple[Work, Work]:
+def _block_of(case: Case, stage: int, size: tuple[int, ...]) -> tuple[Work, Work]:
     layer = replace(list(published_layers(case.target))[stage], size=size[0], width=size[1])
     return _passes(replace(case, level="block", what="block", layer=layer))
 

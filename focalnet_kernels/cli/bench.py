@@ -35,8 +35,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--dtype", "dtypes", multiple=True, default=DTYPES[:2], show_default=True, type=click.Choice(DTYPES))
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option(
-    "--size", default=224, show_default=True, type=click.IntRange(min=0), help="Pixels a side; 0: as published."
-)
+    "--size", default="224", show_default=True, type=options.ImageSize(),
+    help="Pixels a side, or HEIGHTxWIDTH; 0: as published.",
+)  # fmt: skip
 @click.option("--stage", "stages", multiple=True, type=int, help="Of layers and blocks, from 1. Default: all.")
 @click.option("--provider", "patterns", multiple=True, default=("*",), help="Patterns of provider names. Default: all.")
 @click.option("--compile", "compile_modes", multiple=True, type=click.Choice(COMPILE_MODES), help="Also compiled, so.")
@@ -62,7 +63,7 @@ def bench(
     wanted = {
         "dtypes": [getattr(torch, name) for name in dtypes],
         "batch": batch,
-        "size": size or None,
+        "size": size,
         "device": device,
     }
     try:

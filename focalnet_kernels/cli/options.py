@@ -25,6 +25,21 @@ def _check_device(context: click.Context, parameter: click.Parameter, name: str 
     return name
 
 
+class ImageSize(click.ParamType):
+    """A side's pixels or HEIGHTxWIDTH, as (height, width); 0: None."""
+
+    name = "pixels"
+
+    def convert(self, value, parameter, context) -> tuple[int, int] | None:
+        if not isinstance(value, str):
+            return value
+        sides = value.split("x")
+        if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdigit() for side in sides):
+            self.fail(f"expected pixels a side, or HEIGHTxWIDTH, got {value!r}", parameter, context)
+        height, width = int(sides[0]), int(sides[-1])
+        return (height, width) if height and width else None
+
+
 device = click.option(
     "--device", default=None, callback=_check_device, help="Default: cuda where there is one, otherwise cpu."
 )

@@ -21,7 +21,7 @@ LAYERS = [
 
 
 def small(level, what, layer):
-    return Case(level, what, "small", 1, layer, 0, 2, torch.float32, "cpu")
+    return Case(level, what, "small", 1, layer, (), 2, torch.float32, "cpu")
 
 
 def convolution_backward(grad_out, x, weight, *_args, out_shape=None, **_kwargs):
@@ -62,7 +62,7 @@ def test_flops_and_bytes(what, layer):
 
 @pytest.mark.parametrize("target", ["focalnet_tiny_srf", "focalnet_tiny_iso"])
 def test_a_models_flops(target):
-    (case,) = cases(["model"], [target], batch=1, size=64, dtypes=[torch.float32], device="cpu")
+    (case,) = cases(["model"], [target], batch=1, size=(64, 64), dtypes=[torch.float32], device="cpu")
     subject = providers(case)[0].build(case, False)
     assert work(case, "forward").flops == counted(subject, "forward")
     assert work(case, "backward").flops == counted(subject, "backward")

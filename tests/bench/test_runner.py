@@ -15,7 +15,7 @@ from focalnet_kernels.bench.roofline import Ceilings
 from focalnet_kernels.bench.runner import run_case
 from focalnet_kernels.bench.steps import MODES, calls
 
-CASE = Case("layer", "layer", "small", 1, PublishedLayer(16, 9, 3, 2, width=7), 0, 2, torch.float32, "cpu")
+CASE = Case("layer", "layer", "small", 1, PublishedLayer(16, 9, 3, 2, width=7), (), 2, torch.float32, "cpu")
 FIGURES = ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "share_of_bound")
 
 
