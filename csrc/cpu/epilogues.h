@@ -2,7 +2,7 @@
 //
 // Before the product, prefetch(row, rows, column) asks for the memory that the others will touch.
 //
-// full_tile<N>(row, rows, column, sums) takes `sums` (rows, N * VL), every column of which is in the matrix; where it
+// full_tile(row, rows, column, sums) takes `sums` (rows, NR), every column of which is in the matrix; where it
 // returns false, nothing was done and edge is called.
 //
 // edge(row, column, n, sum) takes one vector of a row, its first n columns in the matrix.
@@ -33,16 +33,15 @@ struct StoreBias {
 
   FK_INLINE vf bias_at(int64_t column, int n) const { return bias ? load_lanes(bias + column, n, 1) : vf{}; }
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const { prefetch_tile<1>(out, row, rows, column); }
-  template <int N>
   FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
     if (out.channel != 1) return false;
-    vf b[N];
+    vf b[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) b[j] = bias_at(column + j * VL, VL);
-    for (int64_t i = 0; i < rows; ++i, sums += N * VL) {
+    for (int j = 0; j < NV; ++j) b[j] = bias_at(column + j * VL, VL);
+    for (int64_t i = 0; i < rows; ++i, sums += NR) {
       T* to = out[row + i] + column;
-      if (N > 1) store_two(to, load(sums) + b[0], load(sums + VL) + b[N > 1]);
-      if (N % 2) store(to + (N - 1) * VL, load(sums + (N - 1) * VL) + b[N - 1]);
+      store_two(to, load(sums) + b[0], load(sums + VL) + b[1]);
+      store(to + 2 * VL, load(sums + 2 * VL) + b[2]);
     }
     return true;
   }
@@ -52,12 +51,32 @@ struct StoreBias {
 };
 
 // f(row, column, n, sum) for every vector of a full tile.
-template <int N, class F>
+template <class F>
 FK_INLINE void each_vector(int64_t row, int64_t rows, int64_t column, const float* sums, const F& f) {
   for (int64_t i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j, sums += VL) f(row + i, column + j * VL, VL, load(sums));
+    for (int j = 0; j < NV; ++j, sums += VL) f(row + i, column + j * VL, VL, load(sums));
 }
+
+// f(row, column, n, sum), which reads the rows `in` and writes the rows `out`.
+template <class In, class Out, class F>
+struct ReadAndWriteRows {
+  In in;
+  Out out;
+  F f;
+
+  FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
+    prefetch_tile<0>(in, row, rows, column);
+    prefetch_tile<1>(out, row, rows, column);
+  }
+  FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
+    each_vector(row, rows, column, sums, f);
+    return true;
+  }
+  FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const { f(row, column, n, sum); }
+};
+template <class In, class Out, class F>
+ReadAndWriteRows(In, Out, F) -> ReadAndWriteRows<In, Out, F>;
 
 // f(row, column, n, sum), which reads the rows `in`.
 template <class Block, class F>
@@ -66,9 +85,8 @@ struct ReadRows {
   F f;
 
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const { prefetch_tile<0>(in, row, rows, column); }
-  template <int N>
   FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
-    each_vector<N>(row, rows, column, sums, f);
+    each_vector(row, rows, column, sums, f);
     return true;
   }
   FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const { f(row, column, n, sum); }
@@ -82,9 +100,8 @@ struct NoRows {
   F f;
 
   FK_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
-  template <int N>
   FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
-    each_vector<N>(row, rows, column, sums, f);
+    each_vector(row, rows, column, sums, f);
     return true;
   }
   FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const { f(row, column, n, sum); }

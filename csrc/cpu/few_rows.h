@@ -47,9 +47,8 @@ struct WhileFetching {
       if (++at == per_row) at = 0, ++i;
     }
   }
-  template <int N>
   FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
-    return epilogue.template full_tile<N>(row, rows, column, sums);
+    return epilogue.full_tile(row, rows, column, sums);
   }
   FK_INLINE void edge(int64_t row, int64_t column, int n, vf sum) const { epilogue.edge(row, column, n, sum); }
 };

@@ -6,6 +6,10 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace focalnet::cpu {
 
 namespace {
@@ -15,16 +19,27 @@ struct Candidate {
   bool here;
 };
 
+#if defined(__x86_64__)
+// What not every compiler's __builtin_cpu_supports knows. Whether the system keeps the registers, AVX2 and AVX-512 say.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+}
+#endif
+
 // the best one first
 const Candidate* candidates(size_t* n) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  static const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const Candidate all[] = {
-      {&avx512_bf16_kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&avx512_bf16_kernels, avx512 && has_avx512_bf16()},
       {&avx512_kernels, avx512},
       {&avx2_kernels, avx2},
       {&portable_kernels, true},

@@ -15,15 +15,14 @@ struct StoreGelu {
     return gelu<T>(sum);
   }
   FK_INLINE void prefetch(int64_t, int64_t, int64_t) const {}
-  template <int N>
   FK_INLINE bool full_tile(int64_t row, int64_t rows, int64_t column, const float* sums) const {
-    for (int64_t i = 0; i < rows; ++i, sums += N * VL) {
+    for (int64_t i = 0; i < rows; ++i, sums += NR) {
       operand_t<T>* to = out + (row + i) * stride + column - column0;
-      vf x[N];
+      vf x[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) x[j] = value(row + i, column + j * VL, VL, load(sums + j * VL));
-      if (N > 1) store_two(to, x[0], x[N > 1]);
-      if (N % 2) store(to + (N - 1) * VL, x[N - 1]);
+      for (int j = 0; j < NV; ++j) x[j] = value(row + i, column + j * VL, VL, load(sums + j * VL));
+      store_two(to, x[0], x[1]);
+      store(to + 2 * VL, x[2]);
     }
     return true;
   }

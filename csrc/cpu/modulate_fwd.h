@@ -30,17 +30,21 @@ static void modulate_fwd_of(const ModulateForward& p, int64_t row0, int64_t row1
   const bool to_proj = p.proj.panels != nullptr;
 
   if (!p.q.data) product(branch_operand(p.residual, s.x, C, s.operand), p.f_q, StoreBias<T>{s.q, p.f_q_bias});
-  product(operand_rows(s.ctx_all, C, s.operand), p.weight,
-          ReadRows{s.q, [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
-                     if (p.bias) modulator += load_lanes(p.bias + column, lanes, 1);
-                     if (p.modulator.data) store_lanes(s.modulator[row] + column, lanes, 1, modulator);
-                     const vf value = modulator * s.q.load(row, column, lanes);
-                     if (to_proj)
-                       store_lanes(s.z + row * ldz + column, lanes, 1, value);
-                     else
-                       s.out.store(row, column, lanes, value);
-                   }});
-  if (!to_proj) return;
+  const auto modulator_at = [&](int64_t row, int64_t column, int lanes, vf modulator) FK_LAMBDA {
+    if (p.bias) modulator += load_lanes(p.bias + column, lanes, 1);
+    if (p.modulator.data) store_lanes(s.modulator[row] + column, lanes, 1, modulator);
+    return modulator * s.q.load(row, column, lanes);
+  };
+  const auto ctx_all = operand_rows(s.ctx_all, C, s.operand);
+  if (!to_proj)
+    return product(ctx_all, p.weight,
+                   ReadAndWriteRows{s.q, s.out, [&](int64_t row, int64_t column, int lanes, vf sum) FK_LAMBDA {
+                                      s.out.store(row, column, lanes, modulator_at(row, column, lanes, sum));
+                                    }});
+  product(ctx_all, p.weight, ReadRows{s.q, [&](int64_t row, int64_t column, int lanes, vf sum) FK_LAMBDA {
+                                        store_lanes(s.z + row * ldz + column, lanes, 1,
+                                                    modulator_at(row, column, lanes, sum));
+                                      }});
 
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = C; c < ldz; ++c) s.z[i * ldz + c] = CT{};

@@ -86,19 +86,12 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
     for (int j = 0; j < N; ++j) store(out + (i * N + j) * VL, acc[i][j]);
 }
 
-// Which columns of a packed weight (whole panels, or to its end) and which k (from a whole step on) make a product.
-struct Part {
-  int64_t column0, column1, k0, k1;
-};
-
-// The tile at (row, column): `rows` rows, at most MR, and `columns` of its N * VL columns.
-template <int N, class CT, class Epilogue>
-static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row, int64_t rows, int64_t column,
-                 int64_t columns, const Epilogue& epilogue) {
+// The same of any K and of `rows` rows, at most MR, from `row` on.
+template <int N, class CT>
+static __attribute__((noinline)) void tile_sums(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row,
+                                                int64_t rows, float* sums) {
   const CT* a_rows[MR];
   for (int i = 0; i < rows; ++i) a_rows[i] = a.first + (row + i) * a.stride;
-  alignas(64) float sums[MR * N * VL];
-  epilogue.prefetch(row, rows, column);
   with_constant_up_to<MR>(rows, [&](auto r) FK_LAMBDA {
     tile_product<N, r.value>(a_rows, panel, at_most(K, RUN), sums);
     for (int64_t k = RUN; k < K; k += RUN) {
@@ -108,23 +101,36 @@ static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t r
       for (int i = 0; i < rows * N; ++i) store(sums + i * VL, load(sums + i * VL) + load(more + i * VL));
     }
   });
-  if (columns == N * VL && epilogue.template full_tile<N>(row, rows, column, sums)) return;
+}
+
+// Which columns of a packed weight (whole panels, or to its end) and which k (from a whole step on) make a product.
+struct Part {
+  int64_t column0, column1, k0, k1;
+};
+
+// The tile at (row, column): `rows` rows, at most MR, and `columns` of a panel's.
+template <class CT, class Epilogue>
+static void tile(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t row, int64_t rows, int64_t column,
+                 int64_t columns, const Epilogue& epilogue) {
+  alignas(64) float sums[MR * NR];
+  const int vectors = int((columns + VL - 1) / VL);
+  epilogue.prefetch(row, rows, column);
+  with_constant_up_to<NV>(vectors, [&](auto n) FK_LAMBDA { tile_sums<n.value>(a, panel, K, row, rows, sums); });
+  if (columns == NR && epilogue.full_tile(row, rows, column, sums)) return;
   const float* sum = sums;
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < N; ++j, sum += VL)
-      if (columns > j * VL) epilogue.edge(row + i, column + j * VL, lanes_of(columns - j * VL), load(sum));
+    for (int j = 0; j < vectors; ++j, sum += VL)
+      epilogue.edge(row + i, column + j * VL, lanes_of(columns - j * VL), load(sum));
 }
 
 // a times the panel of a weight's columns `column`..`column` + `columns`, which stays in cache while the rows pass.
 template <class CT, class Epilogue>
 static void panel_product(const OperandRows<CT>& a, const CT* panel, int64_t K, int64_t column, int64_t columns,
                           const Epilogue& epilogue) {
-  const int64_t vectors = (columns + VL - 1) / VL;
   const int64_t tiles = (a.n + MR - 1) / MR;  // of equal size: registers left idle would cost as much as used ones
   for (int64_t row = 0, i = 0, rows; i < tiles; ++i, row += rows) {
     rows = a.n / tiles + (i < a.n % tiles);
-    with_constant_up_to<NV>(
-        vectors, [&](auto n) FK_LAMBDA { tile<n.value>(a, panel, K, row, rows, column, columns, epilogue); });
+    tile(a, panel, K, row, rows, column, columns, epilogue);
   }
 }
 

@@ -173,21 +173,34 @@ template <class T>
 FK_INLINE void store_first(T*, int, vf) {}
 constexpr bool MASKED = false;
 #endif
+// One by one: functions of their own, for there are hundreds of calls, few of which are ever made.
+template <class T>
+static __attribute__((noinline)) void gather_lanes(const T* p, int n, int64_t stride, float* to) {
+  T lanes[VL] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  store(to, load(lanes));
+}
+template <class T>
+static __attribute__((noinline)) void scatter_lanes(T* p, int n, int64_t stride, const float* from) {
+  T lanes[VL];
+  store(lanes, load(from));
+  for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
+}
 template <class T>
 FK_INLINE vf load_lanes(const T* p, int n, int64_t stride) {
   if (stride == 1 && n == VL) return load(p);
   if (MASKED && stride == 1) return load_first(p, n);
-  T lanes[VL] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  alignas(64) float lanes[VL];
+  gather_lanes(p, n, stride, lanes);
   return load(lanes);
 }
 template <class T>
 FK_INLINE void store_lanes(T* p, int n, int64_t stride, vf x) {
   if (stride == 1 && n == VL) return store(p, x);
   if (MASKED && stride == 1) return store_first(p, n, x);
-  T lanes[VL];
+  alignas(64) float lanes[VL];
   store(lanes, x);
-  for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
+  scatter_lanes(p, n, stride, lanes);
 }
 
 // 2 * VL values side by side
@@ -211,11 +224,21 @@ FK_INLINE vf broadcast(const T* p) {
 FK_INLINE vf broadcast(const bf16* p) { return reinterpret_cast<vf>((vu)_mm512_set1_epi16(short(p->bits)) << 16); }
 #endif
 
+// Lanes I of a and b side by side.
+template <int... I>
+FK_INLINE vf shuffled(vf a, vf b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, vi{I...});
+#endif
+}
+
 // A perfect shuffle of two vectors.
 template <int... I>
 FK_INLINE void interleave(vf a, vf b, vf* low, vf* high, std::integer_sequence<int, I...>) {
-  *low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * VL)...);
-  *high = __builtin_shufflevector(a, b, (VL / 2 + I / 2 + I % 2 * VL)...);
+  *low = shuffled<(I / 2 + I % 2 * VL)...>(a, b);
+  *high = shuffled<(VL / 2 + I / 2 + I % 2 * VL)...>(a, b);
 }
 
 // How two vectors are mixed by one instruction each: in quarters of four lanes, singles or doubles side by side, of the
@@ -229,7 +252,7 @@ constexpr int mixed(Mix how, bool upper, int i) {
 }
 template <Mix HOW, bool UPPER, int... I>
 FK_INLINE vf mix(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, mixed(HOW, UPPER, I)...);
+  return shuffled<mixed(HOW, UPPER, I)...>(a, b);
 }
 template <Mix HOW, bool UPPER>
 FK_INLINE vf mix(vf a, vf b) {
@@ -270,7 +293,7 @@ FK_INLINE void transpose(vf* x) {
 // In a tree, so that no addition waits for more than a few others.
 template <int WIDTH, int... I>
 FK_INLINE vf rotate(vf x, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, x, ((I + WIDTH) % VL)...);
+  return shuffled<((I + WIDTH) % VL)...>(x, x);
 }
 template <int WIDTH = VL / 2>
 FK_INLINE float sum_lanes(vf x) {
