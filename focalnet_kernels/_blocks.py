@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ._arguments import autocast_dtype
 from ._parts import Module, Parts, is_off, why_call, why_call_gelu, why_call_norm, why_call_projection
 from ._snapshot import Snapshot
-from .functional import focal_branch, mlp_branch
+from .functional import focal_block, mlp_branch
 from .ops.residual import Residual, residual_reference
 
 
@@ -111,17 +111,16 @@ class BlockParts(NamedTuple):
 
     def run(self, x: Tensor, normalize: bool, keep_hidden: bool = False, backend: str | None = None) -> Tensor:
         """The block's forward over maps (B, *spatial, C) through our ops, whose options the others are."""
-        first, second = self.first, self.second
-        around = _around(first, x)
-        if self.layer_parts is not None:
-            args, kwargs = self.layer_parts.weights()
-            y = focal_branch(x, *args, **kwargs, **around, normalize=normalize, backend=backend)
-        else:
-            residual = Residual(around["norm_weight"], around["norm_bias"], around["gamma"], around["drop_path"])
-            y = residual_reference(x, self.layer, residual, around["norm_eps"], first.post)
         fc1, fc2 = self.fc1._parameters, self.fc2._parameters
         weights = fc1["weight"], fc1["bias"], fc2["weight"], fc2["bias"]
-        return mlp_branch(y, *weights, **_around(second, y), keep_hidden=keep_hidden, backend=backend)
+        around, of_mlp = _around(self.first, x), {"keep_hidden": keep_hidden}
+        if self.layer_parts is not None:
+            args, kwargs = self.layer_parts.weights()
+            focal = args, kwargs | around | {"normalize": normalize}
+            return focal_block(x, focal, (weights, of_mlp | _around(self.second, x)), backend=backend)
+        residual = Residual(around["norm_weight"], around["norm_bias"], around["gamma"], around["drop_path"])
+        y = residual_reference(x, self.layer, residual, around["norm_eps"], self.first.post)
+        return mlp_branch(y, *weights, **of_mlp, **_around(self.second, y), backend=backend)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the ops take these plain parts' numbers for `x`: all of one kind, but for what autocast casts, and

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from ._calls import Call
 from ._prepare import (
     PREPARE,
     context_of,
@@ -184,12 +185,21 @@ def focal_branch(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    call, (x, *parameters) = prepare_focal_branch(
+    call, x, parameters, options = _of_focal_branch(
         x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight=ln_weight,
         ln_bias=ln_bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
+        ln_eps=ln_eps, normalize=normalize, norm_eps=norm_eps, post_norm=post_norm,
     )  # fmt: skip
+    return ops.focal_branch(call, x, parameters, *options, backend)
+
+
+def _of_focal_branch(
+    x: Tensor, *layer: Any, ln_eps: float = 1e-5, normalize: bool = False, norm_eps: float = 1e-5,
+    post_norm: bool = False, **tensors: Tensor | None,
+) -> tuple[Call, Tensor, FocalBranchParameters, tuple[bool, float, float, bool]]:  # fmt: skip
+    call, (x, *parameters) = prepare_focal_branch(x, *layer, **tensors)
     options = bool(normalize), float(ln_eps), float(norm_eps), bool(post_norm)
-    return ops.focal_branch(call, x, FocalBranchParameters(parameters), *options, backend)
+    return call, x, FocalBranchParameters(parameters), options
 
 
 def mlp_branch(
@@ -234,12 +244,38 @@ def mlp_branch(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    call, (x, *parameters) = prepare_mlp_branch(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
+    call, x, parameters, options = _of_mlp_branch(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma,
+        drop_path=drop_path, norm_eps=norm_eps, post_norm=post_norm, keep_hidden=keep_hidden,
     )  # fmt: skip
-    options = float(norm_eps), bool(post_norm), bool(keep_hidden)
-    return ops.mlp_branch(call, x, MlpBranchParameters(parameters), *options, backend)
+    return ops.mlp_branch(call, x, parameters, *options, backend)
+
+
+def _of_mlp_branch(
+    x: Tensor, *mlp: Any, norm_eps: float = 1e-5, post_norm: bool = False, keep_hidden: bool = False,
+    **tensors: Tensor | None,
+) -> tuple[Call, Tensor, MlpBranchParameters, tuple[float, bool, bool]]:  # fmt: skip
+    call, (x, *parameters) = prepare_mlp_branch(x, *mlp, **tensors)
+    return call, x, MlpBranchParameters(parameters), (float(norm_eps), bool(post_norm), bool(keep_hidden))
+
+
+def focal_block(
+    x: Tensor, focal: tuple[tuple, dict[str, Any]], mlp: tuple[tuple, dict[str, Any]], *, backend: str | None = None
+) -> Tensor:
+    """A block (paper, figure 2): `mlp_branch` of `focal_branch` of x, in inference on a GPU with one launch less.
+
+    Args:
+        x: (B, *spatial, C), any strides.
+        focal: the positional and the named arguments of `focal_branch` after x, without `backend`.
+        mlp: the same of `mlp_branch`.
+        backend: see `focal_context`.
+
+    Returns, raises:
+        What the two do.
+    """
+    call, x, parameters, options = _of_focal_branch(x, *focal[0], **focal[1])
+    mlp_call, _, mlp_parameters, mlp_options = _of_mlp_branch(x, *mlp[0], **mlp[1])
+    return ops.focal_block((call, mlp_call), x, parameters, mlp_parameters, options, mlp_options, backend)
 
 
 def patch_embed(

@@ -49,14 +49,37 @@ void residual_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> re
   run_residual_fwd(p, on.stream);
 }
 
+namespace {
+
+NormForward norm_of(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y) {
+  NormForward p{};
+  p.tokens = x.size(0), p.C = int(x.size(1)), p.eps = float(eps);
+  p.x = elements(x), p.weight = elements(weight), p.bias = elements(bias), p.y = elements(y);
+  return p;
+}
+
 // Whether it was taken: y is written.
+bool run_if_taken(const NormForward& p, void* stream) {
+  if (!takes_norm(p) || (p.x.dtype != DType::f32 && p.x.dtype != p.y.dtype)) return false;
+  if (p.tokens > 0) run_norm_fwd(p, stream);
+  return true;
+}
+
+}  // namespace
+
 bool norm_rows_fwd(Tensor x, Tensor weight, Tensor bias, double eps, Tensor y) {
   const OnDevice on(x);
-  const NormForward p{x.size(0),        int(x.size(1)), float(eps), elements(x),
-                      elements(weight), elements(bias), elements(y)};
-  if (!takes_norm(p) || (p.x.dtype != DType::f32 && p.x.dtype != p.y.dtype)) return false;
-  if (p.tokens > 0) run_norm_fwd(p, on.stream);
-  return true;
+  return run_if_taken(norm_of(x, weight, bias, eps, y), on.stream);
+}
+
+bool residual_norm_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> residual, Tensor weight, Tensor bias,
+                            double eps, Tensor y, Tensor z) {
+  const OnDevice on(x);
+  const ResidualParameters r(residual.data());
+  NormForward p = norm_of(x, weight, bias, eps, z);
+  p.u = elements(u), p.sum = elements(y), p.gamma = elements(r.gamma), p.drop_path = elements(r.drop_path);
+  p.pixels = pixels_of(p.tokens, r);
+  return p.u.dtype == p.y.dtype && run_if_taken(p, on.stream);
 }
 
 Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::vector<std::optional<Tensor>> residual,

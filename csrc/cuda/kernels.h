@@ -393,12 +393,15 @@ struct Around {
   Elements drop_path;               // a factor per sample, or nothing
 };
 
-// y = LayerNorm(x), dense rows (tokens, C); x is in y's dtype or in float32.
+// y = LayerNorm(x), dense rows (tokens, C); x is in y's dtype or in float32. Where `sum` has data, it is written in x's
+// dtype, x + drop_path * gamma * u with u in y's, and y is the norm of that.
 struct NormForward {
   int64_t tokens;
   int C;
   float eps;
   Elements x, weight, bias, y;
+  Elements u, sum, gamma, drop_path;
+  int64_t pixels;  // tokens of a sample
 };
 bool takes_norm(const NormForward& p);
 void run_norm_fwd(const NormForward& p, void* stream);

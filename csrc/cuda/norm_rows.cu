@@ -1,5 +1,5 @@
-// LayerNorm over dense token rows. As many lanes share a row as keep it in their registers: PyTorch's kernel gives a
-// block to each, and rows of 96 channels leave most of it idle.
+// LayerNorm over dense token rows, also of a residual's sum that is made here. As many lanes share a row as keep it in
+// their registers: PyTorch's kernel gives a block to each, and rows of 96 channels leave most of it idle.
 #include <algorithm>
 
 #include "cuda/columns.h"
@@ -33,15 +33,31 @@ __device__ void load_values(const Elements& e, int64_t at, float (&to)[N]) {
   return load_values<__half>(e, at, to);
 }
 
-// A lane has N accesses of V channels, `lanes` of them apart.
-template <class X, class Y, int N>
+// x + drop_path * gamma * u, as it is written, of V channels from c on.
+template <class X, class Y>
+__device__ void add_residual(const NormForward& p, int64_t token, int c, Columns<X>& x) {
+  constexpr int V = Columns<X>::N;
+  const int64_t at = token * p.C + c;
+  float u[V], gamma[V];
+  load_values<Y>(p.u, at, u);
+  if (p.gamma.data) load_values(p.gamma, c, gamma);
+  float factor[1] = {1};
+  if (p.drop_path.data) load_values(p.drop_path, token / p.pixels, factor);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x.set(i, x[i] + u[i] * (p.gamma.data ? gamma[i] : 1.0f) * factor[0]);
+  store_columns(static_cast<X*>(const_cast<void*>(p.sum.data)) + at, x);
+}
+
+// A lane has N accesses of V channels, `lanes` of them apart. SUM: x is a sum that is made here.
+template <class X, class Y, int N, bool SUM>
 __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
   const NormForward& p = a.p;
   constexpr int V = Columns<X>::N;
   const int lane = threadIdx.x % a.lanes, C = p.C;
-  float weight[N][V], bias[N][V];
+  constexpr int KEPT = SUM ? 1 : N;  // weights in registers, where there are some left
+  float weight[KEPT][V], bias[KEPT][V];
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < N && !SUM; ++j) {
     const int c = (lane + j * a.lanes) * V;
     if (c < C) load_values(p.weight, c, weight[j]), load_values(p.bias, c, bias[j]);
   }
@@ -56,7 +72,10 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
     for (int j = 0; j < N; ++j) {
       const int c = (lane + j * a.lanes) * V;
       x[j] = Columns<X>{};
-      if (c < C && token < p.tokens) x[j] = load_columns(row + c);
+      if (c < C && token < p.tokens) {
+        x[j] = load_columns(row + c);
+        if constexpr (SUM) add_residual<X, Y>(p, token, c, x[j]);
+      }
 #pragma unroll
       for (int i = 0; i < V; ++i) sum += x[j][i];
     }
@@ -74,8 +93,10 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
       const int c = (lane + j * a.lanes) * V;
       if (c >= C || token >= p.tokens) continue;
       float y[V];
+      const int kept = SUM ? 0 : j;
+      if constexpr (SUM) load_values(p.weight, c, weight[0]), load_values(p.bias, c, bias[0]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) y[i] = (x[j][i] - mean) * rstd * weight[j][i] + bias[j][i];
+      for (int i = 0; i < V; ++i) y[i] = (x[j][i] - mean) * rstd * weight[kept][i] + bias[kept][i];
       Y* const to = static_cast<Y*>(const_cast<void*>(p.y.data)) + token * C + c;
 #pragma unroll
       for (int i = 0; i < V; i += 4) {
@@ -91,7 +112,7 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
 bool takes_norm(const NormForward& p) {
   const int width = p.x.dtype == DType::f32 ? 4 : 8;
   const auto aligned = [](const Elements& e) { return reinterpret_cast<uintptr_t>(e.data) % 16 == 0; };
-  return p.C % width == 0 && p.C <= 32 * 4 * width && aligned(p.x) && aligned(p.y);
+  return p.C % width == 0 && p.C <= 32 * 4 * width && aligned(p.x) && aligned(p.y) && aligned(p.u) && aligned(p.sum);
 }
 
 void run_norm_fwd(const NormForward& p, void* stream) {
@@ -105,7 +126,10 @@ void run_norm_fwd(const NormForward& p, void* stream) {
         while (groups > 4 * a.lanes) a.lanes *= 2;
         const int64_t blocks = (p.tokens * a.lanes + THREADS - 1) / THREADS, most = 16 * current_device().processors;
         with_constant<1, 2, 3, 4>((groups + a.lanes - 1) / a.lanes, [&](auto n) {
-          launch(norm_rows_kernel<X, Y, n>, std::min(blocks, most), THREADS, 0, stream, a);
+          if (p.sum.data)
+            launch(norm_rows_kernel<X, Y, n, true>, std::min(blocks, most), THREADS, 0, stream, a);
+          else
+            launch(norm_rows_kernel<X, Y, n, false>, std::min(blocks, most), THREADS, 0, stream, a);
         });
       }
     });

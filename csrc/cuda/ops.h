@@ -20,6 +20,8 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
 void residual_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> residual, double norm_eps, bool norm,
                        Tensor y);
 bool norm_rows_fwd(Tensor x, Tensor weight, Tensor bias, double eps, Tensor y);
+bool residual_norm_rows_fwd(Tensor x, Tensor u, std::vector<std::optional<Tensor>> residual, Tensor weight, Tensor bias,
+                            double eps, Tensor y, Tensor z);
 Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::vector<std::optional<Tensor>> residual,
                      double norm_eps, bool norm, bool scale, Tensor grad_rows);
 Tensor gelu_rows_bwd(Tensor pre, Tensor hidden, Tensor grad);
@@ -33,6 +35,7 @@ void implement_ops(Library& m) {
   m.impl("focal_modulation_bwd_cuda", TORCH_BOX(&focal_modulation_bwd));
   m.impl("residual_rows_fwd_cuda", TORCH_BOX(&residual_rows_fwd));
   m.impl("norm_rows_fwd_cuda", TORCH_BOX(&norm_rows_fwd));
+  m.impl("residual_norm_rows_fwd_cuda", TORCH_BOX(&residual_norm_rows_fwd));
   m.impl("norm_rows_bwd_cuda", TORCH_BOX(&norm_rows_bwd));
   m.impl("gelu_rows_bwd_cuda", TORCH_BOX(&gelu_rows_bwd));
 }

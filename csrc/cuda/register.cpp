@@ -12,7 +12,7 @@ std::string cuda_build() { return FOCALNET_CUDA_BUILD; }
 
 }  // namespace focalnet::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CUDA, m) { focalnet::cuda::implement_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CUDA, m) { focalnet::cuda::implement_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_build", TORCH_BOX(&focalnet::cuda::cuda_build));
 }

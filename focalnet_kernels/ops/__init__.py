@@ -1,5 +1,6 @@
 """The ops, one folder each: contract (op.py), reference, kernels."""
 
+from .focal_block.op import focal_block as focal_block
 from .focal_branch.op import focal_branch as focal_branch
 from .focal_context.op import focal_context as focal_context
 from .focal_modulation.op import focal_modulation as focal_modulation

@@ -16,6 +16,7 @@ from ops.golden import relative_error
 from torch import nn
 
 import focalnet_kernels as fk
+from focalnet_kernels.functional import focal_block
 from focalnet_kernels.testing import assert_accurate
 from integrations.foreign_blocks import FORMS, AuthorsBlock, build, example
 from integrations.foreign_layers import AuthorsClassification
@@ -49,11 +50,12 @@ def twin_of(block):
 
 
 def is_fused(block, monkeypatch):
-    """Whether a call of the block goes through the op of its MLP branch."""
+    """Whether a call of the block goes through the op of both branches, or of its MLP branch."""
     called = []
-    monkeypatch.setattr(
-        "focalnet_kernels._blocks.mlp_branch", lambda *a, **k: called.append(1) or fk.mlp_branch(*a, **k)
-    )
+    for op in (focal_block, fk.mlp_branch):
+        monkeypatch.setattr(
+            f"focalnet_kernels._blocks.{op.__name__}", lambda *a, op=op, **k: called.append(1) or op(*a, **k)
+        )
     return called
 
 

@@ -14,7 +14,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """`layer_fwd`: a focal_modulation_fwd. Saves what that does; and its result where the norm follows it."""
     p = FocalBranchParameters(parameters)
-    u, saved = layer_fwd(_input(kernels, x, p, norm_eps, post), p.layer, normalize, ln_eps, save)
+    u, saved = layer_fwd(layer_input(kernels, x, p, norm_eps, post), p.layer, normalize, ln_eps, save)
     y = torch.empty_like(as_rows(x))
     kernels.residual_fwd(as_rows(x), as_rows(u), p.residual, norm_eps, post, y)
     return like(x, y), [*saved, u] if save and post else list(saved)
@@ -26,7 +26,7 @@ def backward(
     p = FocalBranchParameters(parameters)
     names = ("x", *p.names(len(p.layer.focal_weights)))
     wants = {name: bool(needed >> i & 1) for i, name in enumerate(names)}
-    r, z = p.residual, _input(kernels, x, p, norm_eps, post)
+    r, z = p.residual, layer_input(kernels, x, p, norm_eps, post)
     dy, rows = as_rows(grad_y), as_rows(x)
     pre, last = not post and r.norm_weight is not None, post and r.norm_weight is not None
     found: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def backward(
     ]
 
 
-def _input(kernels: RowKernels, x: Tensor, p: FocalBranchParameters, norm_eps: float, post: bool) -> Tensor:
+def layer_input(kernels: RowKernels, x: Tensor, p: FocalBranchParameters, norm_eps: float, post: bool) -> Tensor:
     """The layer's. As it is, it keeps x's strides, which its result then has."""
     r, dtype = p.residual, p.layer.f_weight.dtype
     if post or r.norm_weight is None:

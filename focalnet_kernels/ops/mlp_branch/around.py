@@ -13,10 +13,19 @@ from .parameters import MlpBranchParameters
 
 def forward(kernels: RowKernels, x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
     p, rows = MlpBranchParameters(parameters), as_rows(x)
-    y, pre = torch.empty_like(rows), before_gelu(p, body_input(kernels, p, rows, norm_eps, post))
+    z = body_input(kernels, p, rows, norm_eps, post)
+    y, u, pre = from_body_input(kernels, p, rows, z, norm_eps, post)
+    return like(x, y), [t for t, kept in ((u, post), (pre, keep_hidden)) if kept and save]
+
+
+def from_body_input(
+    kernels: RowKernels, p: MlpBranchParameters, rows: Tensor, z: Tensor, norm_eps: float, post: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The branch's result, fc2's and fc1's."""
+    y, pre = torch.empty_like(rows), before_gelu(p, z)
     u = after_gelu(p, F.gelu(pre))
     kernels.residual_fwd(rows, u, p.residual, norm_eps, post, y)
-    return like(x, y), [t for t, kept in ((u, post), (pre, keep_hidden)) if kept and save]
+    return y, u, pre
 
 
 def backward(kernels: RowKernels, grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed) -> list[Tensor]:

@@ -10,8 +10,10 @@ from .functions import channels, gelu, gelu_slope, norm_bwd, normalized_rows
 def residual_fwd_kernel(
     x, u, norm_weight, norm_bias, norm_eps, gamma, drop_path,  # (tokens, C) twice; (C,) thrice; (B,); all adjacent
     y,  # (tokens, C), adjacent; written
+    next_weight, next_bias, next_eps, z,  # of a norm of y, and its result, alike: written where FOLLOWING
     tokens, pixels, C,
-    NORM: tl.constexpr, GAMMA: tl.constexpr, DROP_PATH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    NORM: tl.constexpr, GAMMA: tl.constexpr, DROP_PATH: tl.constexpr, FOLLOWING: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y = x + drop_path * gamma * norm?(u)."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -27,7 +29,12 @@ def residual_fwd_kernel(
     if DROP_PATH:
         v *= tl.load(drop_path + i // pixels, mask=i < tokens, other=0.0).to(tl.float32)[:, None]
     v += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
+    rounded = v.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=mask)
+    if FOLLOWING:
+        v, _ = normalized_rows(rounded.to(tl.float32), c, C, next_eps)
+        v = v * channels(next_weight, c, C) + channels(next_bias, c, C)
+        tl.store(z + at, v.to(z.dtype.element_ty), mask=mask)
 
 
 @triton.jit

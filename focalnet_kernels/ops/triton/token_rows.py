@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..residual import Residual
-from ..token_rows import RowKernels, torch_norm_fwd
+from ..token_rows import Norm, RowKernels, torch_norm_fwd
 from .launch import cdiv, exact_gelu, launch, multiprocessors, next_power_of_2
 
 ELEMENTS = 4096  # of a program's tile
@@ -22,18 +22,25 @@ def or_other(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor.contiguous()
 
 
-def residual_fwd(x: Tensor, u: Tensor, residual: Residual, norm_eps: float, post: bool, y: Tensor) -> None:
+def residual_fwd(
+    x: Tensor, u: Tensor, residual: Residual, norm_eps: float, post: bool, y: Tensor, following: Norm | None = None
+) -> Tensor | None:
     from .rows import residual_fwd_kernel
 
     tokens, C = x.shape
     tile = _tile(C)
     r = residual
+    n = Norm(x, x, 0.0, y.dtype) if following is None else following
+    z = y if following is None else torch.empty_like(y, dtype=n.dtype)
     launch(
         residual_fwd_kernel, cdiv(tokens, tile["BN"]), x.device,
         x, u, or_other(r.norm_weight, x), or_other(r.norm_bias, x), norm_eps, or_other(r.gamma, x),
-        or_other(r.drop_path, x), y, tokens, _pixels(tokens, r), C,
-        NORM=post and r.norm_weight is not None, GAMMA=r.gamma is not None, DROP_PATH=r.drop_path is not None, **tile,
+        or_other(r.drop_path, x), y, n.weight.contiguous(), n.bias.contiguous(), n.eps, z,
+        tokens, _pixels(tokens, r), C,
+        NORM=post and r.norm_weight is not None, GAMMA=r.gamma is not None, DROP_PATH=r.drop_path is not None,
+        FOLLOWING=following is not None, **tile,
     )  # fmt: skip
+    return None if following is None else z
 
 
 def norm_bwd(

@@ -1,0 +1,1 @@
+"""Both branches of a block: see README.md."""
