@@ -6,6 +6,7 @@ FOCALNET_KERNELS_BUILD = auto (default) | none | cpu | cuda
   none  builds nothing: the pure Python package
   cpu   the CPU kernels alone; a failure is an error
   cuda  both; a failure is an error
+FOCALNET_KERNELS_CUDA = 12 or 13 builds the CUDA kernels for torches of that CUDA, not for the torch that is there.
 MAX_JOBS and TORCH_CUDA_ARCH_LIST are honoured. No GPU is needed.
 FOCALNET_KERNELS_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer: see `make sanitize`.
 
@@ -14,6 +15,7 @@ CPU and the CUDA half are two, so that a CPU build of torch loads the first.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,11 +40,19 @@ def say(message):
     print(f"focalnet_kernels: {message}", file=sys.stderr)
 
 
-def common(half, *suffixes):
-    """What the extensions of both halves are made of."""
+def namespace():
+    """Of the raw ops, as the Python half has it."""
+    return re.search(r'^NAMESPACE = "(\w+)"', (ROOT / "focalnet_kernels/_namespace.py").read_text(), re.M)[1]
+
+
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("FOCALNET_NAMESPACE", namespace())]
+
+
+def common(half, *suffixes, major=""):
+    """What the extensions of both halves are made of. `major`: CUDA's, of which a package may have several."""
     folder = ROOT / "csrc" / half
     return {
-        "name": f"focalnet_kernels._{half}",
+        "name": f"focalnet_kernels._{half}{major}",
         "sources": sorted(p.relative_to(ROOT).as_posix() for s in suffixes for p in folder.glob(f"*{s}")),
         "depends": sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.h")),
         "include_dirs": [str(ROOT / "csrc")],
@@ -59,7 +69,7 @@ def cpu_library():
         compile_args, link_args = [*compile_args, "-O1", "-g", *sanitize], sanitize
     return CppExtension(
         **common("cpu", ".cpp"),
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        define_macros=MACROS,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
@@ -69,14 +79,17 @@ def cuda_library(toolkit):
     # torch takes a wrapper's folder for the toolkit's, and wants a GPU where it is not told what to compile for
     os.environ["CUDA_HOME"] = str(toolkit.home)
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
+    import torch
     from torch.utils import cpp_extension
 
+    # asked for by FOCALNET_KERNELS_CUDA it may be another's: of torch the CUDA sources need headers that know no CUDA
+    torch.version.cuda = toolkit.version
     cpp_extension.CUDA_HOME = str(toolkit.home)
     build = f'"{architectures.replace(";", " ")}, CUDA {toolkit.version}"'
     extension = cpp_extension.CUDAExtension(
-        **common("cuda", ".cpp", ".cu"),
+        **common("cuda", ".cpp", ".cu", major=toolkit.major()),
         define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            *MACROS,
             ("USE_CUDA", None),
             ("FOCALNET_CUDA_BUILD", build.replace('"', '\\"') if sys.platform == "win32" else build),
         ],
@@ -97,7 +110,7 @@ def extensions():
             raise
         say(f"no C++ kernels: {error} (to build them, install torch first and use --no-build-isolation)")
         return []
-    toolkit = find_toolkit(torch.version.cuda)
+    toolkit = find_toolkit(os.environ.get("FOCALNET_KERNELS_CUDA", "") or torch.version.cuda)
     if BUILD == "cpu":
         return [cpu_library()]
     if isinstance(toolkit, str):

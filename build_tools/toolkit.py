@@ -28,15 +28,17 @@ class Toolkit:
         """nvcc's."""
         return [*NVCC, "--compress-mode=size"] if self._number() >= COMPRESSED else NVCC
 
+    def major(self) -> str:
+        return self.version.partition(".")[0]
+
     def _number(self) -> tuple[int, ...]:
         return tuple(map(int, self.version.split(".")))
 
     def runtime(self) -> Path | None:
         """libcudart, which the pip packages ship under its versioned name alone."""
-        major = self.version.partition(".")[0]
         folders = [self.home / "lib64", self.home / "lib", *self.home.glob("targets/*/lib"), *_pip_folders("lib")]
         for folder in folders:
-            for name in ("libcudart.so", f"libcudart.so.{major}"):
+            for name in ("libcudart.so", f"libcudart.so.{self.major()}"):
                 if (folder / name).exists():
                     return folder / name
         return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from . import _calls
+from ._namespace import NAMESPACE, OPS
 from ._warnings import warn_once
 
 
@@ -27,18 +29,17 @@ def _load(stem: str, kernels: str, needs: str) -> str | None:
 
 
 def _load_cuda() -> str | None:
-    """As `_load`: a library of another CUDA may find its runtime all the same, and must not run beside torch's."""
+    """The library of torch's CUDA: one of another major version must not run beside it."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     major = torch.version.cuda.partition(".")[0]
-    if reason := _load("_cuda", "CUDA C++", f"nvcc of CUDA {major}"):
+    found = {m[1] for path in Path(__file__).parent.glob("_cuda*") if (m := re.match(r"_cuda(\d+)\.", path.name))}
+    if found and major not in found:
+        built = " and ".join(sorted(found, key=int))
+        reason = f"the CUDA C++ kernels were built for CUDA {built}, this torch is of CUDA {torch.version.cuda}"
+        warn_once(f"focalnet_kernels falls back to other backends: {reason}")
         return reason
-    built = torch.ops.focalnet_kernels.cuda_build().rpartition("CUDA ")[2]
-    if built.partition(".")[0] == major:
-        return None
-    reason = f"the CUDA C++ kernels were built by CUDA {built}, this torch is of CUDA {torch.version.cuda}"
-    warn_once(f"focalnet_kernels falls back to other backends: {reason}")
-    return reason
+    return _load(f"_cuda{major}", "CUDA C++", f"nvcc of CUDA {major}")
 
 
 def _ask_cpu_isa() -> tuple[str, str | None]:
@@ -46,7 +47,7 @@ def _ask_cpu_isa() -> tuple[str, str | None]:
     if cpu_missing:
         return "none", None
     try:
-        return torch.ops.focalnet_kernels.cpu_isa(), None
+        return OPS.cpu_isa(), None
     except RuntimeError as error:
         return "none", str(error).splitlines()[0]
 
@@ -63,8 +64,8 @@ def cpu_isa() -> str:
     return _cpu_isa
 
 
-torch.library.define("focalnet_kernels::cpu_isa", "() -> str")
-torch.library.define("focalnet_kernels::cuda_build", "() -> str")
+torch.library.define(f"{NAMESPACE}::cpu_isa", "() -> str")
+torch.library.define(f"{NAMESPACE}::cuda_build", "() -> str")
 cpu_missing = _load("_cpu", "C++", "a C++ compiler")
 _cpu_isa, _cpu_isa_fault = _ask_cpu_isa()
 cuda_device = "cuda"  # where the CUDA kernels take their tensors

@@ -112,7 +112,8 @@ def test_a_broken_library_warns_once_and_falls_back(bare_copy):
 @pytest.mark.parametrize("fault", ["broken", "another CUDA", "another CUDA beside ours"])
 def test_a_cuda_library_that_cannot_be_used(bare_copy, fault):
     """The CUDA runtime that it needs may be absent; or present, but not torch's."""
-    library, reason = b"not a library", "_cuda.abi3.so does not load: "
+    major = torch.version.cuda.partition(".")[0]
+    library, reason = b"not a library", f"_cuda{major}.abi3.so does not load: "
     if fault != "broken":
         if CUDA_LIBRARY is None:
             pytest.skip(f"the CUDA library was not built: {_libraries.cuda_missing}")
@@ -121,8 +122,8 @@ def test_a_cuda_library_that_cannot_be_used(bare_copy, fault):
         assert b"libcudart.so." in library
         library = library.replace(b"libcudart.so.", b"libcudart.no.")
     if fault == "another CUDA beside ours":
-        reason = "the CUDA C++ kernels were built by CUDA "
-    (bare_copy / "focalnet_kernels" / "_cuda.abi3.so").write_bytes(library)
+        reason = "the CUDA C++ kernels were built for CUDA "
+    (bare_copy / "focalnet_kernels" / f"_cuda{major}.abi3.so").write_bytes(library)
     found = probe(fault.replace(" ", "-"), path=bare_copy)
     assert found["right"]
     ((category, message),) = found["warnings"]

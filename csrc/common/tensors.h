@@ -11,6 +11,10 @@
 
 #include "common/geometry.h"
 
+#ifndef FOCALNET_NAMESPACE
+#define FOCALNET_NAMESPACE focalnet_kernels  // of the raw ops: _namespace.py
+#endif
+
 namespace focalnet {
 
 using torch::headeronly::ScalarType;

@@ -33,7 +33,7 @@ std::string cpu_isa() { return kernels().name; }
 
 }  // namespace focalnet::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CPU, m) {
   m.impl("focal_context_fwd", TORCH_BOX(&focalnet::cpu::focal_context_fwd));
   m.impl("focal_context_bwd", TORCH_BOX(&focalnet::cpu::focal_context_bwd));
   m.impl("modulate_fwd", TORCH_BOX(&focalnet::cpu::modulate_fwd));
@@ -45,6 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CPU, m) {
   m.impl("mlp_branch_bwd", TORCH_BOX(&focalnet::cpu::mlp_branch_bwd));
   m.impl("patch_embed_fwd", TORCH_BOX(&focalnet::cpu::patch_embed_fwd));
 }
-STABLE_TORCH_LIBRARY_IMPL(focalnet_kernels, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));
 }

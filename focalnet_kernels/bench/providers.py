@@ -119,10 +119,9 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
         return _peers(case, compile_modes)
     eager = [Provider(AUTHORS, partial(_on, "reference", _ours[case.level]))]
     if case.level == "op":
-        eager.append(
-            Provider(f"{AUTHORS} channels_last", partial(_on, "reference", partial(_op, layout="channels_last")))
-        )
-        ours = []
+        last = partial(_op, layout="channels_last")
+        eager.append(Provider(f"{AUTHORS} channels_last", partial(_on, "reference", last)))
+        ours = [Provider(f"ours {b} channels_last", partial(_on, b, last), backend=b) for b in BACKENDS]
     else:
         eager += [
             Provider("timm", _timm, needs=("timm",)),

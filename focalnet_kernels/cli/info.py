@@ -9,6 +9,7 @@ import click
 import torch
 
 from .. import _libraries, dispatch
+from .._namespace import OPS
 from .._version import __version__
 from ..ops.triton.launch import INTERPRETED, MISSING
 
@@ -31,5 +32,5 @@ def info() -> None:
     if _libraries.cuda_missing:
         click.echo(f"cuda: off, {_libraries.cuda_missing}")
     else:
-        built = f"built for compute capability {torch.ops.focalnet_kernels.cuda_build()}"
+        built = f"built for compute capability {OPS.cuda_build()}"
         click.echo(f"cuda: {f'ready, {built}' if torch.cuda.is_available() else f'off, there is no GPU; {built}'}")

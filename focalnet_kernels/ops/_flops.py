@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .._namespace import OPS
+
 _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[str, Callable[..., int]] = {}
 
@@ -27,7 +29,7 @@ def set_formula(name: str, formula: Callable[..., int]) -> None:
 def _register(name: str) -> None:
     formula = _formulas[name]
     counter = sys.modules[_COUNTER]
-    counter.register_flop_formula(getattr(torch.ops.focalnet_kernels, name))(formula)
+    counter.register_flop_formula(getattr(OPS, name))(formula)
 
 
 class _OnImport(importlib.abc.MetaPathFinder):

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .._namespace import NAMESPACE
 from ._flops import set_formula
 
-library = torch.library.Library("focalnet_kernels", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(schema: str, backends: Sequence[str] = ("",), *, flops: Callable[..., int]):
@@ -26,7 +27,7 @@ def define(schema: str, backends: Sequence[str] = ("",), *, flops: Callable[...,
     def decorate(fake):
         for backend in backends:
             library.define(f"{name}{backend}({rest}")
-            torch.library.register_fake(f"focalnet_kernels::{name}{backend}", fake, lib=library)
+            torch.library.register_fake(f"{NAMESPACE}::{name}{backend}", fake, lib=library)
             set_formula(name + backend, flops)
 
     return decorate

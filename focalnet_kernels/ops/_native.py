@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-import torch
-
 from .. import _libraries
 from .._calls import Call
+from .._namespace import OPS
 from ._limits import why_no_kernel, why_too_old
 
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
@@ -16,7 +15,7 @@ LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
 def raw_op(name: str, backend: str) -> Callable:
     """The C++ kernel of that name: "cuda" has raw ops of its own."""
-    return getattr(torch.ops.focalnet_kernels, name + {"cpu": "", "cuda": "_cuda"}[backend])
+    return getattr(OPS, name + {"cpu": "", "cuda": "_cuda"}[backend])
 
 
 def why_not_native(backend: str, call: Call) -> str | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..._calls import Call
+from ..._namespace import OPS
 from ...dispatch import Implementation
 from .._limits import SLOW_ON_GPU
 from ..focal_context.triton_launch import why_not
@@ -16,12 +16,12 @@ from . import around
 
 
 def focal_branch_fwd(x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
-    raw = torch.ops.focalnet_kernels.focal_branch_fwd_triton
+    raw = OPS.focal_branch_fwd_triton
     return raw(x, list(parameters), normalize, ln_eps, norm_eps, post, save)
 
 
 def focal_branch_bwd(grad_y, x, parameters, saved, normalize, ln_eps, norm_eps, post, needed) -> list[Tensor]:
-    raw = torch.ops.focalnet_kernels.focal_branch_bwd_triton
+    raw = OPS.focal_branch_bwd_triton
     return raw(grad_y, x, list(parameters), list(saved), normalize, ln_eps, norm_eps, post, needed)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._calls import Call
+from ..._namespace import OPS
 from .._autograd import bit_mask
 from ..triton.geometry import padded_size, strided_like, view
 from ..triton.launch import cdiv, exact_gelu, implement_triton, launch, why_not_triton
@@ -19,13 +20,11 @@ def why_not(call: Call) -> str | None:
 
 
 def focal_context_fwd(ctx, gates, weights, normalize) -> tuple[Tensor, Tensor]:
-    return torch.ops.focalnet_kernels.focal_context_fwd_triton(ctx, gates, list(weights), normalize)
+    return OPS.focal_context_fwd_triton(ctx, gates, list(weights), normalize)
 
 
 def focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed) -> list[Tensor]:
-    return torch.ops.focalnet_kernels.focal_context_bwd_triton(
-        grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed)
-    )
+    return OPS.focal_context_bwd_triton(grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed))
 
 
 def focal_context_fwd_impl(ctx, gates, weights, normalize):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._namespace import OPS
 from ..focal_context.triton_launch import context_bwd, context_fwd
 from ..modulate.triton_launch import (
     LARGEST_LN,
@@ -26,13 +27,11 @@ from .parameters import LayerParameters
 
 
 def focal_modulation_fwd(x, parameters: LayerParameters, normalize, ln_eps, save) -> tuple[Tensor, list[Tensor]]:
-    return torch.ops.focalnet_kernels.focal_modulation_fwd_triton(x, list(parameters), normalize, ln_eps, save)
+    return OPS.focal_modulation_fwd_triton(x, list(parameters), normalize, ln_eps, save)
 
 
 def focal_modulation_bwd(grad_y, x, parameters: LayerParameters, saved, normalize, ln_eps, needed) -> list[Tensor]:
-    return torch.ops.focalnet_kernels.focal_modulation_bwd_triton(
-        grad_y, x, list(parameters), *saved, normalize, ln_eps, needed
-    )
+    return OPS.focal_modulation_bwd_triton(grad_y, x, list(parameters), *saved, normalize, ln_eps, needed)
 
 
 def in_planes(x: Tensor) -> bool:

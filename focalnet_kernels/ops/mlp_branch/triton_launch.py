@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._calls import Call
+from ..._namespace import OPS
 from ...dispatch import Implementation
 from .._limits import SLOW_ON_GPU
 from ..token_rows import as_rows, like
@@ -16,12 +17,12 @@ from .parameters import MlpBranchParameters
 
 
 def mlp_branch_fwd(x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
-    raw = torch.ops.focalnet_kernels.mlp_branch_fwd_triton
+    raw = OPS.mlp_branch_fwd_triton
     return raw(x, list(parameters), norm_eps, post, keep_hidden, save)
 
 
 def mlp_branch_bwd(grad_y, x, parameters, saved, norm_eps, post, keep_hidden, needed) -> list[Tensor]:
-    raw = torch.ops.focalnet_kernels.mlp_branch_bwd_triton
+    raw = OPS.mlp_branch_bwd_triton
     return raw(grad_y, x, list(parameters), list(saved), norm_eps, post, keep_hidden, needed)
 
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._namespace import OPS
 from ..triton.geometry import token_axes
 from ..triton.launch import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory
 
 
 def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.focalnet_kernels.modulate_fwd_triton(q, ctx_all, weight, bias)
+    return OPS.modulate_fwd_triton(q, ctx_all, weight, bias)
 
 
 def modulate_fwd_impl(q, ctx_all, weight, bias):
