@@ -14,6 +14,7 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
     chart FILE                      README's, no wider on a screen than a column of text
     peers FILE ...                  one row per model, its images per second eager and compiled
     learning FILE                   one row per training, with its distance from float64
+    shares FILE                     where the time of an accelerated network goes
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from focalnet_kernels.bench.records import read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BLOCK = re.compile(r"<!-- (table|slower|behind|machine|plot|chart|peers|learning) (.+?) -->\n.*?<!-- end -->", re.S)
+BLOCK = re.compile(
+    r"<!-- (table|slower|behind|machine|plot|chart|peers|learning|shares) (.+?) -->\n.*?<!-- end -->", re.S
+)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHART_WIDTH = 450  # pixels: half of the image's
 NOWHERE = "Nowhere in these files."
@@ -45,7 +48,7 @@ COLUMNS = {
 
 
 def is_ours(provider: str) -> bool:
-    return provider.startswith(("ours", "FocalNet")) or " accelerated" in provider
+    return provider.startswith(("ours", "FocalNet")) or " accelerated" in provider or " keep_hidden" in provider
 
 
 def what(row: dict[str, str]) -> str:
@@ -178,6 +181,27 @@ def overhead(rows: list[dict[str, str]]) -> str:
     return _markdown(lines)
 
 
+def shares(rows: list[dict[str, str]]) -> str:
+    """One row per part of the network; milliseconds, share of the call, and GFLOP/s where it multiplies."""
+    columns = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
+    cells, product = {}, {}
+    for row in rows:
+        rate = f", {row['gflop_per_s']} GFLOP/s" if row["gflop_per_s"] else ""
+        place = row["dtype"], row["direction"]
+        cells[row["part"], place] = f"{float(row['p50_ms']):.0f} ({100 * float(row['share']):.0f}%{rate})"
+        product[place] = f"{row['product_gflop_per_s']} GFLOP/s"
+    lines = [["milliseconds", *(" ".join(column) for column in columns)]]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        lines.append([part, *(cells.get((part, column), "") for column in columns)])
+    lines.append(["a product alone, 2048^3", *(product[column] for column in columns)])
+    work = {column: 0.0 for column in columns}  # GFLOP
+    for row in rows:
+        work[row["dtype"], row["direction"]] += float(row["gflop_per_s"] or 0) * float(row["p50_ms"]) / 1e3
+    floors = [f"{1e3 * work[column] / float(product[column].split()[0]):.0f}" for column in columns]
+    lines.append(["all of them at that rate", *floors])
+    return _markdown(lines)
+
+
 def rendered(text: str, root: str = "") -> str:
     """`text` with every block as its files have it. `root`: the way from where the text lies to the project's root."""
 
@@ -208,6 +232,8 @@ def _block(kind: str, arguments: list[str], root: str = "") -> str:
         return machine(rows[0])
     if kind == "learning":
         return learning(rows)
+    if kind == "shares":
+        return shares(rows)
     mode, column, digits = arguments[1:]
     return table(rows, mode, column, int(digits))
 
@@ -223,6 +249,9 @@ def report(folder: Path) -> str:
         if path.name == "overhead.csv":
             about = "Microseconds of a call that has next to nothing to compute, medians: benchmarks/overhead.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", overhead(rows), ""]
+        if path.name == "shares.csv":
+            about = "FocalNet-T of timm, accelerated, 8 images: benchmarks/shares.py."
+            lines += [f"## {path.name}", "", machine(rows[0]), about, "", shares(rows), ""]
         if "mode" not in rows[0]:
             continue
         lines += [f"## {path.name}", "", machine(rows[0]), ""]
