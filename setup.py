@@ -117,6 +117,7 @@ def extensions():
         if BUILD == "cuda":
             sys.exit(f"focalnet_kernels: FOCALNET_KERNELS_BUILD=cuda: {toolkit}")
         say(f"no CUDA kernels: {toolkit}")
+        found["cuda"] = toolkit
         return [cpu_library()]
     return [cpu_library(), cuda_library(toolkit)]
 
@@ -126,23 +127,44 @@ def build_command():
 
     class Build(BuildExtension):
         def run(self):
-            self.attempt(super().run, "C++ or CUDA kernels")
+            reason = self.attempt(super().run, "C++ or CUDA kernels")
+            package = Path(self.get_ext_fullpath("focalnet_kernels._cpu")).parent
+            if package.is_dir():
+                record(package, {half(module.name): reason for module in modules} | found)
 
         def build_extension(self, extension):
-            self.attempt(lambda: super(Build, self).build_extension(extension), extension.name)
+            def build():
+                with captured(output):
+                    super(Build, self).build_extension(extension)
 
-        def attempt(self, build, what):
+            output = []
+            found[half(extension.name)] = self.attempt(build, extension.name, output)
+
+        def attempt(self, build, what, output=()):
+            """None, or why it failed; `output`: what was printed meanwhile, once `build` is through."""
             try:
                 build()
             except Exception as error:  # distutils, ninja and compilers fail in their own ways
                 if BUILD != "auto":
+                    sys.stderr.writelines(output)
                     raise
-                say(f"no {what}: {str(error).splitlines()[0]}")
+                reason = first_error("".join(output), error)
+                say(f"no {what}: {reason}")
+                return reason
 
     return Build
 
 
+def half(name):
+    """ "cpu" or "cuda", of an extension's name."""
+    return re.search(r"_(cpu|cuda)", name)[1]
+
+
+found = {}  # why each half is missing; None where it is there
+
+
 sys.path.insert(0, str(ROOT / "build_tools"))
+from outcome import captured, first_error, record  # noqa: E402
 from readme import absolute, repository  # noqa: E402
 
 options = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,19 @@ from ._namespace import NAMESPACE, OPS
 from ._warnings import warn_once
 
 
+def _not_built() -> dict[str, str]:
+    """What setup.py wrote down of each half that it could not build."""
+    path = Path(__file__).with_name("_not_built.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _load(stem: str, kernels: str, needs: str) -> str | None:
     """Load the library `stem` beside this file. None on success, otherwise the reason."""
     files = sorted(Path(__file__).parent.glob(f"{stem}.*so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
     if not files:
-        return f"the {kernels} kernels were not built (install with {needs} and --no-build-isolation)"
+        why = _not_built().get("cuda" if "cuda" in stem else "cpu")
+        hint = f"(install with {needs} and --no-build-isolation, and --no-cache-dir if pip has a wheel without them)"
+        return f"the {kernels} kernels were not built {hint if why is None else f'({why})'}"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:

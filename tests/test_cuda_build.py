@@ -1,5 +1,6 @@
 """Building: the CUDA kernels for GPUs that need not be there, the toolkit that is found, what setup.py makes of it."""
 
+import json
 import os
 import re
 import shutil
@@ -210,7 +211,7 @@ def test_pip_packages(bare):
 def tree(tmp_path):
     """setup.py over sources that compile in no time."""
     (tmp_path / "focalnet_kernels").mkdir()
-    tools = ("build_tools/toolkit.py", "build_tools/readme.py")
+    tools = ("build_tools/toolkit.py", "build_tools/readme.py", "build_tools/outcome.py")
     read = ("focalnet_kernels/_version.py", "focalnet_kernels/_namespace.py")
     for name in ("setup.py", "pyproject.toml", "README.md", *tools, *read):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -278,8 +279,31 @@ def test_build_where_nvcc_fails(tree, choice):
         (line,) = said
         assert line.startswith(f"focalnet_kernels: no focalnet_kernels._cuda{torch.version.cuda.partition('.')[0]}: ")
         assert (status, libraries) == (0, ["_cpu"]), output
+        assert set(not_built(tree)) == {"cuda"}
     else:
         assert status and "this nvcc compiles nothing" in output
+
+
+def not_built(tree):
+    path = tree / "focalnet_kernels/_not_built.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@needs_compiler
+def test_the_first_error_is_said_and_kept(tree):
+    """And forgotten once it is mended."""
+    source = tree / "csrc/cpu/nothing.cpp"
+    source.write_text("#warning this is none\n#error too old for this\n#error and another\n")
+    status, said, libraries, _ = build(tree, "auto", FOCALNET_KERNELS_CUDA="1")
+    assert status == 0 and not libraries
+    (line,) = [line for line in said if "_cpu" in line]
+    assert line.startswith("focalnet_kernels: no focalnet_kernels._cpu: ") and line.endswith("too old for this")
+    kept = not_built(tree)
+    assert kept["cpu"].endswith("too old for this") and kept["cuda"].startswith("torch is of CUDA 1, but ")
+    status, _, _, output = build(tree, "cpu")
+    assert status and "and another" in output
+    source.write_text("")
+    assert build(tree, "cpu")[2] == ["_cpu"] and set(not_built(tree)) == {"cuda"}
 
 
 def test_build_without_a_compiler(tree):
