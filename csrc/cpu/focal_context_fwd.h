@@ -18,7 +18,7 @@ constexpr bool PAIRS<bf16> = true;
 template <bool PAIRED>
 FK_INLINE vf multiply_add(vf tap, vf x, vf sum) {
 #ifdef FK_AVX512_BF16
-  if constexpr (PAIRED) return reinterpret_cast<vf>(_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)tap));
+  if constexpr (PAIRED) return add_pair_products(sum, (__m512i)x, (__m512i)tap);
 #endif
   return sum + tap * x;
 }

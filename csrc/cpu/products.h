@@ -53,17 +53,16 @@ static __attribute__((noinline)) void tile_product(const CT* const* a, const CT*
   for (int64_t k = 0; k < K; k += KSTEP<CT>, panel += N * VL * KSTEP<CT>) {
 #ifdef FK_AVX512_BF16
     if constexpr (sizeof(CT) == 2) {
-      __m512bh w[N];
+      __m512i w[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) w[j] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + j * VL * 2));
+      for (int j = 0; j < N; ++j) w[j] = _mm512_loadu_si512(panel + j * VL * 2);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, a[i] + k, 4);
-        __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        const __m512i x = _mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-        for (int j = 0; j < N; ++j)
-          acc[i][j] = reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][j]), x, w[j]));
+        for (int j = 0; j < N; ++j) acc[i][j] = add_pair_products(acc[i][j], x, w[j]);
       }
       continue;
     }
