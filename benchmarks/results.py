@@ -33,7 +33,10 @@ ENGINES = (
     " --provider 'ONNX Runtime' --provider OpenVINO --provider 'timm accelerated cpu' --provider 'ours cpu'"
     " --provider transformers --provider 'transformers accelerated cpu'"
 )
-COMPILED_TOO = "--compile default --provider 'timm compiled' --provider 'timm accelerated cpu compiled'"
+COMPILED_TOO = (
+    "--compile default --provider 'timm compiled' --provider 'timm accelerated cpu compiled'"
+    " --provider 'timm accelerated cpu frozen'"
+)
 TRAINING = (
     "--level model --mode forward+backward --no-roofline --provider timm --provider 'timm accelerated cpu'"
     " --provider 'timm keep_hidden cpu' --provider 'ours cpu'"

@@ -104,8 +104,8 @@ class Provider:
             return f"{self.needs[0]} has no layer of volumes"
         if self.compiled == "max-autotune" and case.device == "cpu" and case.dtype == torch.float16:
             return "torch.compile has no float16 products to tune on a CPU"
-        if self.engine is not None:
-            return engines.why_not(self.engine, case)
+        if self.engine is not None and (reason := engines.why_not(self.engine, case)) is not None:
+            return reason
         return None if self.backend is None else _reason_against(self.backend, case)
 
 
@@ -149,6 +149,13 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
                     for b in BACKENDS
                 ],
                 Provider("timm frozen", partial(_engine, "frozen"), needs=("timm",), engine="frozen"),
+                Provider(
+                    "timm accelerated cpu frozen",
+                    partial(_engine, "frozen", accelerated="cpu"),
+                    backend="cpu",
+                    needs=("timm",),
+                    engine="frozen",
+                ),  # fmt: skip
                 *[
                     Provider(shown, partial(_engine, name), needs=("timm", "onnxscript", name), engine=name)
                     for shown, name in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino"))
@@ -358,8 +365,8 @@ def _timm(case: Case, exact: bool) -> Subject:
     return _foreign(case, exact, module, layout, _PREFIX[case.level], x, module, channels_first=maps)
 
 
-def _engine(name: str, case: Case, exact: bool) -> Subject:
-    subject = _timm(case, exact)
+def _engine(name: str, case: Case, exact: bool, accelerated: str | None = None) -> Subject:
+    subject = _timm(case, exact) if accelerated is None else _accelerated(accelerated, _timm, case, exact)
     x, module = subject.inputs["x"], subject.module
     call = engines.frozen(module) if name == "frozen" else getattr(engines, name)(case, module, x)
     return Subject(call, {"x": x}, images=True, infers_alone=True)

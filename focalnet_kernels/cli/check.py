@@ -167,9 +167,13 @@ def op_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[L
 
 
 def branch_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> list[Launch]:
-    """The same of a block's MLP branch: in training and inference, its norm before or after, and in autocast."""
+    """The same of a block's MLP branch: in training and inference, its norm before or after, and in autocast; and of
+    the sum before it, normalized where it is made."""
     from ..ops.mlp_branch.parameters import MlpBranchParameters
     from ..ops.mlp_branch.triton_launch import mlp_branch_bwd_impl, mlp_branch_fwd_impl
+    from ..ops.residual import Residual
+    from ..ops.token_rows import Norm
+    from ..ops.triton.token_rows import TRITON
 
     C, all_of_them = layer.dim, (1 << len(MlpBranchParameters.names)) - 1  # but drop_path's, the last
     with recorded_launches() as launches:
@@ -181,6 +185,8 @@ def branch_launches(layer: PublishedLayer, batch: int, dtype: torch.dtype) -> li
             y, saved = mlp_branch_fwd_impl(x, parameters, 1e-5, post, False, True)
             mlp_branch_bwd_impl(y, x, parameters, saved, 1e-5, post, False, all_of_them)
             mlp_branch_fwd_impl(x, parameters, 1e-5, post, False, False)
+            rows, u, norm = x.flatten(0, -2), body(x.numel() // C, C), Norm(around(C), around(C), 1e-5, dtype)
+            TRITON.residual_fwd(rows, u, Residual(None, None, None, None), 1e-5, False, torch.empty_like(rows), norm)
     return launches
 
 
