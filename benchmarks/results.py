@@ -74,19 +74,25 @@ ON_A_GPU = {
     " --provider 'timm accelerated*'",
     "peers": f"--level peers --target '*_lrf' --compile default --batch 128 --dtype bfloat16 --rounds 10 {BOTH}",
 }
+SCRIPTS = ("overhead", "shares")  # of their own, for a CPU
 TINY = "--batch 1 --size 32 --rounds 3"
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(sorted({*ON_A_CPU, *ON_A_GPU})))
+@click.option("--only", multiple=True, type=click.Choice(sorted({*ON_A_CPU, *ON_A_GPU, *SCRIPTS})))
 @click.option("--tiny", is_flag=True)
 def main(only, tiny) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(tempfile.mkdtemp()) if tiny else RESULTS / str(device_class(torch.device(device)))
     folder.mkdir(parents=True, exist_ok=True)
     commands = ON_A_CPU if device == "cpu" else ON_A_GPU
-    for name in only or commands:
+    for name in only or (*commands, *(SCRIPTS if device == "cpu" else ())):
         started = time.monotonic()
+        if name in SCRIPTS:
+            script = Path(__file__).parent / f"{name}.py"
+            subprocess.run([sys.executable, script, *["--print"] * tiny], check=True)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+            continue
         arguments = [*shlex.split(commands[name]), *(TINY.split() if tiny else ()), "--device", device]
         command = [sys.executable, "-m", "focalnet_kernels", "bench", *arguments, "--output", folder / f"{name}.csv"]
         print(f"{name}: {shlex.join(map(str, command[1:]))}", flush=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "focalnet_kernels"
 NAME = "focalnet-kernels"
+LEFT = ("*.so", "__pycache__", "_not_built.json")  # this machine's
 STABLE_ABI = "torch-stable-abi210"  # TORCH_TARGET_VERSION in setup.py
 
 
@@ -58,7 +59,7 @@ def build(folder: Path, cuda: bool) -> None:
 
 
 def lay_out(package: Path, target: Path, kind: str, libraries: list[str], name: str) -> None:
-    shutil.copytree(package, target, ignore=shutil.ignore_patterns("*.so", "__pycache__", "README.md"))
+    shutil.copytree(package, target, ignore=shutil.ignore_patterns(*LEFT, "README.md"))
     for library in libraries:
         shutil.copy(package / library, target)
     init = target / "__init__.py"
@@ -79,7 +80,7 @@ def main() -> None:
     tree, name = arguments.out / "tree", namespace()
     shutil.rmtree(tree, ignore_errors=True)
     for folder in ("focalnet_kernels", "csrc", "build_tools"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns(*LEFT))
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree)
     package = tree / "focalnet_kernels"

@@ -62,7 +62,7 @@ def find_toolkit(torch_cuda: str | None) -> Toolkit | str:
     found = (
         ", ".join(seen) or "there is no nvcc (CUDA_HOME, PATH, the pip packages nvidia-cuda-nvcc and nvidia-cuda-cccl)"
     )
-    return f"torch is of CUDA {torch_cuda}, but {found}"
+    return f"CUDA {torch_cuda} is wanted, but {found}"
 
 
 def _candidates():

@@ -153,7 +153,7 @@ def bare(tmp_path, monkeypatch):
 
 def test_no_toolkit(bare):
     reason = toolkit.find_toolkit("13.2")
-    assert "torch is of CUDA 13.2, but there is no nvcc" in reason and "\n" not in reason
+    assert "CUDA 13.2 is wanted, but there is no nvcc" in reason and "\n" not in reason
     assert toolkit.find_toolkit(None) == "this torch was built without CUDA"
 
 
@@ -180,7 +180,7 @@ def test_another_cuda(bare, tmp_path, monkeypatch):
     """It is passed over; where there is no other, one line says so."""
     old = make_nvcc(tmp_path / "old", "12.8")
     monkeypatch.setenv("CUDA_HOME", str(old.parents[1]))
-    assert toolkit.find_toolkit("13.2") == f"torch is of CUDA 13.2, but {old} is of CUDA 12.8"
+    assert toolkit.find_toolkit("13.2") == f"CUDA 13.2 is wanted, but {old} is of CUDA 12.8"
     monkeypatch.setenv("PATH", str(make_nvcc(tmp_path / "new", "13.3").parent))
     assert toolkit.find_toolkit("13.2").home == tmp_path / "new"
 
@@ -190,7 +190,7 @@ def test_an_nvcc_that_does_not_run(bare, tmp_path, monkeypatch):
     nvcc = make_nvcc(tmp_path / "cuda", "13.0")
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert toolkit.find_toolkit("13.2") == f"torch is of CUDA 13.2, but {nvcc} does not answer"
+    assert toolkit.find_toolkit("13.2") == f"CUDA 13.2 is wanted, but {nvcc} does not answer"
 
 
 @needs_sh
@@ -299,7 +299,7 @@ def test_the_first_error_is_said_and_kept(tree):
     (line,) = [line for line in said if "_cpu" in line]
     assert line.startswith("focalnet_kernels: no focalnet_kernels._cpu: ") and line.endswith("too old for this")
     kept = not_built(tree)
-    assert kept["cpu"].endswith("too old for this") and kept["cuda"].startswith("torch is of CUDA 1, but ")
+    assert kept["cpu"].endswith("too old for this") and kept["cuda"].startswith("CUDA 1 is wanted, but ")
     status, _, _, output = build(tree, "cpu")
     assert status and "and another" in output
     source.write_text("")

@@ -4,14 +4,15 @@ struct RowStatistics {
   float mean, rstd;
 };
 // In two passes; the second one also finds what rounding took from the mean, which counts where a row hardly varies.
-template <class T>
-FK_INLINE RowStatistics row_statistics(const T* x, int64_t C, float eps) {
+// load(c, lanes): the row's values from c on.
+template <class F>
+FK_INLINE RowStatistics statistics_of(const F& load, int64_t C, float eps) {
   vf sums = {}, rest = {}, squares = {};
-  for (int64_t c = 0; c < C; c += VL) sums += load_lanes(x + c, lanes_of(C - c), 1);
+  for (int64_t c = 0; c < C; c += VL) sums += load(c, lanes_of(C - c));
   const float mean = sum_lanes(sums) / float(C);
   for (int64_t c = 0; c < C; c += VL) {
     const int lanes = lanes_of(C - c);
-    vf d = load_lanes(x + c, lanes, 1) - mean;
+    vf d = load(c, lanes) - mean;
     if (lanes < VL)
       for (int j = lanes; j < VL; ++j) d[j] = 0;
     rest += d;
@@ -19,6 +20,10 @@ FK_INLINE RowStatistics row_statistics(const T* x, int64_t C, float eps) {
   }
   const float lost = sum_lanes(rest) / float(C), variance = sum_lanes(squares) / float(C) - lost * lost;
   return {mean + lost, 1.0f / __builtin_sqrtf((variance > 0 ? variance : variance * 0) + eps)};
+}
+template <class T>
+FK_INLINE RowStatistics row_statistics(const T* x, int64_t C, float eps) {
+  return statistics_of([&](int64_t c, int lanes) FK_LAMBDA { return load_lanes(x + c, lanes, 1); }, C, eps);
 }
 
 // Each of n rows in place.
@@ -40,21 +45,26 @@ template <class T, class CT>
 static OperandRows<CT> layer_norm_operand(const RowBlock<T>& x, int64_t C, const float* weight, const float* bias,
                                           float eps, CT* memory) {
   const int64_t Cp = padded_k<CT>(C);
-  if (x.channel != 1) {
+  if (x.channel != 1 && sizeof(CT) >= sizeof(T)) {
     const auto copy = operand_rows(x, C, memory);
     layer_norm_rows(memory, Cp, x.n, C, weight, bias, eps);
     return copy;
   }
-  for (int64_t i = 0; i < x.n; ++i) {
+  const auto normalize = [&](int64_t i, const auto& load) FK_LAMBDA {
     CT* to = memory + i * Cp;
-    const auto [mean, rstd] = row_statistics(x[i], C, eps);
+    const auto [mean, rstd] = statistics_of(load, C, eps);
     for (int64_t c = 0; c < C; c += VL) {
       const int lanes = lanes_of(C - c);
-      const vf normal = (load_lanes(x[i] + c, lanes, 1) - mean) * rstd;
+      const vf normal = (load(c, lanes) - mean) * rstd;
       store_lanes(to + c, lanes, 1, normal * load_lanes(weight + c, lanes, 1) + load_lanes(bias + c, lanes, 1));
     }
     for (int64_t c = C; c < Cp; ++c) to[c] = CT{};
-  }
+  };
+  for (int64_t i = 0; i < x.n; ++i)
+    if (x.channel == 1)
+      normalize(i, [&](int64_t c, int lanes) FK_LAMBDA { return load_lanes(x[i] + c, lanes, 1); });
+    else  // floats apart from each other: rounded to 16 bits first, they would have other statistics
+      normalize(i, [&](int64_t c, int lanes) FK_LAMBDA { return x.load(i, c, lanes); });
   return {memory, Cp, x.n};
 }
 

@@ -37,7 +37,9 @@ class ImageSize(click.ParamType):
         if not 1 <= len(sides) <= 2 or not all(side.isascii() and side.isdigit() for side in sides):
             self.fail(f"expected pixels a side, or HEIGHTxWIDTH, got {value!r}", parameter, context)
         height, width = int(sides[0]), int(sides[-1])
-        return (height, width) if height and width else None
+        if (height == 0) != (width == 0):
+            self.fail(f"expected two sides of some pixels, got {value!r}", parameter, context)
+        return (height, width) if height else None
 
 
 device = click.option(

@@ -30,3 +30,4 @@ def test_parts_make_up_the_whole(cpu_kernels, monkeypatch):
                 ours |= {"focal_branch_bwd", "mlp_branch_bwd"}
             assert ours <= set(found) and all(found[name]["gflop_per_s"] != "" for name in ours)
             assert math.isclose(sum(r["share"] for r in found.values()), 1, abs_tol=0.01)
+            assert min(r["share"] for r in found.values()) >= 0, "something was counted twice"

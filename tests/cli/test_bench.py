@@ -67,6 +67,7 @@ def test_dry_run_lists_peers_and_compiled_forms():
         ("--dtype", "float64", "'float64' is not one of 'float32', 'bfloat16', 'float16'"),
         ("--size", "31", "expected at least 32 pixels a side for focalnet_tiny_lrf, got 31"),
         ("--size", "800x16", "expected at least 32 pixels a side for focalnet_tiny_lrf, got 16"),
+        ("--size", "800x0", "expected two sides of some pixels, got '800x0'"),
         ("--size", "8x8x8", "expected pixels a side, or HEIGHTxWIDTH, got '8x8x8'"),
         ("--output", "{}/file/bench.csv", "cannot be written: "),
         ("--output", "{}/bench.csv", "cannot be written: "),
