@@ -164,7 +164,7 @@ def test_what_infers_alone_has_no_backward():
 def test_engines_say_what_they_cannot(monkeypatch):
     model = replace(CASE, level="model", what="model", target="focalnet_tiny_srf", layer=None)
     found = {p.name: p for p in providers(model) if p.engine is not None}
-    assert list(found) == ["timm frozen", "ONNX Runtime", "OpenVINO"]
+    assert list(found) == ["timm frozen", "timm accelerated cpu frozen", "ONNX Runtime", "OpenVINO"]
     assert not [p for p in providers(CASE) if p.engine is not None], "of whole models alone"
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     of_bfloat16, of_gpu = replace(model, dtype=torch.bfloat16), replace(model, device="cuda")
@@ -174,9 +174,9 @@ def test_engines_say_what_they_cannot(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["timm frozen", "ONNX Runtime", "OpenVINO"])
+@pytest.mark.parametrize("engine", ["timm frozen", "timm accelerated cpu frozen", "ONNX Runtime", "OpenVINO"])
 def test_engines_compute_the_same(engine):
-    (case,) = cases(["model"], ["focalnet_tiny_srf"], batch=1, size=64, dtypes=[torch.float32], device="cpu")
+    (case,) = cases(["model"], ["focalnet_tiny_srf"], batch=1, size=(64, 64), dtypes=[torch.float32], device="cpu")
     chosen = [p for p in providers(case) if p.name in (AUTHORS, engine)]
     if reason := chosen[1].why_not(case):
         pytest.skip(reason)
