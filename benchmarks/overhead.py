@@ -10,7 +10,6 @@ below, and the raw op at the bottom, forward alone without gradients and a train
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench.machine import machine
+from focalnet_kernels.bench.records import write_rows
 from focalnet_kernels.bench.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,10 +86,7 @@ def main(show: bool) -> None:
     if show:
         return
     path = RESULTS / str(about["machine"]) / "overhead.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_rows(path, lines)
     click.echo(f"wrote {path}", file=sys.stderr)
 
 

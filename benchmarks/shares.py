@@ -10,7 +10,6 @@ again in backward, over its time; what a matrix product alone reaches on the mac
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 import focalnet_kernels as fk
 from focalnet_kernels.bench.machine import machine
+from focalnet_kernels.bench.records import write_rows
 from focalnet_kernels.bench.roofline import ceilings
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,10 +124,7 @@ def main(show: bool) -> None:
     if show:
         return
     path = RESULTS / str(about["machine"]) / "shares.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_rows(path, lines)
     click.echo(f"wrote {path}", file=sys.stderr)
 
 

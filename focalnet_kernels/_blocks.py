@@ -138,10 +138,10 @@ class BlockParts(NamedTuple):
         autocast = autocast_dtype(x.device)
         if autocast is not None and x.dtype not in (torch.float32, autocast):
             return False
-        if autocast is not None and x.dtype != torch.float32 and x.device.type != "cpu":
-            # on a GPU autocast's layer_norm answers in float32, and so does a sum with it
-            if any([branch.post and branch.norm is not None for branch in branches]):
-                return False
+        # on a GPU autocast's layer_norm answers in float32, and so does a sum with it
+        sums_widen = autocast is not None and x.device.type != "cpu" and x.dtype != torch.float32
+        if sums_widen and any([branch.post and branch.norm is not None for branch in branches]):
+            return False
         of_bodies = alike if autocast is None else alike | {torch.float32}
         of_norms = alike | {torch.float32} if x.dtype.itemsize == 2 else alike
         return all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 MEASURED = (
@@ -31,6 +31,14 @@ def write(path: Path, rows: Iterable[Mapping], machine: Mapping, configuration: 
         writer.writerows(row | about for row in rows)
     whole = {"machine": dict(machine), "configuration": dict(configuration), "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping]) -> None:
+    """`path` (.csv) with the columns of the first row: figures that are no measurements of providers."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def check_writable(path: Path) -> None:

@@ -29,7 +29,7 @@ from . import around
 
 
 def _flops(x, focal, mlp, normalize, ln_eps, norm_eps, mlp_norm_eps, **results) -> int:
-    return first._forward_flops(x, focal) + second._forward_flops(x, mlp)
+    return first.forward_flops(x, focal) + second.forward_flops(x, mlp)
 
 
 @define(

@@ -28,24 +28,24 @@ _FORWARD = (
 )
 
 
-def _forward_flops(x, parameters, *options, **results) -> int:
+def forward_flops(x, parameters, *options, **results) -> int:
     p: Any = FocalBranchParameters(parameters)  # shapes
     tokens = prod(x[:-1])
     products = sum(linear(tokens, *shape[:2]) for shape in (p.layer.f_weight, p.layer.h_weight, p.layer.proj_weight))
     return products + levels((x[0], x[-1], *x[1:-1]), p.layer.focal_weights)
 
 
-@define("focal_branch_fwd" + _FORWARD, flops=_forward_flops)
+@define("focal_branch_fwd" + _FORWARD, flops=forward_flops)
 def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
     return torch.empty_like(x), _saved(layer.saved_by_cpu, x, parameters, save)
 
 
-@define("focal_branch_fwd_triton" + _FORWARD, flops=_forward_flops)
+@define("focal_branch_fwd_triton" + _FORWARD, flops=forward_flops)
 def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
     return torch.empty_like(x), _saved(layer.saved_by_triton, x, parameters, save, post)
 
 
-@define("focal_branch_fwd_cuda" + _FORWARD, flops=_forward_flops)
+@define("focal_branch_fwd_cuda" + _FORWARD, flops=forward_flops)
 def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
     return torch.empty_like(x), _saved(layer.saved_by_cuda, x, parameters, save, post)
 

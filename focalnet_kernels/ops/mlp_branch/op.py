@@ -22,7 +22,7 @@ from .reference import mlp_branch_reference
 # otherwise nothing, x is all
 
 
-def _forward_flops(x, parameters, *options, **results) -> int:
+def forward_flops(x, parameters, *options, **results) -> int:
     p: Any = MlpBranchParameters(parameters)  # shapes
     return sum(linear(prod(x[:-1]), *weight[:2]) for weight in (p.fc1_weight, p.fc2_weight))
 
@@ -31,7 +31,7 @@ def _forward_flops(x, parameters, *options, **results) -> int:
     "mlp_branch_fwd(Tensor x, Tensor?[] parameters, float norm_eps, bool post, bool keep_hidden, bool save)"
     " -> (Tensor, Tensor[])",
     backends=("", "_triton", "_cuda"),
-    flops=_forward_flops,
+    flops=forward_flops,
 )
 def _(x, parameters, norm_eps, post, keep_hidden, save):
     tokens, (M, C) = x.numel() // x.shape[-1], parameters[0].shape[:2]
