@@ -38,13 +38,17 @@ template <class X, class Y>
 __device__ void add_residual(const NormForward& p, int64_t token, int c, Columns<X>& x) {
   constexpr int V = Columns<X>::N;
   const int64_t at = token * p.C + c;
-  float u[V], gamma[V];
+  float u[V], factor[1] = {1};
   load_values<Y>(p.u, at, u);
-  if (p.gamma.data) load_values(p.gamma, c, gamma);
-  float factor[1] = {1};
+  if (p.gamma.data) {
+    float gamma[V];
+    load_values(p.gamma, c, gamma);
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[i] *= gamma[i];
+  }
   if (p.drop_path.data) load_values(p.drop_path, token / p.pixels, factor);
 #pragma unroll
-  for (int i = 0; i < V; ++i) x.set(i, x[i] + u[i] * (p.gamma.data ? gamma[i] : 1.0f) * factor[0]);
+  for (int i = 0; i < V; ++i) x.set(i, x[i] + u[i] * factor[0]);
   store_columns(static_cast<X*>(const_cast<void*>(p.sum.data)) + at, x);
 }
 
