@@ -7,7 +7,7 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 8, AREA = 128;
+constexpr int CHANNELS = 8, AREA = 128, STEP_BEYOND = 3;
 using Block = ImagesBlock<CHANNELS>;
 
 // A level: dz = (gate G + e) GELU'(z), where e comes from the level above, or for the last one from the mean.
@@ -39,7 +39,9 @@ struct Shared {
   T *from, *grads, *taps;  // planes of channels: what enters; what reaches z, then dz
   T *level, *gates;        // of the last level: what leaves it, its gate and the mean's, without zeros around
   Unit* units;
-  float *sums, *global, *mean;  // [units][CHANNELS]; [images][CHANNELS]: GELU of the mean, what the mean receives
+  // [units][CHANNELS]; [images][CHANNELS]: GELU of the mean; what the mean receives, with room for the units that the
+  // last step has beyond the last image, which read it in vain
+  float *sums, *global, *mean;
   float* area;                  // [warps][AREA]
   int plane, tight_plane, taps_stride;
   __device__ Shared(const ImagesLayout& layout, int k)
@@ -51,7 +53,7 @@ struct Shared {
     sums = reinterpret_cast<float*>(units + layout.units() + 4);
     global = sums + CHANNELS * (layout.units() + 4);
     mean = global + CHANNELS * layout.images;
-    area = mean + CHANNELS * layout.images;
+    area = mean + CHANNELS * (layout.images + STEP_BEYOND);
     level = reinterpret_cast<T*>(area + CHANNELS * layout.warps * AREA);
     gates = level + CHANNELS * tight_plane;
   }
@@ -61,7 +63,7 @@ int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * (2 * reach_of(chain) + 1) * TAPS_ROW;
   const int64_t halves = 2 * CHANNELS * layout.plane + (CHANNELS + 2) * layout.tight_plane + taps;
   return 2 * halves + (layout.units() + 4) * (sizeof(Unit) + 4 * CHANNELS) +
-         4 * CHANNELS * (2 * layout.images + layout.warps * AREA);
+         4 * CHANNELS * (2 * layout.images + STEP_BEYOND + layout.warps * AREA);
 }
 
 template <int N>
@@ -185,7 +187,7 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
       const int h = u % 2;
       const float* const pair = z[u / 2] + 2 * h;
       const Gelu low = gelu_and_slope<T>(pair[0]), high = gelu_and_slope<T>(pair[1]);
-      const uint32_t grad = load_word(grads + at.padded[h]);
+      const uint32_t grad = at.load(grads, h);
       float above[2] = {unpack<T>(grad, 0), unpack<T>(grad, 1)};
       if constexpr (LAST) {
         const uint32_t gate = load_word(shared.gates + at.tight[h]);

@@ -88,7 +88,11 @@ struct LanePixels {
     }
     return at;
   }
-  // Writes a word to a plane; what is outside adds a zero to those around the map.
+  // A word of a plane; what is outside reads a zero of those around the map, and adds one to them.
+  template <class T>
+  __device__ uint32_t load(const T* plane, int h) const {
+    return load_word(plane + (inside[h] ? padded[h] : 0));
+  }
   template <class T>
   __device__ void store(T* plane, int h, uint32_t word) const {
     store_word(plane + (inside[h] ? padded[h] : 0), word & keep[h]);

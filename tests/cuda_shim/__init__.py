@@ -42,12 +42,19 @@ def build(name: str, sources: list[Path]) -> Path:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / key.hexdigest()[:16]
     library = folder / f"{name}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # another process may be at it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not library.exists():
             _build(library, sources)
     return library
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder of what is built, while no other process is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(library: Path, sources: list[Path]) -> None:
@@ -86,13 +93,18 @@ def emulate() -> None:
 _process = contextlib.ExitStack()
 
 
-@functools.cache
 def _load_ops() -> Callable[[int], None]:
-    library = str(build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp"]))
-    torch.ops.load_library(library)
-    seed = ctypes.CDLL(library).focalnet_shim_seed
+    seed = load_kernels()[1].focalnet_shim_seed
     seed.argtypes, seed.restype = [ctypes.c_uint64], None
     return seed
+
+
+@functools.cache
+def load_kernels() -> tuple[Path, ctypes.CDLL]:
+    """The raw ops of backend "cuda" for CPU tensors."""
+    library = build("kernels", [*KERNELS, *GLUE, SHIM / "fibres.cpp", SHIM / "blocks.cpp"])
+    torch.ops.load_library(str(library))
+    return library, ctypes.CDLL(str(library))
 
 
 def load_checks():

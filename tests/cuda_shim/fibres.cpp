@@ -40,6 +40,7 @@ struct Machine {
   std::string failure;
 };
 Machine machine;
+Runner set_runner = nullptr;
 
 void enter() {
   try {
@@ -159,9 +160,13 @@ void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::fu
   }
 }
 
+Runner runner() { return set_runner; }
 void seed(uint64_t seed) { machine.random.seed(seed); }
 
 }  // namespace focalnet_shim
 
 // For ctypes: every library has a machine of its own.
 extern "C" __attribute__((visibility("default"))) void focalnet_shim_seed(uint64_t seed) { focalnet_shim::seed(seed); }
+extern "C" __attribute__((visibility("default"))) void focalnet_shim_set_runner(focalnet_shim::Runner runner) {
+  focalnet_shim::set_runner = runner;
+}

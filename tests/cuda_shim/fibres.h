@@ -59,6 +59,11 @@ void* shared_memory();
 // Runs `kernel` in `blocks` blocks of `threads` threads, one block after the other.
 void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
+// What runs kernels in the fibres' place while one is set, as compiled for a GPU, say. Gives 0, or the kernel failed.
+using Runner = int (*)(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes, const void* parameters,
+                       int64_t size);
+Runner runner();
+
 // Seeds the random order from now on.
 void seed(uint64_t seed);
 

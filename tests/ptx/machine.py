@@ -17,7 +17,7 @@ import numpy as np
 from . import matrices as matrices  # enter their opcodes
 from . import wgmma as wgmma
 from .kinds import UNSIGNED
-from .memory import Fault, Memory, tags
+from .memory import SHARED_WINDOW, Fault, Memory, tags
 from .opcodes import TOGETHER, make_step
 from .program import Address, Immediate, Instruction, Program, Register, Special, Symbol
 
@@ -194,8 +194,9 @@ class Warp:
         """Of what no instruction changes; and what a register holds that nobody wrote."""
         if isinstance(operand, Special):
             return self._special(operand.name)
-        if isinstance(operand, Symbol):
-            return np.full(self.lanes, self.program.variables[operand.name])
+        if isinstance(operand, Symbol):  # a variable in shared memory, or an argument in theirs
+            argument = self.program.parameters.get(operand.name)
+            return np.full(self.lanes, argument.offset if argument else self.program.variables[operand.name])
         value = operand.value if isinstance(operand, Immediate) else POISON
         return np.full(self.lanes, value & (1 << bits) - 1, np.uint64)
 
@@ -217,25 +218,57 @@ class Warp:
             if (by_warp.any(1) & ~by_warp.all(1)).any():
                 raise Fault(f"not all lanes of a warp take part in {instruction}")
 
-    def address(self, operand: Address, space: str, lanes: np.ndarray) -> np.ndarray:
-        """Of these lanes alone."""
+    def load(self, address: Address, space: str, size: int, mask: np.ndarray | None, where: Instruction) -> np.ndarray:
+        """(lanes, size) bytes; of lanes that take no part, zeros."""
+        lanes = self.lanes_of(mask)
+        found = np.zeros((self.lanes, size), np.uint8)
+        if space == "param":
+            at = self._addresses(address, lanes)
+            if (at + size > len(self.launch.arguments)).any() or (at < 0).any():
+                raise Fault(f"{self.program.name}: beyond the arguments: {where}")
+            found[lanes] = np.frombuffer(self.launch.arguments, np.uint8)[at[:, None] + np.arange(size)]
+            return found
+        for memory, chosen, at in self._places(address, space, lanes):
+            found[chosen] = memory.load(at, size, self.tags[chosen], where)
+        return found
+
+    def store(self, address: Address, space: str, value: np.ndarray, mask: np.ndarray | None, where: Instruction):
+        """`value`: (lanes, size) bytes."""
+        for memory, chosen, at in self._places(address, space, self.lanes_of(mask)):
+            memory.store(at, value[chosen], self.tags[chosen], where)
+
+    def shared_address(self, address: Address, lanes: np.ndarray) -> np.ndarray:
+        """Of these lanes alone, in the shared memory of all blocks."""
+        return self._in_shared_memory(self._addresses(address, lanes), lanes)
+
+    def _places(self, address: Address, space: str, lanes: np.ndarray):
+        """(memory, lanes, their addresses in it)"""
+        at = self._addresses(address, lanes)
+        if space.startswith("shared"):
+            yield self.launch.shared_memory, lanes, self._in_shared_memory(at, lanes)
+            return
+        # an opcode without a space: the address says
+        shared = at >= SHARED_WINDOW if space != "global" else np.zeros(len(at), bool)
+        for memory, chosen in ((self.launch.shared_memory, shared), (self.launch.global_memory, ~shared)):
+            if chosen.any():
+                which = lanes.copy()
+                which[lanes] = chosen
+                found = at[chosen]
+                if memory is self.launch.shared_memory:
+                    found = self._in_shared_memory(found - SHARED_WINDOW, which)
+                yield memory, which, found
+
+    def _addresses(self, operand: Address, lanes: np.ndarray) -> np.ndarray:
         base = operand.base
         whole = self.read(base, self.width(base) if isinstance(base, Register) else 64)
-        at = whole[lanes].astype(np.int64) + operand.offset
-        if not space.startswith("shared"):
-            return at
-        outside = (at < 0) | (at >= self.launch.shared_bytes)
+        return whole[lanes].astype(np.int64) + operand.offset
+
+    def _in_shared_memory(self, at: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        size = self.launch.shared_bytes
+        outside = (at < 0) | (at >= size)
         if outside.any():
-            size = self.launch.shared_bytes
             raise Fault(f"{self.program.name}: byte {int(at[outside][0])} of {size} bytes of shared memory")
         return at + self.block[lanes] * self.launch.shared_stride
-
-    def memory(self, space: str) -> Memory:
-        return self.launch.shared_memory if space.startswith("shared") else self.launch.global_memory
-
-    def parameter(self, address: Address, size: int) -> np.ndarray:
-        at = self.program.parameters[address.base.name].offset + address.offset
-        return np.frombuffer(self.launch.arguments[at : at + size], np.uint8)
 
     def commit_copies(self) -> None:
         self.groups_of_copies.append(self.copies)

@@ -28,8 +28,7 @@ def _load_matrix(instruction: Instruction) -> Step:
     def step(warp, mask):
         whole = warp.lanes_of(mask)
         lanes = whole & (np.arange(warp.lanes) % 32 < 8 * len(names))  # the others' addresses are not used
-        at = warp.address(address, "shared", lanes)
-        rows = warp.memory("shared").load(at, 16, warp.tags[lanes], instruction)
+        rows = warp.load(address, "shared", 16, lanes, instruction)[lanes]
         found = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, len(names), 8, 8)
         for i, name in enumerate(names):
             value = np.zeros(warp.lanes, np.uint32)
@@ -50,8 +49,9 @@ def _store_matrix(instruction: Instruction) -> Step:
         lanes = whole & (np.arange(warp.lanes) % 32 < 8 * len(names))
         found = np.stack([_matrices(warp.read(name, 32)[whole]) for name in names], 1)
         rows = np.ascontiguousarray(found.transpose(0, 1, 3, 2) if transposed else found).reshape(-1, 8)
-        at = warp.address(address, "shared", lanes)
-        warp.memory("shared").store(at, rows.view(np.uint8), warp.tags[lanes], instruction)
+        value = np.zeros((warp.lanes, 16), np.uint8)
+        value[lanes] = rows.view(np.uint8)
+        warp.store(address, "shared", value, lanes, instruction)
 
     return step
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Region(NamedTuple):
     readers: np.ndarray
 
 
+SHARED_WINDOW = 1 << 56  # added to an address in shared memory where it does not say itself of which memory it is
 UNIT = 2  # bytes that have one tag
 _CTA, _EPOCH = 40, 8  # a tag's bits: block, barriers that it has passed, warp
 
@@ -35,26 +37,33 @@ class Memory:
     """Regions of bytes at addresses. `races`: what was found, by instruction."""
 
     def __init__(self, races: dict[str, str]):
-        self.regions: list[Region] = []
+        self.regions: list[Region] = []  # by where they begin
+        self.bases = np.zeros(0, np.int64)
         self.races = races
 
     def add(self, name: str, base: int, data: np.ndarray) -> None:
         """`data`: bytes, read and written in place."""
         shadows = [np.zeros(-(-data.size // UNIT), dtype) for dtype in (np.int64, np.int64, bool)]
-        self.regions.append(Region(name, base, data, *shadows))
+        at = int(np.searchsorted(self.bases, base))
+        self.regions.insert(at, Region(name, base, data, *shadows))
+        self.bases = np.insert(self.bases, at, base)
 
     def load(self, address: np.ndarray, size: int, who: np.ndarray, where) -> np.ndarray:
         """(lanes,) addresses -> (lanes, size) bytes."""
-        region, at = self._find(address, size, "load", where)
-        self._touch(region, at, size, who, where)
-        return region.data[at[:, None] + np.arange(size)]
+        value = np.empty((len(address), size), np.uint8)
+        for region, lanes, at in self._find(address, size, "load", where):
+            self._touch(region, at, size, who[lanes], where)
+            value[lanes] = region.data[at[:, None] + np.arange(size)]
+        return value
 
     def store(self, address: np.ndarray, value: np.ndarray, who: np.ndarray, where) -> None:
-        region, at = self._find(address, value.shape[1], "store", where)
-        self._check_lanes(region, at, value, who, where)
-        places = at[:, None] + np.arange(value.shape[1])
-        self._touch(region, at, value.shape[1], who, where, (region.data[places] == value).all(1))
-        region.data[places] = value
+        size = value.shape[1]
+        for region, lanes, at in self._find(address, size, "store", where):
+            mine, whose = value[lanes], who[lanes]
+            self._check_lanes(region, at, mine, whose, where)
+            places = at[:, None] + np.arange(size)
+            self._touch(region, at, size, whose, where, (region.data[places] == mine).all(1))
+            region.data[places] = mine
 
     def _check_lanes(self, region: Region, at: np.ndarray, value: np.ndarray, who: np.ndarray, where) -> None:
         """Lanes of several blocks that write different values to one place with one instruction. (Of a warp's lanes one
@@ -66,21 +75,28 @@ class Memory:
             message = f"byte {int(at[1:][bad][0])} of {region.name} is written by two blocks at once"
             self.races.setdefault(str(where), message)
 
-    def _find(self, address: np.ndarray, size: int, what: str, where) -> tuple[Region, np.ndarray]:
+    def _find(self, address: np.ndarray, size: int, what: str, where) -> Iterator[tuple[Region, Any, np.ndarray]]:
+        """(region, its lanes, where in it) of each region that is meant: by the nearest beginning below an address."""
         if (address % size).any():
             raise Fault(f"misaligned {what} of {size} bytes at {hex(int(address[address % size != 0][0]))}: {where}")
-        for region in self.regions:
-            at = address - region.base
-            if 0 <= at[0] < region.data.size:
-                outside = (at < 0) | (at + size > region.data.size)
-                if outside.any():
-                    wrong = int(at[outside][0])
-                    raise Fault(f"{what} at byte {wrong} of {region.name}, which has {region.data.size}: {where}")
-                return region, at
-        raise Fault(f"{what} at {hex(int(address[0]))}, where there is no memory: {where}")
+        which = np.searchsorted(self.bases, address, "right") - 1
+        if which[0] == which[-1] and (which == which[0]).all():
+            groups = [(int(which[0]), slice(None))]
+        else:
+            groups = [(int(i), which == i) for i in np.unique(which)]
+        for i, lanes in groups:
+            if i < 0:
+                raise Fault(f"{what} at {hex(int(address[lanes][0]))}, where there is no memory: {where}")
+            region = self.regions[i]
+            at = address[lanes] - region.base
+            outside = at + size > region.data.size
+            if outside.any():
+                wrong = int(at[outside][0])
+                raise Fault(f"{what} at byte {wrong} of {region.name}, which has {region.data.size}: {where}")
+            yield region, lanes, at
 
     def _touch(self, region: Region, at: np.ndarray, size: int, who: np.ndarray, where, same: np.ndarray | None = None):
-        """`same`: of a store, the lanes that change nothing, which may meet another's store."""
+        """`same`: of a store, the lanes that change nothing, which may meet another's access: none can see them."""
         units = at[:, None] // UNIT + np.arange(max(1, size // UNIT))
         mine = np.broadcast_to(who[:, None], units.shape)
         written, read = region.last_write[units], region.last_read[units]
@@ -96,7 +112,7 @@ class Memory:
             many = region.readers[units] & _same_epoch(read, mine)
             before = _unordered(read, mine) | many
             self._report(region, units, before & ~same[:, None], where, "written", "a read")
-            region.last_write[units] = mine
+            region.last_write[units[~same]] = mine[~same]
 
     def _report(self, region: Region, units: np.ndarray, bad: np.ndarray, where, what: str, after: str) -> None:
         if bad.any():

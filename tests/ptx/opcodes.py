@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .kinds import KINDS, UNSIGNED, Kind, kinds_in
-from .memory import Fault
+from .memory import SHARED_WINDOW, Fault
 from .program import Instruction, Vector
 
 Step = Callable
@@ -71,6 +71,7 @@ FUNCTIONS: dict[str, Callable] = {
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "popc": lambda a: np.bitwise_count(a),
     "tanh": np.tanh,
+    "copysign": lambda a, b: np.copysign(b, a),
 }
 
 
@@ -159,6 +160,23 @@ def _field(instruction: Instruction) -> Step:
     return step
 
 
+@opcode("bfi")
+def _insert_field(instruction: Instruction) -> Step:
+    kind = kinds_in(instruction.opcode)[-1]
+    to, field, around, position, length = instruction.operands
+    number = UNSIGNED[kind.bits].type
+
+    def step(warp, mask):
+        at, n = (warp.read(s, 32).astype(UNSIGNED[kind.bits]) for s in (position, length))
+        if (at + n > kind.bits).any():
+            raise Fault(f"a field beyond its register is unknown to this machine: {instruction}")
+        ones = np.where(n == kind.bits, number((1 << kind.bits) - 1), (number(1) << n % number(kind.bits)) - number(1))
+        value = warp.read(around, kind.bits) & ~(ones << at) | (warp.read(field, kind.bits) & ones) << at
+        warp.write(to, value, mask)
+
+    return step
+
+
 @opcode("prmt")
 def _bytes(instruction: Instruction) -> Step:
     to, *sources = instruction.operands
@@ -229,7 +247,17 @@ def _select(instruction: Instruction) -> Step:
     return step
 
 
-@opcode("mov", "cvta")
+@opcode("cvta")
+def _change_address(instruction: Instruction) -> Step:
+    """Between an address of a space and one that says itself of which; global memory's are the same."""
+    to, source = instruction.operands
+    window = np.uint64(SHARED_WINDOW if any(part.startswith("shared") for part in instruction.opcode) else 0)
+    if "to" in instruction.opcode:
+        return lambda warp, mask: warp.write(to, warp.read(source, 64) - window, mask)
+    return lambda warp, mask: warp.write(to, warp.read(source, 64) + window, mask)
+
+
+@opcode("mov")
 def _move(instruction: Instruction) -> Step:
     """Also of several registers into one, and back."""
     bits = kinds_in(instruction.opcode)[-1].bits
@@ -284,25 +312,15 @@ def registers_of(operand) -> tuple:
 def _load(instruction: Instruction) -> Step:
     to, address = instruction.operands[:2]
     names, kind = registers_of(to), kinds_in(instruction.opcode)[-1]
-    space, size = instruction.opcode[1], kind.bits // 8
+    size = kind.bits // 8
     extend = KINDS[f"{'s' if kind.name[0] == 's' else 'u'}{kind.bits}"]
 
     def step(warp, mask):
-        if space == "param":
-            value = warp.parameter(address, size * len(names))[None]
-            lanes = slice(None)
-        else:
-            lanes = warp.lanes_of(mask)
-            if not lanes.any():
-                return
-            at = warp.address(address, space, lanes)
-            value = warp.memory(space).load(at, size * len(names), warp.tags[lanes], instruction)
+        value = warp.load(address, instruction.opcode[1], size * len(names), mask, instruction)
         for i, name in enumerate(names):
             bits = np.ascontiguousarray(value[:, i * size : (i + 1) * size]).view(UNSIGNED[kind.bits])[:, 0]
             wide = KINDS[f"{extend.name[0]}{warp.width(name)}"]
-            whole = np.zeros(warp.lanes, UNSIGNED[wide.bits])
-            whole[lanes] = wide.encode(extend.decode(bits))
-            warp.write(name, whole, mask)
+            warp.write(name, wide.encode(extend.decode(bits)), mask)
 
     return step
 
@@ -311,15 +329,10 @@ def _load(instruction: Instruction) -> Step:
 def _store(instruction: Instruction) -> Step:
     address, source = instruction.operands
     names, kind = registers_of(source), kinds_in(instruction.opcode)[-1]
-    space = instruction.opcode[1]
 
     def step(warp, mask):
-        lanes = warp.lanes_of(mask)
-        if not lanes.any():
-            return
-        parts = [warp.read(name, kind.bits)[lanes, None].view(np.uint8) for name in names]
-        at = warp.address(address, space, lanes)
-        warp.memory(space).store(at, np.concatenate(parts, 1), warp.tags[lanes], instruction)
+        parts = [warp.read(name, kind.bits)[:, None].view(np.uint8) for name in names]
+        warp.store(address, instruction.opcode[1], np.concatenate(parts, 1), mask, instruction)
 
     return step
 
@@ -344,10 +357,9 @@ def _copy_asynchronously(instruction: Instruction) -> Step:
         value = np.zeros((warp.lanes, bytes_), np.uint8)
         full = lanes & (n == bytes_)
         if full.any():
-            at = warp.address(source, "global", full)
-            value[full] = warp.memory("global").load(at, bytes_, warp.tags[full], instruction)
+            value[full] = warp.load(source, "global", bytes_, full, instruction)[full]
         if lanes.any():
-            warp.copies.append((warp.address(to, "shared", lanes), value[lanes], warp.tags[lanes], instruction))
+            warp.copies.append((warp.shared_address(to, lanes), value[lanes], warp.tags[lanes], instruction))
 
     return step
 

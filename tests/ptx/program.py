@@ -101,9 +101,12 @@ class Program:
 
     def _read(self, body: str) -> None:
         source = ""
+        files = {number: name.rpartition("/")[2] for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', self.text)}
         for line in body.splitlines():
-            if at := re.match(r"\s*\.loc\s.*//\s*(\S+)", line):
-                source = at[1]
+            if at := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", line):
+                source = f"{files.get(at[1], at[1])}:{at[2]}:{at[3]}"
+                if into := re.search(r"inlined_at\s+(\d+)\s+(\d+)", line):
+                    source += f" in {files.get(into[1], into[1])}:{into[2]}"
                 continue
             line = line.split("//")[0].strip()
             if label := re.match(r"([\w$]+):\s*", line):

@@ -20,7 +20,7 @@ inline int64_t from_environment(const char* name, int64_t otherwise) {
 
 // A small one, so that tests reach every way of dividing work.
 inline Device current_device() {
-  return {2, from_environment("FOCALNET_SHIM_SHARED", 99 * 1024),
+  return {int(from_environment("FOCALNET_SHIM_PROCESSORS", 2)), from_environment("FOCALNET_SHIM_SHARED", 99 * 1024),
           from_environment("FOCALNET_SHIM_SCRATCH", int64_t(1) << 30)};
 }
 
@@ -29,6 +29,11 @@ void launch(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t sha
   if (shared > current_device().shared_per_block)
     throw std::runtime_error("a block does not have that much shared memory");
   if (threads < 1 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
+  if (const focalnet_shim::Runner run = focalnet_shim::runner()) {
+    if (blocks > 0 && run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, &p, sizeof(p)) != 0)
+      throw std::runtime_error("the kernel failed where it was run");
+    return;
+  }
   focalnet_shim::run_blocks(blocks, threads, shared, [&] { kernel(p); });
 }
 

@@ -1,0 +1,175 @@
+"""The CUDA kernels, compiled to PTX and run on a CPU, launch by launch.
+
+Plans and launches are the library's own, in the build of cuda_shim, which hands its launches over to here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_shim
+import numpy as np
+import torch
+
+from . import machine
+from .program import Program
+
+with contextlib.ExitStack() as stack:
+    sys.path.insert(0, str(cuda_shim.ROOT / "build_tools"))
+    stack.callback(sys.path.remove, str(cuda_shim.ROOT / "build_tools"))
+    import toolkit
+
+_Runner = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+)
+
+
+def missing() -> str | None:
+    """Why they cannot be compiled here, or None."""
+    found = toolkit.find_toolkit(torch.version.cuda)
+    return cuda_shim.missing() or (found if isinstance(found, str) else None)
+
+
+@contextlib.contextmanager
+def recorded_memory() -> Iterator[None]:
+    """Tensors made meanwhile are known to the machine, which takes no other's memory for a kernel's."""
+    _, library = cuda_shim.load_kernels()
+    library.focalnet_shim_record_blocks(True)
+    try:
+        yield
+    finally:
+        library.focalnet_shim_record_blocks(False)
+
+
+class Running:
+    """Runs launches. `results`: (kernel, result of the machine) of each."""
+
+    def __init__(self, capability: int, seed: int):
+        self.capability, self.seed = capability, seed
+        self.results: list[tuple[str, machine.Result]] = []
+        self.failure: BaseException | None = None
+
+    def __call__(self, function, blocks, threads, shared_bytes, parameters, size) -> int:
+        try:
+            name = _names()[function - _base()]
+            self.seed += 1
+            arguments = ctypes.string_at(parameters, size)
+            program = programs(self.capability)[name]
+            result = machine.run(program, arguments, _regions(arguments), blocks, threads, shared_bytes, self.seed)
+            assert not result.races, f"{name}: {result.races}"
+            self.results.append((name, result))
+        except BaseException as failure:  # which may not go through C++
+            self.failure = failure
+            return 1
+        return 0
+
+
+@contextlib.contextmanager
+def emulated(capability: int, seed: int = 0) -> Iterator[Running]:
+    """Backend "cuda" takes CPU tensors, and its launches run here as compiled for sm_`capability`.
+
+    A race is an AssertionError, another fault a `memory.Fault`.
+    """
+    _, library = cuda_shim.load_kernels()
+    running = Running(capability, seed)
+    handed = _Runner(running)
+    library.focalnet_shim_set_runner(handed)
+    try:
+        with cuda_shim.emulated_ops():
+            yield running
+    except RuntimeError:
+        if running.failure is None:
+            raise
+        raise running.failure from None
+    finally:
+        library.focalnet_shim_set_runner(None)
+
+
+@functools.cache
+def programs(capability: int) -> Programs:
+    return Programs(capability)
+
+
+class Programs(dict):
+    """The kernels of csrc/cuda by their names, parsed when they are asked for."""
+
+    def __init__(self, capability: int):
+        super().__init__()
+        self.entries: dict[str, tuple[str, str]] = {}
+        for text in _compile(capability):
+            entries = re.findall(r"\.entry\s+(\w+)\s*\(", text)
+            for entry, name in zip(entries, _demangled(entries), strict=True):
+                self.entries[name] = text, entry
+
+    def __missing__(self, name: str) -> Program:
+        self[name] = Program(*self.entries[name])
+        return self[name]
+
+
+def _compile(capability: int) -> list[str]:
+    """The sources as PTX; of the same source and headers once."""
+    found = toolkit.find_toolkit(torch.version.cuda)
+    assert not isinstance(found, str), found
+    folder = cuda_shim.ROOT / "build" / "ptx"
+    headers = b"".join(path.read_bytes() for path in sorted(cuda_shim.CSRC.rglob("*.h")))
+    command = [str(found.nvcc), *found.flags(), "-std=c++20", f"-I{cuda_shim.CSRC}", f"-arch=sm_{capability}"]
+    command += ["-lineinfo", "-ptx"]
+
+    def compile(source: Path) -> str:
+        key = hashlib.sha256(f"{found.version} {command}".encode() + headers + source.read_bytes()).hexdigest()[:16]
+        target = folder / f"{source.stem}-sm_{capability}-{key}.ptx"
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, source, "-o", unfinished], check=True, capture_output=True)
+            unfinished.rename(target)
+        return target.read_text()
+
+    with cuda_shim.locked(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile, cuda_shim.KERNELS))
+
+
+@functools.cache
+def _names() -> dict[int, str]:
+    """Of the kernels in the build of cuda_shim, by their places in it."""
+    path, _ = cuda_shim.load_kernels()
+    said = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^([0-9a-f]+) [tT] (\w*_kernel\w*)$", said, re.M)
+    return dict(zip([int(at, 16) for at, _ in found], _demangled([name for _, name in found]), strict=True))
+
+
+@functools.cache
+def _base() -> int:
+    """Where the build lies in memory."""
+    path, library = cuda_shim.load_kernels()
+    said = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+    at = re.search(r"^([0-9a-f]+) T focalnet_shim_seed$", said, re.M)
+    return ctypes.cast(library.focalnet_shim_seed, ctypes.c_void_p).value - int(at[1], 16)
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """As both compilers have them, which name the unnamed namespace in ways of their own: without namespaces."""
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"\w+::|\(anonymous namespace\)::|^void |\(.*\)$", "", line) for line in said.splitlines()]
+
+
+def _regions(arguments: bytes) -> list[tuple[str, int, np.ndarray]]:
+    """The blocks of memory that arguments point into."""
+    _, library = cuda_shim.load_kernels()
+    first, size = ctypes.c_uint64(), ctypes.c_uint64()
+    found = {}
+    for at in range(0, len(arguments) - 7, 8):
+        pointer = ctypes.c_uint64(int.from_bytes(arguments[at : at + 8], "little"))
+        if library.focalnet_shim_find_block(pointer, ctypes.byref(first), ctypes.byref(size)) & 1:
+            data = (ctypes.c_uint8 * size.value).from_address(first.value)
+            found[first.value] = f"what byte {at} of the arguments points to", first.value, np.frombuffer(data, np.uint8)
+    return [*found.values()]
