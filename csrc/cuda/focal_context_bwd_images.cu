@@ -328,8 +328,7 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
     with_pixels(p.vectors, [&](auto n) {
       const bool of_last = last && p.gate_sums;
       if (p.down.data || of_last) store_images<T, PITCH, n>(p, shared, block, of_last);
-    });
-    __syncthreads();
+    });  // the next images come after a barrier
   }
 }
 

@@ -124,7 +124,7 @@ __device__ void run_last_level(const Shared<T>& shared, float scale, const Image
 #pragma unroll
       for (int l = 0; l < L - 1; ++l) {
         const uint32_t factor = load_word(gates + l * shared.tight_plane);
-        const uint32_t level = load_word(shared.at(plane_of(l + 1), block.channel_here) + at.padded[h]);
+        const uint32_t level = at.load(shared.at(plane_of(l + 1), block.channel_here), h);
 #pragma unroll
         for (int i = 0; i < 2; ++i) pair[i] += unpack<T>(factor, i) * unpack<T>(level, i);
       }
@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
       shared.global[i] = gelu<float>(mean) * chain.scale;
     }
     __syncthreads();
+    // no barrier after it: a thread has the same pixels when the next images are loaded
     if (p.out.data)
       with_pixels(p.vectors, [&](auto n) { store_images<T, PITCH, n, true>(p, shared, block, p.out, sum_plane(L)); });
-    __syncthreads();
   }
 }
 

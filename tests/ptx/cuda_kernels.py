@@ -40,6 +40,11 @@ def missing() -> str | None:
     return cuda_shim.missing() or (found if isinstance(found, str) else None)
 
 
+def tool(name: str) -> Path:
+    """That stands beside nvcc."""
+    return toolkit.find_toolkit(torch.version.cuda).nvcc.parent / name
+
+
 @contextlib.contextmanager
 def recorded_memory() -> Iterator[None]:
     """Tensors made meanwhile are known to the machine, which takes no other's memory for a kernel's."""
@@ -52,11 +57,11 @@ def recorded_memory() -> Iterator[None]:
 
 
 class Running:
-    """Runs launches. `results`: (kernel, result of the machine) of each."""
+    """Runs launches. `results`: the machine's, of each."""
 
-    def __init__(self, capability: int, seed: int):
-        self.capability, self.seed = capability, seed
-        self.results: list[tuple[str, machine.Result]] = []
+    def __init__(self, capability: int, seed: int, metered: bool):
+        self.capability, self.seed, self.metered = capability, seed, metered
+        self.results: list[machine.Result] = []
         self.failure: BaseException | None = None
 
     def __call__(self, function, blocks, threads, shared_bytes, parameters, size) -> int:
@@ -65,9 +70,10 @@ class Running:
             self.seed += 1
             arguments = ctypes.string_at(parameters, size)
             program = programs(self.capability)[name]
-            result = machine.run(program, arguments, _regions(arguments), blocks, threads, shared_bytes, self.seed)
+            size = blocks, threads, shared_bytes
+            result = machine.run(program, arguments, _regions(arguments), *size, self.seed, self.metered)
             assert not result.races, f"{name}: {result.races}"
-            self.results.append((name, result))
+            self.results.append(result)
         except BaseException as failure:  # which may not go through C++
             self.failure = failure
             return 1
@@ -75,13 +81,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def emulated(capability: int, seed: int = 0) -> Iterator[Running]:
-    """Backend "cuda" takes CPU tensors, and its launches run here as compiled for sm_`capability`.
+def emulated(capability: int, seed: int = 0, metered: bool = False) -> Iterator[Running]:
+    """Backend "cuda" takes CPU tensors, and its launches run here as compiled for sm_`capability`; `metered`: what they
+    ask of memory is counted.
 
     A race is an AssertionError, another fault a `memory.Fault`.
     """
     _, library = cuda_shim.load_kernels()
-    running = Running(capability, seed)
+    running = Running(capability, seed, metered)
     handed = _Runner(running)
     library.focalnet_shim_set_runner(handed)
     try:
@@ -108,11 +115,12 @@ class Programs(dict):
         self.entries: dict[str, tuple[str, str]] = {}
         for text in _compile(capability):
             entries = re.findall(r"\.entry\s+(\w+)\s*\(", text)
-            for entry, name in zip(entries, _demangled(entries), strict=True):
+            for entry, name in zip(entries, demangled(entries), strict=True):
                 self.entries[name] = text, entry
 
     def __missing__(self, name: str) -> Program:
         self[name] = Program(*self.entries[name])
+        self[name].name = name
         return self[name]
 
 
@@ -144,7 +152,7 @@ def _names() -> dict[int, str]:
     path, _ = cuda_shim.load_kernels()
     said = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^([0-9a-f]+) [tT] (\w*_kernel\w*)$", said, re.M)
-    return dict(zip([int(at, 16) for at, _ in found], _demangled([name for _, name in found]), strict=True))
+    return dict(zip([int(at, 16) for at, _ in found], demangled([name for _, name in found]), strict=True))
 
 
 @functools.cache
@@ -156,7 +164,7 @@ def _base() -> int:
     return ctypes.cast(library.focalnet_shim_seed, ctypes.c_void_p).value - int(at[1], 16)
 
 
-def _demangled(names: list[str]) -> list[str]:
+def demangled(names: list[str]) -> list[str]:
     """As both compilers have them, which name the unnamed namespace in ways of their own: without namespaces."""
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"\w+::|\(anonymous namespace\)::|^void |\(.*\)$", "", line) for line in said.splitlines()]
@@ -171,5 +179,9 @@ def _regions(arguments: bytes) -> list[tuple[str, int, np.ndarray]]:
         pointer = ctypes.c_uint64(int.from_bytes(arguments[at : at + 8], "little"))
         if library.focalnet_shim_find_block(pointer, ctypes.byref(first), ctypes.byref(size)) & 1:
             data = (ctypes.c_uint8 * size.value).from_address(first.value)
-            found[first.value] = f"what byte {at} of the arguments points to", first.value, np.frombuffer(data, np.uint8)
+            found[first.value] = (
+                f"what byte {at} of the arguments points to",
+                first.value,
+                np.frombuffer(data, np.uint8),
+            )
     return [*found.values()]

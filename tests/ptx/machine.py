@@ -8,7 +8,6 @@ and so meet again.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from . import matrices as matrices  # enter their opcodes
 from . import wgmma as wgmma
 from .kinds import UNSIGNED
 from .memory import SHARED_WINDOW, Fault, Memory, tags
+from .meter import Traffic
 from .opcodes import TOGETHER, make_step
 from .program import Address, Immediate, Instruction, Program, Register, Special, Symbol
 
@@ -26,10 +26,16 @@ _LOST = np.iinfo(np.int64).max
 
 
 class Result(NamedTuple):
-    """`races`: by instruction; `issued`: how many warps issued each opcode."""
+    """`races`: by instruction; `issued`: how many warps issued each instruction of the program; `traffic`: what they
+    asked of memory, if that was wanted."""
 
+    program: Program
+    blocks: int
+    threads: int
+    shared_bytes: int
     races: dict[str, str]
-    issued: Counter
+    issued: np.ndarray
+    traffic: Traffic
 
 
 class Launch:
@@ -38,23 +44,27 @@ class Launch:
     Args:
         threads: of a block; None: as the kernel demands.
         shared_bytes: of a block, beyond its static variables.
+        metered: whether accesses to memory are counted.
     """
 
     def __init__(
-        self, program: Program, arguments: bytes, memory: Memory, blocks: int, threads: int | None, shared_bytes: int
-    ):
+        self, program: Program, arguments: bytes, memory: Memory, blocks: int, threads: int | None, shared_bytes: int,
+        metered: bool,
+    ):  # fmt: skip
         self.program, self.arguments, self.blocks = program, arguments, blocks
         self.threads = threads or program.threads
         self.global_memory = memory
         variables = program.variables
-        # each block's after the last one's, with a gap for who runs over the end
+        # each block's after the last one's, with a gap for who runs over the end; from bank 0 on
         size = max([shared_bytes, 16, *[at + shared_bytes for at in variables.values()]])
-        self.shared_bytes, self.shared_stride = size, (size + 1024) // 16 * 16
-        self.shared_memory = Memory(memory.races)
+        self.shared_bytes, self.shared_stride = size, (size + 1024) // 128 * 128
+        self.traffic = Traffic()
+        self.shared_memory = Memory(memory.races, self.traffic.shared_access if metered else None)
+        memory.meter = self.traffic.global_access if metered else None
         fresh = np.full(self.shared_stride * blocks, POISON & 0xFF, np.uint8)
         self.shared_memory.add("shared memory", 0, fresh)
         self.steps = [_step(program, instruction) for instruction in program.instructions]
-        self.issued: Counter = Counter()
+        self.issued = np.zeros(len(self.steps), np.int64)
 
     def run(self, generator: np.random.Generator) -> Result:
         warps = [Warp(self, i) for i in range(self.threads // 32)]
@@ -67,7 +77,8 @@ class Launch:
             if (waiting.any(1) & ended.any(1)).any():
                 raise Fault(f"{self.program.name}: some threads of a block wait at a barrier, others have ended")
             if ended.all():
-                return Result(self.global_memory.races, self.issued)
+                size = self.blocks, self.threads, self.shared_bytes
+                return Result(self.program, *size, self.global_memory.races, self.issued, self.traffic)
             for warp in warps:
                 warp.waiting[:] = False
             epoch += 1
@@ -127,6 +138,7 @@ class Warp:
     def _run_together(self, pc: int, active: np.ndarray, others: int) -> None:
         """Lanes that are at one instruction, until they part, stop, or come to where `others` are."""
         mask = None if active.all() else active
+        warps = self.launch.blocks if mask is None else int(active.reshape(-1, 32).any(1).sum())
         while pc < others:
             instruction, (kind, what) = self.program.instructions[pc], self.launch.steps[pc]
             if kind in ("together", "barrier") and mask is not None:
@@ -134,7 +146,7 @@ class Warp:
                 if (by_warp.any(1) & ~by_warp.all(1)).any():
                     self.alone |= active & ~np.repeat(by_warp.all(1), 32)
                     break
-            self.launch.issued[instruction.opcode] += 1
+            self.launch.issued[pc] += warps
             chosen = self._guarded(instruction, mask)
             if kind in ("op", "together"):
                 if chosen is None or chosen.any():
@@ -313,10 +325,12 @@ def run(
     threads: int | None = None,
     shared_bytes: int = 0,
     seed: int = 0,
+    metered: bool = False,
 ) -> Result:
     """One launch. `regions`: the tensors' memory as (name, address, bytes), read and written in place."""
     memory = Memory({})
     for region in regions:
         memory.add(*region)
     with np.errstate(all="ignore"):
-        return Launch(program, arguments, memory, blocks, threads, shared_bytes).run(np.random.default_rng(seed))
+        launch = Launch(program, arguments, memory, blocks, threads, shared_bytes, metered)
+        return launch.run(np.random.default_rng(seed))

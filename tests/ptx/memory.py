@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +34,10 @@ def tags(cta: np.ndarray, epoch: int, warp: int) -> np.ndarray:
 
 
 class Memory:
-    """Regions of bytes at addresses. `races`: what was found, by instruction."""
+    """Regions of bytes at addresses. `races`: what was found, by instruction; `meter`: is told of every access."""
 
-    def __init__(self, races: dict[str, str]):
+    def __init__(self, races: dict[str, str], meter: Callable | None = None):
+        self.meter = meter
         self.regions: list[Region] = []  # by where they begin
         self.bases = np.zeros(0, np.int64)
         self.races = races
@@ -51,6 +52,8 @@ class Memory:
     def load(self, address: np.ndarray, size: int, who: np.ndarray, where) -> np.ndarray:
         """(lanes,) addresses -> (lanes, size) bytes."""
         value = np.empty((len(address), size), np.uint8)
+        if self.meter:
+            self.meter("load", address, size, who, where)
         for region, lanes, at in self._find(address, size, "load", where):
             self._touch(region, at, size, who[lanes], where)
             value[lanes] = region.data[at[:, None] + np.arange(size)]
@@ -58,6 +61,8 @@ class Memory:
 
     def store(self, address: np.ndarray, value: np.ndarray, who: np.ndarray, where) -> None:
         size = value.shape[1]
+        if self.meter:
+            self.meter("store", address, size, who, where)
         for region, lanes, at in self._find(address, size, "store", where):
             mine, whose = value[lanes], who[lanes]
             self._check_lanes(region, at, mine, whose, where)

@@ -61,7 +61,7 @@ _SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]$|%(laneid|warpid)$")
 
 
 class Program:
-    """One kernel.
+    """One kernel. `name`: what reports call it.
 
     Args:
         text: a PTX file with one entry, or `entry`'s.
@@ -73,7 +73,8 @@ class Program:
         found = re.search(rf"\.entry\s+({name})\s*\(", text)
         if found is None:
             raise ValueError(f"entry: expected a kernel of the file, got {entry!r}")
-        self.name, self.text = found[1], text
+        self.name = self.entry = found[1]
+        self.text = text
         head, body = _head_and_body(text[found.end() :])
         self.parameters = _parameters(head)
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
@@ -92,16 +93,23 @@ class Program:
             self.bits[register.name] = self.bits[re.match(r"%[a-zA-Z]+", register.name)[0]]
         return self.bits[register.name]
 
-    def without(self, index: int) -> Program:
-        """A copy in which a fence, which does nothing here, stands in an instruction's place."""
+    def with_instruction(self, index: int, instruction: Instruction) -> Program:
+        """A copy with another instruction there."""
         twin = copy.copy(self)
         twin.instructions = list(self.instructions)
-        twin.instructions[index] = Instruction(("membar", "cta"), (), None, self.instructions[index].source)
+        twin.instructions[index] = instruction
         return twin
+
+    def without(self, index: int) -> Program:
+        """A copy in which a fence, which does nothing here, stands in an instruction's place."""
+        fence = Instruction(("membar", "cta"), (), None, self.instructions[index].source)
+        return self.with_instruction(index, fence)
 
     def _read(self, body: str) -> None:
         source = ""
-        files = {number: name.rpartition("/")[2] for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', self.text)}
+        files = {
+            number: name.rpartition("/")[2] for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', self.text)
+        }
         for line in body.splitlines():
             if at := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)", line):
                 source = f"{files.get(at[1], at[1])}:{at[2]}:{at[3]}"

@@ -1,7 +1,5 @@
 """The machine can fail: what is wrong with a kernel is reported."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of compiled kernels")
 
 if not INTERPRETED:
-    from ptx import triton_kernels
+    from ptx import faults, triton_kernels
     from ptx.machine import run
     from ptx.memory import Fault
     from ptx.program import Program
@@ -188,32 +186,16 @@ def test_every_barrier_counts(capability, seed):
     assert len(barriers) > 20 and len(unseen) <= len(barriers) // 8, unseen
 
 
-# a pattern, what takes its place, and of eight places the least number at which it must be noticed: one element more
-# harms nothing where a bound is met exactly, or padding follows
-PLANTED = {
-    "a wrong index": (r"(mad\.wide\.s32\s+%rd\d+, %r\d+, )2,", r"\g<1>4,", 6),
-    "a mask off by one": (r"setp\.lt\.s32(\s+%p\d+, %r\d+, %r\d+;)", r"setp.le.s32\1", 2),
-    "swapped operands": (r"sub\.(s32|f32)(\s+%r\d+), (%r\d+), (%r\d+);", r"sub.\1\2, \4, \3;", 8),
-    "a product's operands in another order": (
-        r"(mma\.sync\S+\s+\{[^}]*\}, \{ ?%r\d+, )(%r\d+), (%r\d+)",
-        r"\1\3, \2",
-        7,
-    ),
-}
-
-
-@pytest.mark.parametrize("pattern, instead, least", PLANTED.values(), ids=PLANTED)
-def test_planted_faults_are_noticed(pattern, instead, least, seed):
+@pytest.mark.parametrize("plant, least", faults.PLANTED.values(), ids=faults.PLANTED)
+def test_planted_faults_are_noticed(plant, least, seed):
     """In the code of a forward, one at a time: a fault, a race, or another result."""
     inputs = make_context_inputs((3, 14, 14, 14), (3, 5, 7), dtype=torch.bfloat16, seed=seed)
     (launch, *_), y = recorded(fk.focal_context, inputs, 80)
-    right, text = y.clone(), triton_kernels.compiled(launch, 80)[0].text
-    places = list(re.finditer(pattern, text))
-    places = places[:: max(1, len(places) // 8)][:8]
+    right, program = y.clone(), triton_kernels.compiled(launch, 80)[0]
+    places = list(faults.planted(program, plant, triton_kernels.run_launch(launch, 80).issued, most=8))
     noticed = 0
-    for place in places:
+    for _, faulty in places:
         y.fill_(float("nan"))
-        faulty = Program(text[: place.start()] + place.expand(instead) + text[place.end() :])
         noticed += bool(with_program(launch, 80, faulty)) or not torch.equal(y, right)
-    assert len(places) == 8 and noticed >= least, f"{noticed} of {len(places)}"
-    assert not with_program(launch, 80, Program(text)) and torch.equal(y, right)
+    assert len(places) == 8 and noticed >= least * len(places), f"{noticed} of {len(places)}"
+    assert not with_program(launch, 80, program) and torch.equal(y, right)

@@ -31,13 +31,13 @@ _compiled: dict[str, tuple[Program, int, int]] = {}
 class Running(list):
     """In `recorded_launches`'s place: each launch runs at once. Keeps the results."""
 
-    def __init__(self, capability: int, seed: int):
-        self.capability, self.seed = capability, seed
+    def __init__(self, capability: int, seed: int, metered: bool):
+        self.capability, self.seed, self.metered = capability, seed, metered
         self.results: list[machine.Result] = []
 
     def append(self, launch: launching.Launch) -> None:
         self.seed += 1
-        result = run_launch(launch, self.capability, self.seed)
+        result = run_launch(launch, self.capability, self.seed, self.metered)
         assert not result.races, f"{launch.kernel.__name__}: {result.races}"
         self.results.append(result)
 
@@ -46,15 +46,18 @@ OPS = ("focal_context", "modulate", "focal_modulation", "focal_branch", "mlp_bra
 
 
 @contextlib.contextmanager
-def emulated(capability: int, seed: int = 0) -> Iterator[Running]:
-    """Backend "triton" takes CPU tensors, and its launches run here as compiled for sm_`capability`.
+def emulated(
+    capability: int, seed: int = 0, metered: bool = False, multiprocessors: int = MULTIPROCESSORS
+) -> Iterator[Running]:
+    """Backend "triton" takes CPU tensors, and its launches run here as compiled for sm_`capability`; `metered`: what
+    they ask of memory is counted.
 
     A race is an AssertionError, another fault a `memory.Fault`.
     """
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        running = Running(capability, seed)
+        running = Running(capability, seed, metered)
         patch.setattr(launching, "_recorder", running)
-        properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+        properties = SimpleNamespace(multi_processor_count=multiprocessors)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         library = stack.enter_context(torch.library._scoped_library("focalnet_kernels", "IMPL"))
         for op in OPS:
@@ -84,7 +87,7 @@ def compiled(launch: launching.Launch, capability: int) -> tuple[Program, int, i
     return _compiled[key]
 
 
-def run_launch(launch: launching.Launch, capability: int, seed: int = 0) -> machine.Result:
+def run_launch(launch: launching.Launch, capability: int, seed: int = 0, metered: bool = False) -> machine.Result:
     program, threads, shared = compiled(launch, capability)
     constants = specialization(launch)[1]
     values = [v for i, value in enumerate(launch.args) for v in _flat(value, (i,), constants)]
@@ -101,7 +104,7 @@ def run_launch(launch: launching.Launch, capability: int, seed: int = 0) -> mach
         else:
             packed = int(value).to_bytes(parameter.size, "little", signed=value < 0)
         arguments[parameter.offset : parameter.offset + parameter.size] = packed
-    return machine.run(program, bytes(arguments), [*regions.values()], launch.programs, threads, shared, seed)
+    return machine.run(program, bytes(arguments), [*regions.values()], launch.programs, threads, shared, seed, metered)
 
 
 def _flat(value: Any, path: tuple, constants: dict) -> list:

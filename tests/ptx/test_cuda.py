@@ -1,0 +1,179 @@
+"""The CUDA kernels as nvcc compiles them, on tensor cores and off: what a build for the CPU (cuda_shim) leaves untried.
+
+What runs is the PTX of sm_80 and sm_90, through the library's own plans and launches: see cuda_kernels.py.
+"""
+
+import os
+
+import pytest
+import torch
+from ops.strategies import dtype_name
+
+import focalnet_kernels as fk
+from focalnet_kernels.ops.triton.launch import INTERPRETED
+from focalnet_kernels.testing import (
+    assert_op_accurate,
+    make_context_inputs,
+    make_focal_branch_inputs,
+    make_layer_inputs,
+    make_mlp_branch_inputs,
+    make_modulate_inputs,
+    named_tensors,
+)
+from ptx import cuda_kernels, faults
+from ptx.memory import Fault
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="these are no kernels of Triton's")
+
+AROUND = {"norm": True, "gamma": True, "drop_path": True}
+BY_TOKENS = {"layout": "channels_last"}
+CONTEXT = fk.focal_context, make_context_inputs
+LAYER = fk.focal_modulation, make_layer_inputs
+PASSES = "fwd_rows down gates up weights"
+TOKENS = "level_fwd means combine mean_gradient gradients level_bwd weights"
+
+# op and its inputs, bytes of shared memory, and the kernels that must have run
+CASES = {
+    "images": (*CONTEXT, ((1, 8, 14, 14), (3, 5, 7)), {}, None, "images_fwd images_level_bwd sum"),
+    "images of odd units": (*CONTEXT, ((1, 8, 24, 8), (3, 5)), {}, None, "images_fwd images_level_bwd"),
+    "small images": (*CONTEXT, ((9, 8, 7, 7), (3,)), {}, None, "images_fwd images_level_bwd"),
+    "wide images": (*CONTEXT, ((1, 8, 3, 56), (7,)), {}, None, "images_fwd images_level_bwd"),
+    "images beside one another": (*CONTEXT, ((3, 8, 12, 24), (3, 5, 7)), {}, None, "images_fwd images_level_bwd"),
+    "tokens": (*CONTEXT, ((2, 8, 6, 14), (3, 5)), BY_TOKENS, None, TOKENS),
+    "tokens, large kernels": (*CONTEXT, ((1, 4, 3, 20), (9, 13)), BY_TOKENS, None, TOKENS),
+    "tokens of volumes": (*CONTEXT, ((1, 8, 3, 4, 5), (3,)), BY_TOKENS, None, TOKENS),
+    "rows": (*CONTEXT, ((2, 3, 9, 13), (3, 5)), {}, None, "context_fwd_rows context_bwd_rows"),
+    "rows, four levels": (*CONTEXT, ((1, 2, 9, 13), (3, 5, 7, 9)), {}, None, "context_fwd_rows context_bwd_rows"),
+    "strips of rows": (*CONTEXT, ((1, 2, 90, 56), (3,)), {}, None, f"{PASSES} finish"),
+    "passes": (*CONTEXT, ((1, 2, 9, 17), (3, 11)), {}, None, PASSES),
+    "large gates": (*CONTEXT, ((1, 1, 128, 128), (3,)), {}, None, "sum_pixels"),
+    "planes": (*CONTEXT, ((1, 3, 3, 4, 5), (3,)), {}, None, "context_fwd context_bwd"),
+    "planes in scratch": (*CONTEXT, ((1, 2, 9, 7), ((15, 3),)), {}, 4096, "context_fwd context_bwd"),
+    "layer": (*LAYER, ((2, 6, 8, 8), (3,)), {}, None, "modulate_lines_fwd modulate_lines_bwd line_sums column_sums"),
+    "odd layer": (*LAYER, ((2, 5, 7, 20), (3,)), {}, None, "pad_rows modulate_fwd modulate_bwd column_sums"),
+    "layer with a norm": (*LAYER, ((1, 6, 8, 8), (3,)), {"postln": True}, None, "modulate_ln_fwd modulate_ln_bwd"),
+    "layer of sequences": (*LAYER, ((2, 37, 16), (3,)), {}, None, "modulate_columns_fwd modulate_columns_bwd"),
+    "mlp": (fk.mlp_branch, make_mlp_branch_inputs, ((2, 5, 6, 48), 96), AROUND, None,
+            "norm_rows residual_fwd norm_bwd norm_sums gelu_bwd"),
+    "mlp, post": (fk.mlp_branch, make_mlp_branch_inputs, ((2, 5, 6, 20), 40), AROUND | {"post_norm": True}, None,
+                  "residual_fwd norm_bwd norm_sums"),
+    "branch": (fk.focal_branch, make_focal_branch_inputs, ((2, 6, 8, 8), (3,)), AROUND, None, "norm_rows images_fwd"),
+}  # fmt: skip
+MODULATE = fk.modulate, make_modulate_inputs, ((1, 40, 5, 6),), {}, None, "modulate_fwd"  # its backward is the layer's
+for_every_gpu = pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+for_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    if reason := cuda_kernels.missing():
+        (pytest.fail if os.environ.get("CI") and "nvcc" not in reason else pytest.skip)(reason)
+    with cuda_kernels.recorded_memory():
+        yield
+
+
+def check(capability, case, dtype, seed, monkeypatch):
+    """Forward and backward within the error rule, without a race or a fault, by the kernels that are meant."""
+    op, make, sizes, options, shared, kernels = case
+    if shared:
+        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(shared))
+    inputs = make(*sizes, dtype=dtype, seed=seed, mean=0.25, **options)
+    wanted = [name for name in named_tensors(inputs) if name != "drop_path"]
+    y = op(**inputs, backend="reference")
+    grad_output = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if options == BY_TOKENS:
+        grad_output = grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
+    with cuda_kernels.emulated(capability, seed) as launches:
+        assert_op_accurate(op, inputs, "cuda", grad_output, wanted)
+    ran = " ".join(result.program.name for result in launches.results)
+    assert all(f"{kernel}_kernel" in ran for kernel in kernels.split()), ran
+
+
+@for_every_gpu
+@for_16_bits
+@pytest.mark.parametrize("case", [*CASES.values(), MODULATE], ids=[*CASES, "modulate"])
+def test_ops(case, dtype, capability, seed, monkeypatch):
+    check(capability, case, dtype, seed, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["tokens", "planes", "layer of sequences", "mlp"])
+def test_float32(name, seed, monkeypatch):
+    check(90, CASES[name], torch.float32, seed, monkeypatch)
+
+
+def test_every_kernel_has_a_case():
+    named = " ".join(f"{kernel}_kernel" for *_, kernels in [*CASES.values(), MODULATE] for kernel in kernels.split())
+    kernels = {name.partition("<")[0] for name in cuda_kernels.programs(80).entries}
+    assert len(kernels) >= 30 and not {kernel for kernel in kernels if kernel.partition("_")[2] not in named}
+
+
+# ------------------------------------------------------------ faults planted in compiled kernels
+
+
+@pytest.fixture
+def images(seed, monkeypatch):
+    """A forward and backward over images, a few at a time: (its results, its launches)."""
+    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "60000")
+    monkeypatch.setenv("FOCALNET_SHIM_PROCESSORS", "1")
+    inputs = make_context_inputs((3, 8, 18, 16), (3, 5), dtype=torch.bfloat16, seed=seed)
+    grad_output = torch.randn(3, 8, 18, 16).bfloat16()
+
+    def run(order=0):
+        tensors = [t.detach().clone().requires_grad_() for t in (inputs["ctx"], inputs["gates"], *inputs["weights"])]
+        with cuda_kernels.emulated(80, order) as launches:
+            y = fk.focal_context(tensors[0], tensors[1], tensors[2:], backend="cuda")
+            y.backward(grad_output)
+        return [y, *[t.grad for t in tensors]], launches.results
+
+    return run
+
+
+def what_is_reported(run, right, name, program, orders=1):
+    """With a program in a kernel's place: a fault, a race, other numbers; or nothing."""
+    programs = cuda_kernels.programs(80)
+    kept = programs[name]
+    programs[name] = program
+    try:
+        for order in range(orders):
+            found, _ = run(order)
+            if not all(torch.equal(a, b) for a, b in zip(found, right, strict=True)):
+                return "other numbers"
+    except (Fault, AssertionError) as error:
+        return str(error)
+    finally:
+        programs[name] = kept
+    return None
+
+
+@pytest.mark.parametrize("kernels", [(3,), (3, 5), (3, 5, 7), (3, 3, 5, 7)], ids=len)
+def test_images_one_after_the_other(kernels, seed, monkeypatch):
+    """A block goes on to further images without a barrier of its own."""
+    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "36000")
+    monkeypatch.setenv("FOCALNET_SHIM_PROCESSORS", "1")
+    case = (*CONTEXT, ((9, 8, 7, 9), kernels), {}, None, "images_fwd images_level_bwd")
+    check(80, case, torch.bfloat16, seed, monkeypatch)
+
+
+def test_every_barrier_counts(images):
+    """Removed one at a time from both kernels. (Barriers of a warp alone: cuda_shim, whose lanes run one by one.)"""
+    right, results = images()
+    programs = {r.program.name: r.program for r in results if r.program.name.startswith("images")}
+    assert {name.partition("<")[0] for name in programs} == {"images_fwd_kernel", "images_level_bwd_kernel"}
+    for name, program in programs.items():
+        barriers = faults.barriers(program, sum(r.issued for r in results if r.program is program))
+        unseen = [i for i in barriers if not what_is_reported(images, right, name, program.without(i), orders=2)]
+        assert len(barriers) >= 4 and not unseen, [str(program.instructions[i]) for i in unseen]
+
+
+@pytest.mark.parametrize("plant, least", faults.PLANTED.values(), ids=faults.PLANTED)
+def test_planted_faults_are_noticed(images, plant, least):
+    """In the forward's code, one at a time."""
+    right, results = images()
+    result = next(r for r in results if r.program.name.startswith("images_fwd"))
+    places = list(faults.planted(result.program, plant, result.issued, most=8))
+    found = {
+        f"{i}: {at}": what_is_reported(images, right, result.program.name, faulty)
+        for i, (at, faulty) in enumerate(places)
+    }
+    noticed = sum(map(bool, found.values()))
+    assert len(places) >= 3 and noticed >= least * len(places), found
