@@ -3,7 +3,7 @@
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exits 1 where a text says something else than its files
 
-In README and docs/*.md, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
+In README, docs/*.md and the ops' READMEs, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
 benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its report:
 
     table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
@@ -15,6 +15,7 @@ benchmarks/results/, losing rows are never left out, and providers that a machin
     peers FILE ...                  one row per model, its images per second eager and compiled
     learning FILE                   one row per training, with its distance from float64
     shares FILE                     where the time of an accelerated network goes
+    counted FILE OP                 what its GPU kernels issue, and the time that this takes at least
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from focalnet_kernels.bench.records import read
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 BLOCK = re.compile(
-    r"<!-- (table|slower|behind|machine|plot|chart|peers|learning|shares) (.+?) -->\n.*?<!-- end -->", re.S
+    r"<!-- (table|slower|behind|machine|plot|chart|peers|learning|shares|counted) (.+?) -->\n.*?<!-- end -->", re.S
 )
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHART_WIDTH = 450  # pixels: half of the image's
@@ -202,6 +203,23 @@ def shares(rows: list[dict[str, str]]) -> str:
     return _markdown(lines)
 
 
+def counted(rows: list[dict[str, str]], op: str) -> str:
+    """One row per stage and direction; per backend the instructions, and the part that binds with its time."""
+    chosen = [row for row in rows if row["op"] == op and row["kernel"] == "all"]
+    backends = list(dict.fromkeys(row["backend"] for row in chosen))
+    cells = {}
+    for row in chosen:
+        binding = "bytes" if row["binds"] == "bytes" else row["binds"].replace(" ", "_")
+        least = f"{float(row['issue_us']):.0f}, {float(row[f'{binding}_us']):.0f} ({row['binds']})"
+        cells[row["stage"], row["direction"], row["backend"]] = f"{float(row['instructions']):.0f}: {least}"
+    floors = {(row["stage"], row["direction"]): f"{float(row['bytes_us']):.0f}" for row in chosen}
+    head = [f"{backend}: instructions, us to issue them, us of what binds" for backend in backends]
+    lines = [["stage", "us of the least bytes", *head]]
+    for place, floor in floors.items():
+        lines.append([" ".join(place), floor, *(cells.get((*place, backend), "") for backend in backends)])
+    return _markdown(lines)
+
+
 def rendered(text: str, root: str = "") -> str:
     """`text` with every block as its files have it. `root`: the way from where the text lies to the project's root."""
 
@@ -234,6 +252,8 @@ def _block(kind: str, arguments: list[str], root: str = "") -> str:
         return learning(rows)
     if kind == "shares":
         return shares(rows)
+    if kind == "counted":
+        return counted(rows, arguments[1])
     mode, column, digits = arguments[1:]
     return table(rows, mode, column, int(digits))
 
@@ -252,6 +272,9 @@ def report(folder: Path) -> str:
         if path.name == "shares.csv":
             about = "FocalNet-T of timm, accelerated, 8 images: benchmarks/shares.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", shares(rows), ""]
+        for op in dict.fromkeys(row["op"] for row in rows if "instructions" in row):
+            about = "Per 128 outputs; times for 128 images on an H100 at least: python -m focalnet_kernels check --count."
+            lines += [f"## {path.name}: {op}", "", about, "", counted(rows, op), ""]
         if "mode" not in rows[0]:
             continue
         lines += [f"## {path.name}", "", machine(rows[0]), ""]
@@ -278,6 +301,8 @@ def texts() -> dict[Path, str]:
     found = {folder / "README.md": report(folder) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
     found[ROOT / "README.md"] = rendered((ROOT / "README.md").read_text())
     pages = sorted((ROOT / "docs").glob("*.md"))
+    of_ops = sorted((ROOT / "focalnet_kernels/ops").glob("*/README.md"))
+    found |= {page: rendered(page.read_text(), "../../../") for page in of_ops}
     return found | {page: rendered(page.read_text(), "../") for page in pages}
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import click
 import torch
@@ -52,15 +55,26 @@ def _check_targets(context: click.Context, parameter: click.Parameter, names: st
     callback=_check_targets,
     help="Compile the Triton kernels instead, for sm_80,sm_90,gfx942 and the like.",
 )
+@click.option(
+    "--count",
+    "counted",
+    type=click.Choice(["sm_80", "sm_90"]),
+    help="Count what the GPU kernels issue instead, without a GPU. Half an hour; needs a checkout and nvcc.",
+)
 @click.pass_context
-def check(context, variants, batch, dtypes, device, targets) -> None:
+def check(context, variants, batch, dtypes, device, targets, counted) -> None:
     """Hold every backend that can run here to the error rule, on the layers of the published variants.
 
     Versions and backends come first, then what is right and what is not; the exit code is 1 if anything is not.
 
     With --compile nothing is run and no GPU is needed: every kernel is compiled for these layers, and its registers,
     spilled bytes (stack), shared memory and tensor-core instructions are shown. Spills are failures.
+
+    With --count they are run too, as compiled, on a CPU: instructions by kind, memory traffic, and the least time that
+    each part of an H100 takes for them, into benchmarks/results/counted/.
     """
+    if counted:
+        context.exit(_count(counted))
     layers = dict.fromkeys(layer for name in variants or VARIANTS for layer in published_layers(name))
     console = Console()
     if not console.is_terminal:
@@ -72,6 +86,14 @@ def check(context, variants, batch, dtypes, device, targets) -> None:
         failures = _run(console, layers, batch, [getattr(torch, d) for d in dtypes], device)
     if failures:
         raise click.ClickException(f"{failures} failed")
+
+
+def _count(target: str) -> int:
+    """By a script beside the machine that runs PTX, which is part of the tests."""
+    script = Path(__file__).parents[2] / "benchmarks/count.py"
+    if not script.exists():
+        raise click.ClickException(f"--count needs a checkout of the source: there is no {script}")
+    return subprocess.run([sys.executable, script, target]).returncode
 
 
 def _run(console, layers, batch, dtypes, device) -> int:

@@ -114,7 +114,7 @@ class Adapter:
     def functional_arguments(self, module: Module, parts: Parts, x: Tensor) -> tuple[tuple, dict]:
         """What the layer hands to `functional.focal_modulation`."""
         args, kwargs = parts.weights()
-        kwargs["normalize"] = getattr(module, "normalize_modulator", False)  # not in the oldest forms
+        kwargs["normalize"] = normalizes(module)
         return (self.channels_last(x), *args), kwargs
 
     def forward(
@@ -192,6 +192,12 @@ class Adapter:
         inner = [parts.f, parts.h, parts.proj, parts.act, parts.focal_layers, getattr(module, self.drop)]
         inner += [part for _, part in parts.extra] + ([] if parts.norm is None else [parts.norm])
         return why_not_only(module, inner)
+
+
+def normalizes(layer: Module) -> bool:
+    """Whether the gathered context is divided by L + 1. The oldest forms cannot; SEEM, X-Decoder and OpenSeeD call it
+    `scaling_modulator`."""
+    return bool(getattr(layer, "normalize_modulator", False) or getattr(layer, "scaling_modulator", False))
 
 
 def why_not_only(module: Module, inner: Sequence[Module], parameters: Sequence[Any] = ()) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._blocks import BlockParts, BranchParts
 from .._parts import Module
-from .adapter import Adapter, BoundForward, why_not_only
+from .adapter import Adapter, BoundForward, normalizes, why_not_only
 
 
 class BlockAdapter:
@@ -110,7 +110,7 @@ class BlockAdapter:
 
     def run(self, module: Module, parts: BlockParts, x: Tensor, backend: str | None) -> Tensor:
         """Over maps, channels last."""
-        return parts.run(x, getattr(parts.layer, "normalize_modulator", False), self.keep_hidden, backend)
+        return parts.run(x, normalizes(parts.layer), self.keep_hidden, backend)
 
     def may_run(self, parts: BlockParts, x: Tensor) -> bool:
         """Whether the ops do what the block would now do with this input."""

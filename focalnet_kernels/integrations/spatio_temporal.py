@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._parts import Module, Parts
 from ..functional import focal_context, modulate
+from .adapter import normalizes
 from .official import OfficialClassification
 
 
@@ -36,7 +37,7 @@ class SpatioTemporal(OfficialClassification):
         h, norm, weights = parts.h, parts.norm, parts.level_weights()
         C, L = x.shape[-1], len(weights)
         q, ctx, gates = parts.f(x).movedim(-1, 1).split((C, C, L + 1), 1)
-        ctx_all = focal_context(ctx, gates, weights, normalize=module.normalize_modulator, backend=backend)
+        ctx_all = focal_context(ctx, gates, weights, normalize=normalizes(module), backend=backend)
         gates_temporal, modulator_temporal = _temporal(module, x)
         if stores:
             modulator = h(ctx_all)
@@ -62,7 +63,7 @@ def _temporal(module: Module, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx = layer(ctx)
         ctx_all = ctx_all + ctx * gates[:, level : level + 1]
     ctx_all = ctx_all + module.act(ctx.mean(2, keepdim=True)) * gates[:, L:]
-    if module.normalize_modulator:
+    if normalizes(module):
         ctx_all = ctx_all / (L + 1)
     modulator = module.h_temporal(ctx_all).unflatten(0, (B, H, W))  # (B, H, W, C, T)
     return gates, modulator.permute(0, 4, 1, 2, 3).flatten(0, 1)

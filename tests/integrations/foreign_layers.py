@@ -104,6 +104,22 @@ class DetrexLayer(AuthorsDetection):
         return self.run(x, self.use_postln_in_modulation, self.normalize_modulator)[0]
 
 
+class ScaledLayer(AuthorsDetection):
+    """Of SEEM, X-Decoder and OpenSeeD: `normalize_modulator` by another name."""
+
+    def __init__(
+        self, dim, focal_level, focal_window, use_postln_in_modulation=False, scaling_modulator=False, **options
+    ):
+        super().__init__(
+            dim, focal_level=focal_level, focal_window=focal_window, use_postln=use_postln_in_modulation, **options
+        )
+        del self.use_postln
+        self.use_postln_in_modulation, self.scaling_modulator = use_postln_in_modulation, scaling_modulator
+
+    def forward(self, x):
+        return self.run(x, self.use_postln_in_modulation, self.scaling_modulator)[0]
+
+
 class VolumeLayer(AuthorsClassification):
     Conv = nn.Conv3d
 
@@ -191,6 +207,11 @@ def _detrex(C, levels, options):
     return DetrexLayer(C, focal_level=levels, focal_window=3, **options)
 
 
+def _scaled(C, levels, options):
+    options = {"scaling_modulator" if name == "normalize_modulator" else name: value for name, value in options.items()}
+    return ScaledLayer(C, levels, 3, **options)
+
+
 def _volume(C, levels, options):
     return VolumeLayer(C, 3, levels, **options)
 
@@ -211,6 +232,7 @@ BUILD = {
     "authors": _authors,
     "detection": _detection,
     "detrex": _detrex,
+    "scaled": _scaled,
     "timm": _timm,
     "transformers": _transformers,
     "volume": _volume,
@@ -222,6 +244,7 @@ FORMS = {
     "authors": "authors' classification",
     "detection": "authors' detection and segmentation",
     "detrex": "authors' classification",
+    "scaled": "authors' classification",
     "timm": "timm",
     "transformers": "transformers",
     "volume": "3-D volumes",
@@ -233,6 +256,7 @@ POSTLN = {
     "authors": "use_postln_in_modulation",
     "detection": "use_postln",
     "detrex": "use_postln_in_modulation",
+    "scaled": "use_postln_in_modulation",
     "timm": "use_post_norm",
     "transformers": "use_post_layernorm_in_modulation",
     "volume": "use_postln_in_modulation",

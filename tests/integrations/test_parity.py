@@ -77,9 +77,9 @@ def test_float32(form, case, backend):
         assert golden.relative_error(result, expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("form", ["authors", "detrex", "timm", "transformers", "volume", "yolo", "video"])
+@pytest.mark.parametrize("form", ["authors", "detrex", "scaled", "timm", "transformers", "volume", "yolo", "video"])
 def test_normalized_modulator_without_bias(form, backend):
-    options = {"normalize_modulator": True} | ({} if form in ("detrex", "transformers") else {"bias": False})
+    options = {"normalize_modulator": True} | ({} if form in ("detrex", "scaled", "transformers") else {"bias": False})
     layer, x = build(form, **options), example(form)
     expected = layer(x)
     accelerate(layer, backend)
