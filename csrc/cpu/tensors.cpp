@@ -117,7 +117,7 @@ Buffer::Buffer(int64_t bytes) {
   if (data != nullptr) return;
   size_ = bytes;
   data = allocate(size_);
-  STD_TORCH_CHECK(data != nullptr, "out of memory");
+  STD_TORCH_CHECK(data != nullptr, "out of memory: no ", bytes, " bytes for what a kernel works in");
 }
 
 Buffer::~Buffer() {
