@@ -14,6 +14,7 @@ from readme import repository
 ROOT = Path(__file__).parents[1]
 SHOWN = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "focalnet_kernels/ops/*/README.md", "examples/*.py",
+    "examples/*.ipynb",
     "benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "benchmarks/results/**/*.csv",
     "benchmarks/results/**/*.txt",
 )  # fmt: skip

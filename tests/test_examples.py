@@ -45,6 +45,16 @@ def test_encoder_decoder_learns_to_find_discs(seed):
     assert example.train(example.EncoderDecoder(), steps=40, size=32, seed=seed) >= 0.4
 
 
+def test_the_notebook_runs():
+    """Every cell, and what the cells assert."""
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient").NotebookClient
+    notebook = nbformat.read(ROOT / "examples/first_steps.ipynb", as_version=4)
+    client(notebook, timeout=600, kernel_name="python3").execute()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "12 focal modulation layers accelerated" in printed and "accuracy on digits" in printed
+
+
 def test_similarity_benchmark_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "similarity.py --batch 1 --tokens 9 --dim 8 --contexts 2 --rounds 1".split())
     load("similarity", "benchmarks").main()
