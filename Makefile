@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 QUIET = --quiet --quiet --disable-pip-version-check  # errors alone: among pip's warnings nobody finds what matters
-SOURCES = $(shell find csrc tests/cuda_shim -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+SOURCES = $(shell find csrc tests/cuda_shim tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 PYTHON_FILES = setup.py build_tools focalnet_kernels benchmarks examples tests
 
-.PHONY: install demo test test-slow test-old-torch check-compile sanitize lint format docs bench bench-results bench-report bench-compare wheel test-wheel clean
+.PHONY: install demo test test-slow test-old-torch test-isa check-compile sanitize lint format docs bench bench-results bench-report bench-compare wheel test-wheel clean
 
 install: $(VENV)/.installed
 
@@ -50,6 +50,11 @@ test-old-torch: install $(OLD)/.installed
 	cmp $(OLD)/new $(OLD)/old
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLD)/bin/python -m pytest -m 'not slow' -k 'not cuda' -p no:cacheprovider \
 		tests/ops tests/test_registration.py tests/test_dispatch.py tests/test_functional.py $(ARGS)
+
+# the CPU kernels on machines that are emulated: aarch64, and x86-64 without AVX-512 and AVX2 (apt: g++-aarch64-linux-gnu,
+# qemu-user). Part of `make test` too; this says what was skipped
+test-isa: install
+	$(BIN)/python -m pytest -rs tests/native $(ARGS)
 
 # what the Triton kernels compile to on GPUs that need not be there: spilled registers are failures
 TARGETS = sm_80,sm_90,sm_100,gfx942
