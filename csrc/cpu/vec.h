@@ -261,7 +261,8 @@ constexpr int mixed(Mix how, bool upper, int i) {
   const int quarter = i / 4 * 4, j = i % 4, half = VL / 2, from = upper ? 2 : 0;
   if (how == Mix::SINGLES) return quarter + from + j / 2 + j % 2 * VL;
   if (how == Mix::DOUBLES) return quarter + from + j % 2 + j / 2 * VL;
-  return i / 4 % (VL / 8 ? VL / 8 : 1) * 8 + (upper ? 4 : 0) + j + (i < half ? 0 : VL);
+  const int lane = i / 4 % (VL / 8 ? VL / 8 : 1) * 8 + (upper ? 4 : 0) + j + (i < half ? 0 : VL);
+  return lane % (2 * VL);  // of a single quarter, which nobody mixes, some lane: newer clangs look at it nevertheless
 }
 template <Mix HOW, bool UPPER, int... I>
 FK_INLINE vf mix(vf a, vf b, std::integer_sequence<int, I...>) {

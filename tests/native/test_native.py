@@ -46,13 +46,13 @@ def build(name, compiler, sources, *flags):
 
 
 def check(command, kernels, seed, **environment):
-    """Every kernel is right, in the instruction set that is meant."""
+    """Every kernel is right, in the instruction set that is meant; None: in whichever."""
     done = subprocess.run(
         [*command, str(seed % 2**63)], env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
     first, *lines = done.stdout.splitlines() or [""]
     assert done.returncode == 0 and lines[-1] == "0 wrong", done.stdout + done.stderr
-    assert len(lines) > 60 and first.startswith(f"{kernels}, "), first
+    assert len(lines) > 60 and (kernels is None or first.startswith(f"{kernels}, ")), first
 
 
 @on_x86
