@@ -46,11 +46,11 @@ BATCH, KERNELS, BFLOAT16 = 128, (3, 5, 7), {"dtype": torch.bfloat16}
 STAGES = {1: (96, 56, 1), 2: (192, 28, 1), 3: (384, 14, 2), 4: (768, 7, 8)}  # channels, pixels a side, images that run
 OPS = {  # and the inputs, of (channels, pixels a side, images)
     "focal_context": (fk.focal_context, lambda C, N, B: make_context_inputs((B, C, N, N), KERNELS, **BFLOAT16)),
-    "focal_modulation": (fk.focal_modulation, lambda C, N, B: make_layer_inputs((B, N, N, C), KERNELS, **BFLOAT16)),
     "mlp_branch": (
         fk.mlp_branch,
         lambda C, N, B: make_mlp_branch_inputs((B, N, N, C), 4 * C, norm=True, **BFLOAT16),
     ),
+    "focal_modulation": (fk.focal_modulation, lambda C, N, B: make_layer_inputs((B, N, N, C), KERNELS, **BFLOAT16)),
 }
 KINDS = ("integer", "float", "special", "tensor", "shared", "shuffle", "barrier", "branch")
 
@@ -238,13 +238,13 @@ def main(target: str, shown: bool, only: str) -> None:
         raise click.ClickException(reason)
     cuda_kernels.programs(int(target.removeprefix("sm_")))  # compiled once, before several processes want them
     os.environ |= {"FOCALNET_SHIM_PROCESSORS": "1", "FOCALNET_SHIM_SHARED": str(H100.shared - 1024)}
+    RESULTS.mkdir(exist_ok=True)
     lines = []
     for line in rows(target, only):
         lines.append(line)
         show(line)
-    if not shown:
-        write_rows(RESULTS / f"{target}.csv", lines)
-        click.echo(f"wrote {RESULTS / f'{target}.csv'}", err=True)
+        if not shown:
+            write_rows(RESULTS / f"{target}.csv", lines)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exits 1 where a text says something else than its files
 
-In README, docs/*.md and the ops' READMEs, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here. FILE is below
-benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its report:
+In README, docs/*.md and the ops' READMEs, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here.
+FILE is below benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its
+report:
 
     table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
     slower FILE ...                 where somebody is faster than the fastest of ours
@@ -273,7 +274,9 @@ def report(folder: Path) -> str:
             about = "FocalNet-T of timm, accelerated, 8 images: benchmarks/shares.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", shares(rows), ""]
         for op in dict.fromkeys(row["op"] for row in rows if "instructions" in row):
-            about = "Per 128 outputs; times for 128 images on an H100 at least: python -m focalnet_kernels check --count."
+            about = (
+                "Per 128 outputs; times for 128 images on an H100 at least: python -m focalnet_kernels check --count."
+            )
             lines += [f"## {path.name}: {op}", "", about, "", counted(rows, op), ""]
         if "mode" not in rows[0]:
             continue

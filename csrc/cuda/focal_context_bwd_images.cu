@@ -42,7 +42,7 @@ struct Shared {
   // [units][CHANNELS]; [images][CHANNELS]: GELU of the mean; what the mean receives, with room for the units that the
   // last step has beyond the last image, which read it in vain
   float *sums, *global, *mean;
-  float* area;                  // [warps][AREA]
+  float* area;  // [warps][AREA]
   int plane, tight_plane, taps_stride;
   __device__ Shared(const ImagesLayout& layout, int k)
       : plane(layout.plane), tight_plane(layout.tight_plane), taps_stride(k * TAPS_ROW) {

@@ -208,7 +208,9 @@ def test_further_side_effects():
     assert "also stores seen" in refusal(Storing(12))
 
 
-@pytest.mark.parametrize("form", [form for form in BUILD if form not in ("detrex", "scaled")])  # the authors', to a warning
+@pytest.mark.parametrize(
+    "form", [form for form in BUILD if form not in ("detrex", "scaled")]
+)  # the authors', to a warning
 def test_changed_after_acceleration(form):
     """Wrapped or hooked later: the layer's own forward runs, and says so once."""
     layer, x = build(form), example(form)
