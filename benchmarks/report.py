@@ -3,7 +3,7 @@
     python benchmarks/report.py           writes them
     python benchmarks/report.py --check   exits 1 where a text says something else than its files
 
-In README, docs/*.md and the ops' READMEs, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here.
+In README, docs/*.md and ops' READMEs, what stands between `<!-- KIND ARGUMENTS -->` and `<!-- end -->` is made here.
 FILE is below benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its
 report:
 
