@@ -1,16 +1,16 @@
 """What the GPU kernels issue, counted without a GPU: their PTX runs on a CPU (tests/ptx).
 
-    python -m focalnet_kernels check --count sm_90     writes results/counted/sm_90.csv
-    python benchmarks/count.py sm_90 --print           only shows the rows
-    python benchmarks/count.py sm_90 --kernel images   of kernels with such a name alone
+    python -m focalnet_kernels check --count sm_90       writes results/counted/sm_90.csv
+    python benchmarks/count.py sm_90 --op mlp_branch     only an op's rows, which take the place of those there
+    python benchmarks/count.py sm_90 --print             only shows the rows
 
 FocalNet-T's stages (k = 3, 5, 7), bfloat16, per op, direction and backend. Few images run, and twice as many, as a
 device of one multiprocessor cuts them, which is how a large one cuts 128; what 128 take lies on the line through both.
 (Not so for `sum_kernel` of CUDA, to which few images leave the gates' sums that 128 give to `sum_pixels_kernel`: at
-stages 2 to 4 some 250 instructions too many.)
-Counts are per 128 outputs, times in microseconds for 128 images on an H100 SXM: the least that each of its parts
-allows, of which the largest binds. Latency is not among them: on a GPU kernels took up to three times as long
-(ops/focal_context/README.md).
+stages 2 to 4 some 250 instructions of a backward too many.)
+Counts are per 128 outputs; times in microseconds are what 128 images take at least on an H100 SXM of issuing, of the
+special functions, of shared memory and of the tensor cores, and the bytes that the op cannot avoid. The largest binds,
+but for latency: on a GPU kernels took up to three times as long (ops/focal_context/README.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from ptx.machine import Result  # noqa: E402
 from ptx.meter import Cost, cost_of  # noqa: E402
 
 import focalnet_kernels as fk  # noqa: E402
-from focalnet_kernels.bench.records import write_rows  # noqa: E402
+from focalnet_kernels.bench.records import read, write_rows  # noqa: E402
 from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, make_mlp_branch_inputs  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "counted"
@@ -60,9 +60,9 @@ class H100:
     multiprocessor threads, registers, bytes of shared memory."""
 
     processors, schedulers, clock = 132, 4, 1.98e9
-    memory, second_cache = 2.886e12, 5.5e12  # bytes a second
+    memory = 2.886e12  # bytes a second
     threads, registers, shared = 2048, 65536, 233472
-    product = 8 * 16 * 16 * 2 * 132 * 1.98e9 / 2  # FLOP/s of dense 16-bit mma: half of wgmma's
+    product = 4096 * 132 * 1.98e9  # FLOP/s of 16 bits
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Counted:
 
     launches: int
     cost: Cost
-    flops: float
+    flops: float  # of mma and wgmma
     registers: int
     shared_bytes: int
     warps: int  # that a multiprocessor has room for
@@ -113,16 +113,21 @@ def by_kernel(results: list[Result]) -> dict[str, Counted]:
 
 def of_a_batch(few: dict[str, Counted], twice: dict[str, Counted], images: int) -> dict[str, Counted]:
     """What grows with the images, and what does not."""
-    more = BATCH / images - 1
-    found = {}
+    more, found = BATCH / images - 1, {}
     for name, kernel in twice.items():
-        before = few.get(name, Counted(0, Cost(), 0.0, 0, 0, 0))
-        if kernel.cost.instructions < before.cost.instructions:  # another kernel has taken some of it over
+        before = few.get(name)
+        if before is None:  # it has taken over all of some work, which grows with the images
+            found[name] = scaled(kernel, kernel, 0, BATCH / images / 2)
+        elif kernel.cost.instructions < before.cost.instructions:  # another kernel has taken some of it over
             found[name] = kernel
-            continue
-        cost = before.cost + (kernel.cost - before.cost) * more
-        found[name] = replace(kernel, cost=cost, flops=before.flops + (kernel.flops - before.flops) * more)
+        else:
+            found[name] = scaled(kernel, before, 1 - more, more)
     return found
+
+
+def scaled(kernel: Counted, other: Counted, of_other: float, of_kernel: float) -> Counted:
+    cost = kernel.cost * of_kernel + other.cost * of_other
+    return replace(kernel, cost=cost, flops=kernel.flops * of_kernel + other.flops * of_other)
 
 
 def used(result: Result) -> tuple[int, int]:
@@ -147,25 +152,23 @@ def _registers(ptx: str, entry: str) -> int:
 def bounds(cost: Cost, flops: float) -> dict[str, float]:
     """The least microseconds that each part of the device takes."""
     slots = H100.processors * H100.schedulers * H100.clock
-    traffic, sector = cost.traffic, 32
     seconds = {
         "issue": cost.instructions / slots,
-        "integer": 2 * cost.kinds["integer"] / slots,  # 16 lanes a scheduler, half of the others'
-        "special": 8 * cost.kinds["special"] / slots,  # 4 lanes
-        "shared": traffic.wavefronts / (H100.processors * H100.clock),
+        "special": 8 * cost.kinds["special"] / slots,  # 4 lanes a scheduler
+        "shared": cost.traffic.wavefronts / (H100.processors * H100.clock),
         "tensor": flops / H100.product,
-        "second cache": (traffic.loaded_sectors + traffic.stored_sectors) * sector / H100.second_cache,
     }
     return {name: 1e6 * value for name, value in seconds.items()}
 
 
 def tensor_flops(result: Result) -> float:
-    """Of mma and wgmma."""
+    """Of mma and wgmma, all warps'."""
     flops = 0.0
     for count, at in zip(result.issued, result.program.instructions, strict=True):
-        if count and at.opcode[0] in ("mma", "wgmma") and (shape := re.search(r"m(\d+)n(\d+)k(\d+)", str(at))):
+        name, shape = at.opcode[0], re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(at.opcode))
+        if count and name in ("mma", "wgmma") and shape:
             m, n, k = map(int, shape.groups())
-            flops += int(count) * 2 * m * n * k / (4 if at.opcode[0] == "wgmma" else 1)  # issued by each of four warps
+            flops += int(count) * 2 * m * n * k / (4 if name == "wgmma" else 1)  # issued by each of four warps
     return flops
 
 
@@ -183,8 +186,8 @@ def least_bytes(op: str, direction: str, C: int, N: int) -> int:
     return 2 * N * N * elements[op, direction]
 
 
-def rows(target: str, only: str) -> Iterator[dict[str, object]]:
-    jobs = [(op, stage, backend) for op in OPS for stage in STAGES for backend in ("triton", "cuda")]
+def rows(target: str, ops: Sequence[str]) -> Iterator[dict[str, object]]:
+    jobs = [(op, stage, backend) for op in ops for stage in STAGES for backend in ("triton", "cuda")]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         sent = [
             pool.submit(measure, *job, target, times * STAGES[job[1]][2]) for job in jobs for times in (1, 2)
@@ -198,8 +201,7 @@ def rows(target: str, only: str) -> Iterator[dict[str, object]]:
                     whole.cost += kernel.cost
                     whole.flops += kernel.flops
                 for name, kernel in {"all": whole, **found}.items():
-                    if only in name:
-                        yield row(about, name, kernel)
+                    yield row(about, name, kernel)
 
 
 def row(about: dict, name: str, kernel: Counted) -> dict[str, object]:
@@ -218,7 +220,7 @@ def row(about: dict, name: str, kernel: Counted) -> dict[str, object]:
         | {"stored_bytes": round(per * 32 * cost.traffic.stored_sectors, 1)}
         | {"conflicts": round(per * extra, 1)}
         | {name: "" if all_of_them else getattr(kernel, name) for name in ("registers", "shared_bytes", "warps")}
-        | {f"{part.replace(' ', '_')}_us": round(value, 1) for part, value in least.items()}
+        | {f"{part}_us": round(value, 1) for part, value in least.items()}
         | {"bytes_us": round(floor, 1) if all_of_them else "", "binds": binds}
     )
 
@@ -231,20 +233,22 @@ def show(line: dict[str, object]) -> None:
 
 @click.command(help=__doc__)
 @click.argument("target", type=click.Choice(["sm_80", "sm_90"]))
+@click.option("--op", "ops", multiple=True, type=click.Choice(list(OPS)), help="Default: all.")
 @click.option("--print", "shown", is_flag=True, help="Write nothing.")
-@click.option("--kernel", "only", default="", help="Only kernels with this in their name.")
-def main(target: str, shown: bool, only: str) -> None:
+def main(target: str, ops: tuple[str, ...], shown: bool) -> None:
     if reason := cuda_kernels.missing():
         raise click.ClickException(reason)
     cuda_kernels.programs(int(target.removeprefix("sm_")))  # compiled once, before several processes want them
     os.environ |= {"FOCALNET_SHIM_PROCESSORS": "1", "FOCALNET_SHIM_SHARED": str(H100.shared - 1024)}
-    RESULTS.mkdir(exist_ok=True)
     lines = []
-    for line in rows(target, only):
+    for line in rows(target, ops or tuple(OPS)):
         lines.append(line)
         show(line)
-        if not shown:
-            write_rows(RESULTS / f"{target}.csv", lines)
+    if not shown:
+        file = RESULTS / f"{target}.csv"
+        file.parent.mkdir(exist_ok=True)
+        kept = [row for row in read(file) if ops and row["op"] not in ops] if file.exists() else []
+        write_rows(file, sorted([*kept, *lines], key=lambda row: list(OPS).index(row["op"])))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@
 
 namespace {
 
+constexpr size_t GAP = 4096;  // behind every block, for who runs over its end
+
 std::mutex mutex;
 std::map<uintptr_t, size_t> blocks;
 
 class Recorder final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    void* const data = c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
+    void* const data = c10::GetDefaultCPUAllocator()->raw_allocate(bytes + GAP);
     const std::lock_guard lock(mutex);
     blocks[reinterpret_cast<uintptr_t>(data)] = bytes;
     return {data, data, free, c10::Device(c10::DeviceType::CPU)};

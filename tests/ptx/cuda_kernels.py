@@ -80,6 +80,10 @@ class Running:
         return 0
 
 
+class _Failed(Exception):
+    """A launch failed, and said so to C++."""
+
+
 @contextlib.contextmanager
 def emulated(capability: int, seed: int = 0, metered: bool = False) -> Iterator[Running]:
     """Backend "cuda" takes CPU tensors, and its launches run here as compiled for sm_`capability`; `metered`: what they
@@ -92,14 +96,17 @@ def emulated(capability: int, seed: int = 0, metered: bool = False) -> Iterator[
     handed = _Runner(running)
     library.focalnet_shim_set_runner(handed)
     try:
-        with cuda_shim.emulated_ops():
-            yield running
-    except RuntimeError:
-        if running.failure is None:
-            raise
-        raise running.failure from None
+        with cuda_shim.emulated_ops(), contextlib.suppress(_Failed):
+            try:
+                yield running
+            except RuntimeError as error:
+                if running.failure is None:
+                    raise
+                raise _Failed from error
     finally:
         library.focalnet_shim_set_runner(None)
+    if running.failure:
+        raise running.failure
 
 
 @functools.cache

@@ -326,9 +326,11 @@ def run(
     shared_bytes: int = 0,
     seed: int = 0,
     metered: bool = False,
+    apart: bool = False,
 ) -> Result:
-    """One launch. `regions`: the tensors' memory as (name, address, bytes), read and written in place."""
-    memory = Memory({})
+    """One launch. `regions`: the tensors' memory as (name, address, bytes), read and written in place; `apart`: see
+    `Memory`."""
+    memory = Memory({}, apart=apart)
     for region in regions:
         memory.add(*region)
     with np.errstate(all="ignore"):

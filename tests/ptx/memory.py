@@ -34,10 +34,11 @@ def tags(cta: np.ndarray, epoch: int, warp: int) -> np.ndarray:
 
 
 class Memory:
-    """Regions of bytes at addresses. `races`: what was found, by instruction; `meter`: is told of every access."""
+    """Regions of bytes at addresses. `races`: what was found, by instruction; `meter`: is told of every access;
+    `apart`: regions may stand one behind the other, and no instruction means two of them."""
 
-    def __init__(self, races: dict[str, str], meter: Callable | None = None):
-        self.meter = meter
+    def __init__(self, races: dict[str, str], meter: Callable | None = None, apart: bool = False):
+        self.meter, self.apart = meter, apart
         self.regions: list[Region] = []  # by where they begin
         self.bases = np.zeros(0, np.int64)
         self.races = races
@@ -89,6 +90,9 @@ class Memory:
             groups = [(int(which[0]), slice(None))]
         else:
             groups = [(int(i), which == i) for i in np.unique(which)]
+        if self.apart and len(groups) > 1:
+            names = [self.regions[i].name if i >= 0 else "no memory" for i, _ in groups]
+            raise Fault(f"{what} of {' and '.join(names)} at once: {where}")
         for i, lanes in groups:
             if i < 0:
                 raise Fault(f"{what} at {hex(int(address[lanes][0]))}, where there is no memory: {where}")

@@ -168,9 +168,10 @@ def _insert_field(instruction: Instruction) -> Step:
 
     def step(warp, mask):
         at, n = (warp.read(s, 32).astype(UNSIGNED[kind.bits]) for s in (position, length))
-        if (at + n > kind.bits).any():
+        if (at + n > kind.bits)[warp.lanes_of(mask)].any():
             raise Fault(f"a field beyond its register is unknown to this machine: {instruction}")
         ones = np.where(n == kind.bits, number((1 << kind.bits) - 1), (number(1) << n % number(kind.bits)) - number(1))
+        at = at % number(kind.bits)
         value = warp.read(around, kind.bits) & ~(ones << at) | (warp.read(field, kind.bits) & ones) << at
         warp.write(to, value, mask)
 

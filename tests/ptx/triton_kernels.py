@@ -104,7 +104,9 @@ def run_launch(launch: launching.Launch, capability: int, seed: int = 0, metered
         else:
             packed = int(value).to_bytes(parameter.size, "little", signed=value < 0)
         arguments[parameter.offset : parameter.offset + parameter.size] = packed
-    return machine.run(program, bytes(arguments), [*regions.values()], launch.programs, threads, shared, seed, metered)
+    return machine.run(
+        program, bytes(arguments), [*regions.values()], launch.programs, threads, shared, seed, metered, True
+    )
 
 
 def _flat(value: Any, path: tuple, constants: dict) -> list:
