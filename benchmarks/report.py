@@ -207,11 +207,12 @@ def shares(rows: list[dict[str, str]]) -> str:
 def counted(rows: list[dict[str, str]], op: str) -> str:
     """One row per stage and direction; per backend the instructions, and the part that binds with its time."""
     chosen = [row for row in rows if row["op"] == op and row["kernel"] == "all"]
+    if not chosen:
+        return "Not counted yet."
     backends = list(dict.fromkeys(row["backend"] for row in chosen))
     cells = {}
     for row in chosen:
-        binding = "bytes" if row["binds"] == "bytes" else row["binds"].replace(" ", "_")
-        least = f"{float(row['issue_us']):.0f}, {float(row[f'{binding}_us']):.0f} ({row['binds']})"
+        least = f"{float(row['issue_us']):.0f}, {float(row[row['binds'] + '_us']):.0f} ({row['binds']})"
         cells[row["stage"], row["direction"], row["backend"]] = f"{float(row['instructions']):.0f}: {least}"
     floors = {(row["stage"], row["direction"]): f"{float(row['bytes_us']):.0f}" for row in chosen}
     head = [f"{backend}: instructions, us to issue them, us of what binds" for backend in backends]

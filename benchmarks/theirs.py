@@ -50,13 +50,15 @@ NETWORKS: dict[str, tuple[Callable, str, tuple[tuple[int, str], ...]]] = {
 
 
 def call(network: nn.Module, x: Tensor, mode: str) -> Tensor:
+    """The output, and behind it the parameters' gradients."""
     with torch.set_grad_enabled(mode != "forward"):
         y = network(x)
         y = y[0] if isinstance(y, tuple) else y
-    if mode != "forward":
-        network.zero_grad(set_to_none=True)
-        y.float().square().mean().backward()
-    return y.detach()
+    if mode == "forward":
+        return y
+    network.zero_grad(set_to_none=True)
+    y.float().square().mean().backward()
+    return torch.cat([y.detach().flatten(), *[p.grad.flatten() for p in network.parameters() if p.grad is not None]])
 
 
 def rows(name: str, path: Path) -> list[dict[str, object]]:
@@ -96,11 +98,12 @@ def rows(name: str, path: Path) -> list[dict[str, object]]:
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(network: str, path: Path) -> None:
     about = machine("cpu")
+    file = RESULTS / str(about["machine"]) / "theirs.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
     lines = [row | about for row in rows(network, path)]
     for row in lines:
         what = f"{row['case']:25}{row['shape']:15}{row['dtype']:9}{row['mode']:17}{row['provider']:19}"
         click.echo(f"{what}{row['p50_ms']:9.1f} ms")
-    file = RESULTS / str(about["machine"]) / "theirs.csv"
     kept = [row for row in read(file) if row["case"] != NETWORKS[network][1]] if file.exists() else []
     write_rows(file, [*kept, *lines])
 

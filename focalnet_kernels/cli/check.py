@@ -74,6 +74,9 @@ def check(context, variants, batch, dtypes, device, targets, counted) -> None:
     each part of an H100 takes for them, into benchmarks/results/counted/.
     """
     if counted:
+        given = [p.opts[0] for p in context.command.params if p.name != "counted" and _given(context, p)]
+        if given:
+            raise click.UsageError(f"--count takes no {', '.join(given)}")
         context.exit(_count(counted))
     layers = dict.fromkeys(layer for name in variants or VARIANTS for layer in published_layers(name))
     console = Console()
@@ -86,6 +89,10 @@ def check(context, variants, batch, dtypes, device, targets, counted) -> None:
         failures = _run(console, layers, batch, [getattr(torch, d) for d in dtypes], device)
     if failures:
         raise click.ClickException(f"{failures} failed")
+
+
+def _given(context: click.Context, parameter: click.Parameter) -> bool:
+    return context.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
 
 
 def _count(target: str) -> int:

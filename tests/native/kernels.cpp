@@ -25,7 +25,7 @@ const char* const NAMES[] = {"float32", "bfloat16", "float16"};
 const double LIMITS[] = {2e-6, 6e-3, 1e-3};
 int failures = 0;
 
-double rounded(DType dtype, double x) {  // to nearest even; no subnormal, no overflow is drawn
+double rounded(DType dtype, double x) {  // to nearest even; no overflow is drawn
   if (dtype == DType::f32) return float(x);
   if (x == 0) return 0;
   int exponent;
