@@ -117,7 +117,9 @@ for MiB in range(1000):
     except (RuntimeError, MemoryError) as error:
         failures += 1
         ours += "for what a kernel works in" in str(error)
-        assert isinstance(error, MemoryError) or any(word in str(error) for word in ("memory", "bad_alloc")), error
+        # torch 2.10 says on stderr why its allocator failed, and here only that it did
+        said = ("memory", "bad_alloc", "API call failed")
+        assert isinstance(error, MemoryError) or any(word in str(error) for word in said), error
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if found is not None:
