@@ -31,7 +31,7 @@ import click
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from ptx import cuda_kernels, triton_kernels  # noqa: E402
 from ptx.machine import Result  # noqa: E402
@@ -189,9 +189,7 @@ def least_bytes(op: str, direction: str, C: int, N: int) -> int:
 def rows(target: str, ops: Sequence[str]) -> Iterator[dict[str, object]]:
     jobs = [(op, stage, backend) for op in ops for stage in STAGES for backend in ("triton", "cuda")]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        sent = [
-            pool.submit(measure, *job, target, times * STAGES[job[1]][2]) for job in jobs for times in (1, 2)
-        ]  # fmt: skip
+        sent = [pool.submit(measure, *job, target, times * STAGES[job[1]][2]) for job in jobs for times in (1, 2)]
         for (op, stage, backend), few, twice in zip(jobs, sent[::2], sent[1::2], strict=True):
             for direction in ("forward", "backward"):
                 found = of_a_batch(few.result()[direction], twice.result()[direction], STAGES[stage][2])

@@ -66,22 +66,18 @@ class Running:
 
     def __call__(self, function, blocks, threads, shared_bytes, parameters, size) -> int:
         try:
-            name = _names()[function - _base()]
+            name = _names()[function]
             self.seed += 1
             arguments = ctypes.string_at(parameters, size)
             program = programs(self.capability)[name]
-            size = blocks, threads, shared_bytes
-            result = machine.run(program, arguments, _regions(arguments), *size, self.seed, self.metered)
+            launch = blocks, threads, shared_bytes, self.seed, self.metered
+            result = machine.run(program, arguments, _regions(arguments), *launch)
             assert not result.races, f"{name}: {result.races}"
             self.results.append(result)
         except BaseException as failure:  # which may not go through C++
             self.failure = failure
             return 1
         return 0
-
-
-class _Failed(Exception):
-    """A launch failed, and said so to C++."""
 
 
 @contextlib.contextmanager
@@ -96,13 +92,11 @@ def emulated(capability: int, seed: int = 0, metered: bool = False) -> Iterator[
     handed = _Runner(running)
     library.focalnet_shim_set_runner(handed)
     try:
-        with cuda_shim.emulated_ops(), contextlib.suppress(_Failed):
-            try:
-                yield running
-            except RuntimeError as error:
-                if running.failure is None:
-                    raise
-                raise _Failed from error
+        with cuda_shim.emulated_ops():
+            yield running
+    except RuntimeError:
+        if running.failure is None:
+            raise
     finally:
         library.focalnet_shim_set_runner(None)
     if running.failure:
@@ -155,20 +149,13 @@ def _compile(capability: int) -> list[str]:
 
 @functools.cache
 def _names() -> dict[int, str]:
-    """Of the kernels in the build of cuda_shim, by their places in it."""
-    path, _ = cuda_shim.load_kernels()
-    said = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^([0-9a-f]+) [tT] (\w*_kernel\w*)$", said, re.M)
-    return dict(zip([int(at, 16) for at, _ in found], demangled([name for _, name in found]), strict=True))
-
-
-@functools.cache
-def _base() -> int:
-    """Where the build lies in memory."""
+    """Of the kernels in the build of cuda_shim, by their addresses."""
     path, library = cuda_shim.load_kernels()
     said = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
-    at = re.search(r"^([0-9a-f]+) T focalnet_shim_seed$", said, re.M)
-    return ctypes.cast(library.focalnet_shim_seed, ctypes.c_void_p).value - int(at[1], 16)
+    places = {name: int(at, 16) for at, name in re.findall(r"^([0-9a-f]+) [tT] (\w+)$", said, re.M)}
+    base = ctypes.cast(library.focalnet_shim_seed, ctypes.c_void_p).value - places["focalnet_shim_seed"]
+    kernels = [name for name in places if "_kernel" in name]
+    return dict(zip([base + places[name] for name in kernels], demangled(kernels), strict=True))
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -186,9 +173,6 @@ def _regions(arguments: bytes) -> list[tuple[str, int, np.ndarray]]:
         pointer = ctypes.c_uint64(int.from_bytes(arguments[at : at + 8], "little"))
         if library.focalnet_shim_find_block(pointer, ctypes.byref(first), ctypes.byref(size)) & 1:
             data = (ctypes.c_uint8 * size.value).from_address(first.value)
-            found[first.value] = (
-                f"what byte {at} of the arguments points to",
-                first.value,
-                np.frombuffer(data, np.uint8),
-            )
+            name = f"what byte {at} of the arguments points to"
+            found[first.value] = name, first.value, np.frombuffer(data, np.uint8)
     return [*found.values()]

@@ -26,8 +26,6 @@ COSTS = {
     "setp": (1, 2), "selp": (1, 2), "min": (1, 4), "max": (1, 4),
     "div.rn": (10, 20), "div.full": (3, 3), "rcp.rn": (8, 8), "sqrt.rn": (8, 8),
 }  # fmt: skip
-
-
 SCALED = {("ex2", "approx", "f32"), ("rsqrt", "approx", "f32")}  # for subnormal results: two multiplications more
 
 
@@ -63,9 +61,9 @@ def kind_and_cost(at: Instruction) -> tuple[str, float]:
 
 
 def _cost(opcode: tuple[str, ...]) -> float:
-    wide = opcode[-1].endswith("64")
-    full = ".".join(opcode)
-    for key in (full, *(f"{full.rsplit('.', 1)[0]}.{opcode[-1][0]}",), ".".join(opcode[:2]), opcode[0]):
+    name, kind = opcode[0], opcode[-1]
+    wide = kind.endswith("64")
+    for key in (f"{name}.{kind[0]}", ".".join(opcode[:2]), name):
         if key in COSTS:
             return COSTS[key][wide]
     return 1
@@ -143,9 +141,6 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         kinds = {kind: self.kinds[kind] + other.kinds[kind] for kind in self.kinds | other.kinds}
         return Cost(Counter(kinds), self.traffic + other.traffic)
-
-    def __sub__(self, other: Cost) -> Cost:
-        return self + other * -1
 
     def __mul__(self, factor: float) -> Cost:
         return Cost(Counter({kind: factor * count for kind, count in self.kinds.items()}), self.traffic * factor)
