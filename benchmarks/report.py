@@ -50,7 +50,8 @@ COLUMNS = {
 
 
 def is_ours(provider: str) -> bool:
-    return provider.startswith(("ours", "FocalNet")) or " accelerated" in provider or " keep_hidden" in provider
+    ours = (" accelerated", " keep_hidden", " packed")
+    return provider.startswith(("ours", "FocalNet")) or any(word in provider for word in ours)
 
 
 def what(row: dict[str, str]) -> str:

@@ -55,6 +55,8 @@ ON_A_CPU = {
     "engines_one_image": f"{ENGINES} {COMPILED_TOO} --batch 1",
     "engines_larger": f"{ENGINES} {LARGER}",
     "backbone": f"{ENGINES} {DETECTED}",
+    "packed": "--level model --mode forward --no-memory --no-roofline --rounds 41 --batch 1 --batch 8"
+    " --provider 'timm accelerated cpu' --provider 'timm packed cpu'",
     "training": f"{TRAINING} --compile default --rounds 7 --provider 'timm compiled' --provider transformers"
     " --provider 'transformers accelerated cpu'",
     "training_larger": f"{TRAINING} {LARGER}",

@@ -31,6 +31,7 @@ from .nn import (
     PatchSplitting,
     PatchSplitting1d,
 )
+from .ops import keep_packed
 
 __all__ = [
     "BackendError",
@@ -57,6 +58,7 @@ __all__ = [
     "focal_branch",
     "focal_context",
     "focal_modulation",
+    "keep_packed",
     "list_models",
     "load_checkpoint",
     "mlp_branch",

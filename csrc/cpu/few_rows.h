@@ -1,5 +1,22 @@
 // Products of few rows: see FewRowsProduct in kernels.h.
 
+// What a task reads of the weight for a panel.
+struct PanelSource {
+  const char* first;
+  int64_t rows, row_bytes, stride_bytes;
+};
+template <class T>
+static PanelSource panel_source(const FewRowsProduct& p, int64_t column) {
+  using CT = operand_t<T>;
+  if (column >= p.N || (!p.panels && p.stride_k != 1)) return {};
+  const int64_t columns = at_most(NR, p.N - column), Kp = padded_k<CT>(p.K), size = sizeof(T);
+  if (p.panels)
+    return {reinterpret_cast<const char*>(static_cast<const CT*>(p.panels) + column * Kp), 1,
+            panels_elements<CT>(columns, p.K) * int64_t(sizeof(CT)), 0};
+  return {reinterpret_cast<const char*>(static_cast<const T*>(p.weight) + column * p.stride_n), columns, p.K * size,
+          p.stride_n * size};
+}
+
 template <class T>
 struct FewRowsScratch {
   StreamRows<T> x, out;
@@ -33,17 +50,17 @@ static void few_rows_operand_of(const Rows& x, const Residual& r, int64_t K, int
 template <class E>
 struct WhileFetching {
   const E& epilogue;
-  const char* weights;  // of the later panel: `panel_rows` rows of `row_bytes`, `stride_bytes` apart; or null
-  int64_t panel_rows, row_bytes, stride_bytes, n;  // n: rows of the product
+  PanelSource later;
+  int64_t n;  // rows of the product
 
   FK_INLINE void prefetch(int64_t row, int64_t rows, int64_t column) const {
     epilogue.prefetch(row, rows, column);
-    if (!weights) return;
-    const int64_t per_row = (row_bytes + 63) / 64, lines = panel_rows * per_row;
+    if (!later.first) return;
+    const int64_t per_row = (later.row_bytes + 63) / 64, lines = later.rows * per_row;
     int64_t line = lines * row / n;
     const int64_t end = lines * (row + rows) / n;
     for (int64_t i = line / per_row, at = line % per_row; line < end; ++line) {
-      __builtin_prefetch(weights + i * stride_bytes + at * 64, 0, 2);
+      __builtin_prefetch(later.first + i * later.stride_bytes + at * 64, 0, 2);
       if (++at == per_row) at = 0, ++i;
     }
   }
@@ -54,7 +71,7 @@ struct WhileFetching {
 };
 
 template <class E>
-WhileFetching(const E&, const char*, int64_t, int64_t, int64_t, int64_t) -> WhileFetching<E>;
+WhileFetching(const E&, PanelSource, int64_t) -> WhileFetching<E>;
 
 template <class T>
 static void few_rows_product_of(const FewRowsProduct& p, int64_t n0, int64_t n1, void* memory) {
@@ -72,16 +89,13 @@ static void few_rows_product_of(const FewRowsProduct& p, int64_t n0, int64_t n1,
 
   for (int64_t column = n0; column < n1; column += NR) {
     const int64_t columns = at_most(NR, n1 - column);
-    pack_matrix_of(static_cast<const T*>(p.weight) + column * p.stride_n, p.stride_n, p.stride_k, columns, p.K, 0,
-                   columns, s.panel);
-    const int64_t later = column + p.ahead;
-    const char* weights = p.stride_k == 1 && later < p.N
-                              ? reinterpret_cast<const char*>(static_cast<const T*>(p.weight) + later * p.stride_n)
-                              : nullptr;
+    const CT* panel = p.panels ? static_cast<const CT*>(p.panels) + column * K : s.panel;
+    if (!p.panels)
+      pack_matrix_of(static_cast<const T*>(p.weight) + column * p.stride_n, p.stride_n, p.stride_k, columns, p.K, 0,
+                     columns, s.panel);
+    const PanelSource later = panel_source<T>(p, column + p.ahead);
     const auto then = [&](const auto& epilogue) FK_LAMBDA {
-      const WhileFetching fetching{
-          epilogue, weights, at_most(NR, p.N - later), p.K * int64_t(sizeof(T)), p.stride_n * int64_t(sizeof(T)), a.n};
-      panel_product(a, s.panel, K, column, columns, fetching);
+      panel_product(a, panel, K, column, columns, WhileFetching{epilogue, later, a.n});
     };
     if (p.then == Then::STORE) then(StoreBias<T>{s.out.of_body, p.bias});
     if (p.then == Then::GELU) then(StoreGelu<T>{next, stride, 0, p.bias});

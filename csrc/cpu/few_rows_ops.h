@@ -25,15 +25,16 @@ class FewRows {
     });
     return memory;
   }
-  // By `weight` (N, K). What it is followed by is for the caller to fill in, and to run.
-  FewRowsProduct product(const Buffer& operand, const Tensor& weight, const std::vector<float>& bias,
-                         FewRowsProduct::Then then) const {
+  // By `weight` (N, K), or by its kept panels. What it is followed by is for the caller to fill in, and to run.
+  FewRowsProduct product(const Buffer& operand, const Tensor& weight, const void* panels,
+                         const std::vector<float>& bias, FewRowsProduct::Then then) const {
     FewRowsProduct p{};
     p.dtype = dtype_;
     p.rows = rows_;
     p.operand = operand.data;
     p.weight = weight.const_data_ptr();
     p.N = weight.size(0), p.K = weight.size(1), p.stride_n = weight.stride(0), p.stride_k = weight.stride(1);
+    p.panels = panels;
     p.bias = data_or_null(bias);
     p.then = then;
     return p;

@@ -26,7 +26,7 @@ struct Outputs {
 class LayerForward {
  public:
   LayerForward(const Tensor& x, const LayerParameters& p, const ResidualFloats& residual, bool normalize, double ln_eps,
-               bool save, const Outputs& out)
+               bool save, const KeptPanels& kept, const Outputs& out)
       : x_(x),
         residual_(residual),
         out_(out),
@@ -37,10 +37,10 @@ class LayerForward {
         normalize_(normalize),
         ln_eps_(float(ln_eps)),
         first_(save ? 0 : g_.C),
-        f_(k_, p.f_weight, first_, F_),
-        f_q_(k_, p.f_weight, 0, first_),
-        h_(k_, p.h_weight),
-        proj_(k_, p.proj_weight),
+        f_(k_, p.f_weight, first_, F_, kept[0]),
+        f_q_(k_, p.f_weight, 0, first_, kept[0]),
+        h_(k_, p.h_weight, 0, g_.C, kept[1]),
+        proj_(k_, p.proj_weight, 0, g_.C, kept[2]),
         levels_(k_, p.focal_weights, g_.C),
         f_bias_(floats_of(p.f_bias)),
         h_bias_(floats_of(p.h_bias)),
@@ -155,7 +155,7 @@ class LayerForward {
 
 // All images at once, every product cut by columns: inference over few tokens.
 void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloats& residual, bool normalize,
-                  double ln_eps, const Tensor& y) {
+                  double ln_eps, const KeptPanels& kept, const Tensor& y) {
   using Then = FewRowsProduct::Then;
   const Kernels& k = kernels();
   const DType dtype = dtype_of(p.f_weight);
@@ -170,7 +170,7 @@ void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloat
 
   const Buffer projected(rows * F * bytes_of(dtype));
   const Buffer f_in = few.operand(all.rows(x), residual.values(), C);
-  FewRowsProduct f = few.product(f_in, p.f_weight, f_bias, Then::STORE);
+  FewRowsProduct f = few.product(f_in, p.f_weight, kept[0], f_bias, Then::STORE);
   f.out = all.rows(projected.data, F);
   few.run(f);
 
@@ -189,13 +189,14 @@ void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloat
 
   const Buffer ctx_all = few.operand(rows_of(ctx, g), Residual{}, C);
   const Buffer z(k.operand_bytes(dtype, rows, C));
-  FewRowsProduct h = few.product(ctx_all, p.h_weight, h_bias, Then::MODULATE);
+  FewRowsProduct h = few.product(ctx_all, p.h_weight, kept[1], h_bias, Then::MODULATE);
   h.q = all.rows(projected.data, F);
   h.next = z.data;
   few.run(h);
   if (!ln_weight.empty()) few.norm(z, C, ln_weight.data(), ln_bias.data(), float(ln_eps));
 
-  FewRowsProduct proj = few.product(z, p.proj_weight, proj_bias, residual.values().add ? Then::RESIDUAL : Then::STORE);
+  FewRowsProduct proj =
+      few.product(z, p.proj_weight, kept[2], proj_bias, residual.values().add ? Then::RESIDUAL : Then::STORE);
   proj.out = all.rows(y);
   proj.x = all.rows(x);
   proj.residual = residual.values();
@@ -204,7 +205,7 @@ void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloat
 
 std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerParameters& p,
                                                   const ResidualFloats& residual, bool normalize, double ln_eps,
-                                                  bool save) {
+                                                  bool save, const KeptPanels& kept = {}) {
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const int64_t tokens = g.B * g.pixels();
   const ScalarType of_body = p.f_weight.scalar_type();
@@ -214,9 +215,9 @@ std::tuple<Tensor, std::vector<Tensor>> layer_fwd(const Tensor& x, const LayerPa
                  torch::stable::new_empty(x, {tokens, g.C}, of_body),
                  torch::stable::new_empty(x, {g.B, g.C}, ScalarType::Float)};
   if (tokens > 0 && few_rows(tokens, g.C) && !save)
-    few_rows_fwd(x, p, residual, normalize, ln_eps, out.y);
+    few_rows_fwd(x, p, residual, normalize, ln_eps, kept, out.y);
   else if (tokens > 0)
-    LayerForward(x, p, residual, normalize, ln_eps, save, out).run();
+    LayerForward(x, p, residual, normalize, ln_eps, save, kept, out).run();
   return {out.y, out.saved};
 }
 
@@ -233,6 +234,32 @@ std::tuple<Tensor, std::vector<Tensor>> focal_branch_fwd(Tensor x, std::vector<s
   const FocalBranchParameters p(parameters);
   const bool wide = x.scalar_type() != p.layer.f_weight.scalar_type();
   return layer_fwd(x, p.layer, {p.residual, norm_eps, post, wide}, normalize, ln_eps, save);
+}
+
+namespace {
+
+std::tuple<Tensor, bool> layer_packed(const Tensor& x, const LayerParameters& p,
+                                      const std::vector<std::optional<Tensor>>& packed, const ResidualFloats& residual,
+                                      bool normalize, double ln_eps) {
+  const KeptPanels kept({p.f_weight, p.h_weight, p.proj_weight}, packed);
+  const Tensor y = std::get<0>(layer_fwd(x, p, residual, normalize, ln_eps, false, kept));
+  return {y, kept.up_to_date()};
+}
+
+}  // namespace
+
+std::tuple<Tensor, bool> focal_modulation_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                 std::vector<std::optional<Tensor>> packed, bool normalize,
+                                                 double ln_eps) {
+  return layer_packed(x, LayerParameters(parameters), packed, {}, normalize, ln_eps);
+}
+
+std::tuple<Tensor, bool> focal_branch_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                             std::vector<std::optional<Tensor>> packed, bool normalize, double ln_eps,
+                                             double norm_eps, bool post) {
+  const FocalBranchParameters p(parameters);
+  const bool wide = x.scalar_type() != p.layer.f_weight.scalar_type();
+  return layer_packed(x, p.layer, packed, {p.residual, norm_eps, post, wide}, normalize, ln_eps);
 }
 
 }  // namespace focalnet::cpu

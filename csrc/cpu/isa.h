@@ -97,6 +97,14 @@ static void pack_matrix(DType dtype, const void* w, int64_t stride_n, int64_t st
     pack_matrix_of(static_cast<const decltype(v)*>(w), stride_n, stride_k, N, K, n0, n1, panels);
   });
 }
+static bool panels_still_hold(DType dtype, const void* panels, const void* w, int64_t stride_n, int64_t stride_k,
+                              int64_t N, int64_t K) {
+  bool result = false;
+  with_dtype(dtype, [&](auto v) {
+    result = panels_hold(panels, static_cast<const decltype(v)*>(w), stride_n, stride_k, N, K);
+  });
+  return result;
+}
 static void linear_fwd(const LinearForward& p, int64_t row0, int64_t row1, void* scratch) {
   with_dtype(p.dtype, [&](auto v) { linear_fwd_of<decltype(v)>(p, row0, row1, scratch); });
 }
@@ -163,6 +171,7 @@ const Kernels FK_TABLE(FK_ISA) = {
     FK_ISA::convert_all,
     FK_ISA::packed_bytes,
     FK_ISA::pack_matrix,
+    FK_ISA::panels_still_hold,
     FK_ISA::scratch_bytes<FK_ISA::LinearScratch>,
     FK_ISA::linear_fwd,
     FK_ISA::scratch_bytes<FK_ISA::ModulateScratch>,

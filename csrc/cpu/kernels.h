@@ -164,8 +164,9 @@ struct FewRowsProduct {
   const void* operand;  // Kernels::few_rows_operand
   const void* weight;   // (N, K)
   int64_t N, K, stride_n, stride_k;
-  int64_t ahead;      // so many columns after those of a task others are soon wanted, and are fetched meanwhile
-  const float* bias;  // or null
+  const void* panels;  // the weight as it was packed before; or null
+  int64_t ahead;       // so many columns after those of a task others are soon wanted, and are fetched meanwhile
+  const float* bias;   // or null
   Then then;
   Rows out;    // STORE, RESIDUAL: in the storage dtype
   void* next;  // GELU, MODULATE: the operand of the next product
@@ -218,6 +219,9 @@ struct Kernels {
   // Rows n0..n1 of w (N, K), any strides; n0 a multiple of 48.
   void (*pack_matrix)(DType, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0,
                       int64_t n1, void* panels);
+  // Whether the panels are still w's, as far as samples show.
+  bool (*panels_hold)(DType, const void* panels, const void* w, int64_t stride_n, int64_t stride_k, int64_t N,
+                      int64_t K);
   int64_t (*linear_scratch)(const LinearForward&, int64_t rows);
   void (*linear_fwd)(const LinearForward&, int64_t row0, int64_t row1, void* scratch);
   int64_t (*modulate_scratch)(const ModulateForward&, int64_t rows);

@@ -4,9 +4,10 @@
 
 namespace focalnet::cpu {
 
-std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
-                                                       double norm_eps, bool post, bool keep_hidden, bool save) {
-  const MlpBranchParameters p(parameters);
+namespace {
+
+std::tuple<Tensor, std::vector<Tensor>> forward(const Tensor& x, const MlpBranchParameters& p, double norm_eps,
+                                                bool post, bool keep_hidden, bool save, const KeptPanels& kept) {
   const Kernels& k = kernels();
   const Geometry g = geometry_of(x, 1, x.dim() - 1);
   const int64_t tokens = g.B * g.pixels();
@@ -25,10 +26,10 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
     const FewRows few(k, dtype, tokens);
     const Buffer z = few.operand(rows, residual.values(), g.C);
     const Buffer hidden(k.operand_bytes(dtype, tokens, p.fc1_weight.size(0)));
-    FewRowsProduct first = few.product(z, p.fc1_weight, fc1_bias, FewRowsProduct::Then::GELU);
+    FewRowsProduct first = few.product(z, p.fc1_weight, kept[0], fc1_bias, FewRowsProduct::Then::GELU);
     first.next = hidden.data;
     few.run(first);
-    FewRowsProduct second = few.product(hidden, p.fc2_weight, fc2_bias, FewRowsProduct::Then::RESIDUAL);
+    FewRowsProduct second = few.product(hidden, p.fc2_weight, kept[1], fc2_bias, FewRowsProduct::Then::RESIDUAL);
     second.residual = residual.values();
     second.x = rows;
     second.out = out;
@@ -36,7 +37,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
     return {y, saved};
   }
 
-  const PackedMatrix fc1(k, p.fc1_weight), fc2(k, p.fc2_weight);
+  const PackedMatrix fc1(k, p.fc1_weight, 0, p.fc1_weight.size(0), kept[0]), fc2(k, p.fc2_weight, 0, g.C, kept[1]);
   MlpForward f{};
   f.dtype = dtype;
   f.fc1 = fc1.packed;
@@ -52,6 +53,21 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
   for_blocks(blocks, k.mlp_scratch(f, blocks.size),
              [&](int64_t, int64_t row0, int64_t row1, void* scratch) { k.mlp_fwd(f, row0, row1, scratch); });
   return {y, saved};
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                       double norm_eps, bool post, bool keep_hidden, bool save) {
+  return forward(x, MlpBranchParameters(parameters), norm_eps, post, keep_hidden, save, {});
+}
+
+std::tuple<Tensor, bool> mlp_branch_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                           std::vector<std::optional<Tensor>> packed, double norm_eps, bool post) {
+  const MlpBranchParameters p(parameters);
+  const KeptPanels kept({p.fc1_weight, p.fc2_weight}, packed);
+  const Tensor y = std::get<0>(forward(x, p, norm_eps, post, false, false, kept));
+  return {y, kept.up_to_date()};
 }
 
 }  // namespace focalnet::cpu

@@ -37,6 +37,22 @@ FK_INLINE bool pack_square(const T* w, int64_t stride_n, int64_t stride_k, int64
   return true;
 }
 
+// Whether the panels hold what w holds, as far as samples from all its rows show.
+template <class T>
+static bool panels_hold(const void* panels, const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K) {
+  using CT = operand_t<T>;
+  constexpr int64_t SAMPLES = 64, step = KSTEP<CT>;
+  for (int64_t i = 0; i < SAMPLES; ++i) {
+    const int64_t n = i * N / SAMPLES, k = i * 40503 % K, column = n / NR * NR;
+    const int64_t width = (at_most(NR, N - column) + VL - 1) / VL * VL;
+    const CT* panel = static_cast<const CT*>(panels) + column * padded_k<CT>(K);
+    CT now;
+    convert(&now, w[n * stride_n + k * stride_k]);
+    if (__builtin_memcmp(&now, panel + (k / step * width + n - column) * step + k % step, sizeof(CT))) return false;
+  }
+  return true;
+}
+
 // Columns n0..n1 of the panels of w (N, K); n0 a multiple of every panel's width.
 template <class T>
 static void pack_matrix_of(const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, int64_t n0, int64_t n1,

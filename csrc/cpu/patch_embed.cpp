@@ -114,7 +114,7 @@ Tensor patch_embed_fwd(Tensor patches, Tensor weight, std::optional<Tensor> bias
     });
     const FewRows few(k, dtype, tokens);
     const Buffer operand = few.operand(dense_rows(gathered.data, tokens, K), Residual{}, K);
-    FewRowsProduct product = few.product(operand, weight, sum_bias, FewRowsProduct::Then::RESIDUAL);
+    FewRowsProduct product = few.product(operand, weight, nullptr, sum_bias, FewRowsProduct::Then::RESIDUAL);
     product.residual = norm.values();
     product.out = product.x = dense_rows(out, tokens, N);
     few.run_residual(product);

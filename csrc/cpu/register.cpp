@@ -26,6 +26,15 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_branch_fwd(Tensor x, std::vector<std
 std::vector<Tensor> mlp_branch_bwd(Tensor grad_y, Tensor x, std::vector<std::optional<Tensor>> parameters,
                                    std::vector<Tensor> saved, double norm_eps, bool post, bool keep_hidden,
                                    int64_t needed);
+std::tuple<Tensor, bool> focal_modulation_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                                 std::vector<std::optional<Tensor>> packed, bool normalize,
+                                                 double ln_eps);
+std::tuple<Tensor, bool> focal_branch_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                             std::vector<std::optional<Tensor>> packed, bool normalize, double ln_eps,
+                                             double norm_eps, bool post);
+std::tuple<Tensor, bool> mlp_branch_packed(Tensor x, std::vector<std::optional<Tensor>> parameters,
+                                           std::vector<std::optional<Tensor>> packed, double norm_eps, bool post);
+Tensor pack_weight(Tensor weight);
 Tensor patch_embed_fwd(Tensor patches, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> norm_weight,
                        std::optional<Tensor> norm_bias, double norm_eps);
 
@@ -43,6 +52,10 @@ STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CPU, m) {
   m.impl("focal_branch_bwd", TORCH_BOX(&focalnet::cpu::focal_branch_bwd));
   m.impl("mlp_branch_fwd", TORCH_BOX(&focalnet::cpu::mlp_branch_fwd));
   m.impl("mlp_branch_bwd", TORCH_BOX(&focalnet::cpu::mlp_branch_bwd));
+  m.impl("focal_modulation_packed", TORCH_BOX(&focalnet::cpu::focal_modulation_packed));
+  m.impl("focal_branch_packed", TORCH_BOX(&focalnet::cpu::focal_branch_packed));
+  m.impl("mlp_branch_packed", TORCH_BOX(&focalnet::cpu::mlp_branch_packed));
+  m.impl("pack_weight", TORCH_BOX(&focalnet::cpu::pack_weight));
   m.impl("patch_embed_fwd", TORCH_BOX(&focalnet::cpu::patch_embed_fwd));
 }
 STABLE_TORCH_LIBRARY_IMPL(FOCALNET_NAMESPACE, CompositeExplicitAutograd, m) {

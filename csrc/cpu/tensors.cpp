@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 namespace focalnet::cpu {
@@ -177,25 +178,67 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
   });
 }
 
+namespace {
+
+constexpr int64_t WHOLE_PANELS = 48;  // columns: a multiple of every instruction set's panel
+
+void pack_panels(const Kernels& k, DType dtype, const void* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,
+                 void* panels) {
+  parallel((N + WHOLE_PANELS - 1) / WHOLE_PANELS, [&](int64_t i) {
+    k.pack_matrix(dtype, w, stride_n, stride_k, N, K, i * WHOLE_PANELS, std::min(N, (i + 1) * WHOLE_PANELS), panels);
+  });
+}
+
+}  // namespace
+
 PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, bool transpose) {
   const int n = transpose ? 1 : 0;
   packed = {w.size(n), w.size(1 - n), nullptr};
   pack(k, dtype_of(w), w.const_data_ptr(), w.stride(n), w.stride(1 - n));
 }
 
-PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1) {
+PackedMatrix::PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1, const void* kept) {
   packed = {n1 - n0, w.size(1), nullptr};
-  pack(k, dtype_of(w), at_element(w.const_data_ptr(), n0 * w.stride(0), dtype_of(w)), w.stride(0), w.stride(1));
+  if (kept && n0 % WHOLE_PANELS == 0 && (n1 == w.size(0) || n1 % WHOLE_PANELS == 0))
+    packed.panels = static_cast<const char*>(kept) + k.packed_bytes(dtype_of(w), n0, w.size(1));
+  else
+    pack(k, dtype_of(w), at_element(w.const_data_ptr(), n0 * w.stride(0), dtype_of(w)), w.stride(0), w.stride(1));
 }
 
 void PackedMatrix::pack(const Kernels& k, DType dtype, const void* first, int64_t stride_n, int64_t stride_k) {
   buffer_ = Buffer(k.packed_bytes(dtype, packed.N, packed.K));
   packed.panels = buffer_.data;
-  constexpr int64_t columns = 48;  // a multiple of every instruction set's panel
-  parallel((packed.N + columns - 1) / columns, [&](int64_t i) {
-    k.pack_matrix(dtype, first, stride_n, stride_k, packed.N, packed.K, i * columns,
-                  std::min(packed.N, (i + 1) * columns), buffer_.data);
-  });
+  pack_panels(k, dtype, first, stride_n, stride_k, packed.N, packed.K, buffer_.data);
+}
+
+// The panels, and after them whose they are: another instruction set's differ.
+Tensor pack_weight(Tensor weight) {
+  const Kernels* const k = &kernels();
+  const DType dtype = dtype_of(weight);
+  const int64_t N = weight.size(0), K = weight.size(1), bytes = k->packed_bytes(dtype, N, K);
+  const Tensor packed = torch::stable::new_empty(weight, {bytes + int64_t(sizeof k)}, ScalarType::Byte);
+  char* const panels = static_cast<char*>(packed.mutable_data_ptr());
+  pack_panels(*k, dtype, weight.const_data_ptr(), weight.stride(0), weight.stride(1), N, K, panels);
+  std::memcpy(panels + bytes, &k, sizeof k);
+  return packed;
+}
+
+KeptPanels::KeptPanels(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& kept) {
+  const Kernels* const k = &kernels();
+  STD_TORCH_CHECK(weights.size() == kept.size(), "packed: expected one for each of ", weights.size(), " products");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    panels_.push_back(nullptr);
+    if (!kept[i]) continue;
+    const Tensor& w = weights[i];
+    const DType dtype = dtype_of(w);
+    const int64_t N = w.size(0), K = w.size(1), bytes = k->packed_bytes(dtype, N, K);
+    const char* const panels = static_cast<const char*>(kept[i]->const_data_ptr());
+    if (kept[i]->numel() == bytes + int64_t(sizeof k) && std::memcmp(panels + bytes, &k, sizeof k) == 0 &&
+        k->panels_hold(dtype, panels, w.const_data_ptr(), w.stride(0), w.stride(1), N, K))
+      panels_.back() = panels;
+    else
+      up_to_date_ = false;
+  }
 }
 
 Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gradient) {

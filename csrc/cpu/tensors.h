@@ -106,12 +106,27 @@ struct PackedLevels {
   Buffer buffer_;
 };
 
-// w (N, K), or its transpose, packed for Kernels::linear_fwd and the like; or of w rows n0..n1 alone.
+// Weights' panels from before this call (pack_weight), in the order of the op's products: null where there are none, or
+// where they are not the weight's any more.
+class KeptPanels {
+ public:
+  KeptPanels() = default;
+  KeptPanels(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& kept);
+  const void* operator[](size_t i) const { return panels_.empty() ? nullptr : panels_[i]; }
+  bool up_to_date() const { return up_to_date_; }
+
+ private:
+  std::vector<const void*> panels_;
+  bool up_to_date_ = true;
+};
+
+// w (N, K), or its transpose, packed for Kernels::linear_fwd and the like; or of w rows n0..n1 alone. `kept`: panels of
+// all of w, which are taken where rows n0..n1 are panels of their own.
 struct PackedMatrix {
   Packed packed{};
   PackedMatrix() = default;
   PackedMatrix(const Kernels& k, const Tensor& w, bool transpose = false);
-  PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1);
+  PackedMatrix(const Kernels& k, const Tensor& w, int64_t n0, int64_t n1, const void* kept);
 
  private:
   void pack(const Kernels& k, DType dtype, const void* first, int64_t stride_n, int64_t stride_k);

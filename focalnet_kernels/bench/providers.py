@@ -22,6 +22,7 @@ from ..models.key_maps import convert_state_dict, rename_key
 from ..models.variants import VARIANTS, create_model
 from ..nn import FocalModulation, FocalModulation3d
 from ..nn.block import FocalNetBlock
+from ..ops import keep_packed
 from ..testing import make_context_inputs, make_modulate_inputs
 from . import engines
 from .cases import PEERS, Case
@@ -148,6 +149,7 @@ def providers(case: Case, compile_modes: Sequence[str] = ()) -> list[Provider]:
                     )  # fmt: skip
                     for b in BACKENDS
                 ],
+                Provider("timm packed cpu", _packed, backend="cpu", needs=("timm",)),
                 Provider("timm frozen", partial(_engine, "frozen"), needs=("timm",), engine="frozen"),
                 Provider(
                     "timm accelerated cpu frozen",
@@ -232,6 +234,13 @@ def _accelerated(backend: str, build: Callable, case: Case, exact: bool, keep_hi
     if not report.replaced:
         raise RuntimeError(f"accelerate left everything as it was: {report}")
     return subject
+
+
+def _packed(case: Case, exact: bool) -> Subject:
+    """Accelerated, its weights kept packed: in inference alone."""
+    subject = _accelerated("cpu", _timm, case, exact)
+    keep_packed(subject.module)
+    return replace(subject, infers_alone=True)
 
 
 # ------------------------------------------------------------------------------------------------- the functions

@@ -1,5 +1,6 @@
 """The ops, one folder each: contract (op.py), reference, kernels."""
 
+from ._packed import keep_packed as keep_packed
 from .focal_block.op import focal_block as focal_block
 from .focal_branch.op import focal_branch as focal_branch
 from .focal_context.op import focal_context as focal_context

@@ -10,12 +10,18 @@ from ..._calls import Call
 from ...dispatch import Implementation
 from .._library import implement_cuda
 from .._native import raw_op, why_not_native
+from .._packed import packed_forward
 from ..focal_modulation import native as layer
 from ..token_rows import CUDA
 from . import around
 
 
 def focal_branch_fwd(backend, x, parameters, normalize, ln_eps, norm_eps, post, save) -> tuple[Tensor, list[Tensor]]:
+    if backend == "cpu" and not save:
+        weights = layer.product_weights(parameters.layer)
+        y = packed_forward("focal_branch", x, parameters, weights, normalize, ln_eps, norm_eps, post)
+        if y is not None:
+            return y, []
     return raw_op("focal_branch_fwd", backend)(x, list(parameters), normalize, ln_eps, norm_eps, post, save)
 
 

@@ -50,6 +50,18 @@ def _(x, parameters, normalize, ln_eps, norm_eps, post, save):
     return torch.empty_like(x), _saved(layer.saved_by_cuda, x, parameters, save, post)
 
 
+# see mlp_branch's
+
+
+@define(
+    "focal_branch_packed(Tensor x, Tensor?[] parameters, Tensor?[] packed, bool normalize, float ln_eps,"
+    " float norm_eps, bool post) -> (Tensor, bool)",
+    flops=forward_flops,
+)
+def _(x, parameters, packed, normalize, ln_eps, norm_eps, post):
+    return torch.empty_like(x), True
+
+
 def _saved(of_layer, x, parameters, save, post=False) -> list[Tensor]:
     if not save:
         return []

@@ -11,6 +11,7 @@ from ..._calls import Call
 from ...dispatch import Implementation
 from .._limits import SLOW_BACKWARD
 from .._native import raw_op, why_not_native
+from .._packed import packed_forward
 from ..focal_context import native as context
 from .parameters import LayerParameters
 
@@ -27,9 +28,18 @@ def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
     return x.new_empty(tokens, -(-rows // 8) * 8)[:, :rows].t()
 
 
+def product_weights(p: LayerParameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Those that the layer's products read, in the order of `focal_modulation_packed`."""
+    return p.f_weight, p.h_weight, p.proj_weight
+
+
 def focal_modulation_fwd(
     backend, x, parameters: LayerParameters, normalize, ln_eps, save
 ) -> tuple[Tensor, list[Tensor]]:
+    if backend == "cpu" and not save:
+        y = packed_forward("focal_modulation", x, parameters, product_weights(parameters), normalize, ln_eps)
+        if y is not None:
+            return y, []
     return raw_op("focal_modulation_fwd", backend)(x, list(parameters), normalize, ln_eps, save)
 
 

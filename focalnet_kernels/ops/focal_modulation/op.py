@@ -47,6 +47,18 @@ def _(x, parameters, normalize, ln_eps, save):
     return torch.empty_like(x), saved_by_cuda(x, LayerParameters(parameters)) if save else []
 
 
+# In inference by kept copies of f's, h's and proj's weights (`_packed.py`) -> y, and whether none was out of date
+
+
+@define(
+    "focal_modulation_packed(Tensor x, Tensor?[] parameters, Tensor?[] packed, bool normalize, float ln_eps)"
+    " -> (Tensor, bool)",
+    flops=_forward_flops,
+)
+def _(x, parameters, packed, normalize, ln_eps):
+    return torch.empty_like(x), True
+
+
 def saved_by_cpu(x: Tensor, parameters: LayerParameters) -> list[Tensor]:
     return _saved(x, parameters, lambda x, rows, tokens: x.new_empty(tokens, rows))
 

@@ -12,6 +12,7 @@ from ...dispatch import Implementation
 from .._library import implement_cuda
 from .._limits import SLOW_ON_GPU
 from .._native import raw_op, why_not_native
+from .._packed import packed_forward
 from ..token_rows import CUDA
 from ..triton.launch import why_not_triton
 from . import around
@@ -20,6 +21,10 @@ MOST_CHANNELS = 128  # of what one Triton kernel does: with 192 it took 1.5 time
 
 
 def mlp_branch_fwd(backend, x, parameters, norm_eps, post, keep_hidden, save) -> tuple[Tensor, list[Tensor]]:
+    if backend == "cpu" and not save:
+        y = packed_forward("mlp_branch", x, parameters, (parameters[0], parameters[2]), norm_eps, post)
+        if y is not None:
+            return y, []
     return raw_op("mlp_branch_fwd", backend)(x, list(parameters), norm_eps, post, keep_hidden, save)
 
 

@@ -39,6 +39,17 @@ def _(x, parameters, norm_eps, post, keep_hidden, save):
     return torch.empty_like(x), [x.new_empty(tokens, width, dtype=parameters[0].dtype) for width in widths]
 
 
+# In inference by kept copies of fc1's and fc2's weights (`_packed.py`) -> y, and whether none was out of date
+
+
+@define(
+    "mlp_branch_packed(Tensor x, Tensor?[] parameters, Tensor?[] packed, float norm_eps, bool post) -> (Tensor, bool)",
+    flops=forward_flops,
+)
+def _(x, parameters, packed, norm_eps, post):
+    return torch.empty_like(x), True
+
+
 # `needed`: bit i for input i of (x, *parameters); an empty tensor for the others
 
 

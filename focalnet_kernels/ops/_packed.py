@@ -1,0 +1,113 @@
+"""Weights kept in the form in which the CPU's products read them, for inference: where the user asked for it.
+
+A copy belongs to a parameter, not to a module: it is never copied, pickled or saved, and goes with the parameter. It is
+made when a forward without gradients first wants it, and again whenever the parameter is not what it was: another
+version (as autograd counts them), memory, dtype or shape; or an optimizer stepped, for fused ones count no version. A
+write that nobody counts, through `.data` or NumPy, is found by samples, which the kernel compares in every call; it
+then packs the weight anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .._namespace import OPS
+from ._library import define
+
+# (N, K), any strides, or a 1x1 convolution's -> bytes in the order of the instruction set in force; no trace knows it
+
+
+@define("pack_weight(Tensor weight) -> Tensor", flops=lambda *shapes, **results: 0)
+def _(weight):
+    raise NotImplementedError("pack_weight has no fake: what is traced reads the weights as they are")
+
+
+class _Kept:
+    """One parameter's copy: None, or what the parameter was when it was made, and the panels."""
+
+    __slots__ = ("copy", "weight")
+
+    def __init__(self, weight: nn.Parameter):
+        number = id(weight)
+        self.weight = weakref.ref(weight, lambda _: _all.pop(number, None))
+        self.copy: tuple[Any, Tensor] | None = None
+
+
+_all: dict[int, _Kept] = {}  # by id: a tensor's == compares numbers
+
+
+def _forget(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        if kept := _all.get(id(weight)):
+            kept.copy = None
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once, and for all of the process."""
+    register_optimizer_step_post_hook(
+        lambda optimizer, args, kwargs: _forget([p for group in optimizer.param_groups for p in group["params"]])
+    )
+
+
+def keep_packed(model: nn.Module, keep: bool = True) -> None:
+    """Keep the weights of `model` packed for inference on a CPU, or no longer.
+
+    Products read weights in an order of their own. They are brought into it in every call, so that a changed weight
+    counts at once; who serves one image at a time with weights that stay may keep them in that order. From the first
+    call without gradients on that takes as much memory again as the weights of focal modulation layers and of their
+    blocks' MLPs (twice as much in float16, and in bfloat16 without AVX512_BF16). Weights that autocast casts are new
+    in every call, and are not kept.
+
+    In-place changes, `load_state_dict`, `.to`, optimizer steps and the like are noticed, as autograd notices that a
+    saved tensor was changed. So is a write through `.data` or a NumPy array that changes all of a weight. One that
+    changes a few of its numbers is NOT: call `keep_packed(model)` after it. A parameter that takes another's place is
+    not kept, nor is a copy of the model, until asked for.
+
+    Args:
+        model: any module; of others' after `accelerate`.
+        keep: False drops the copies.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"keep_packed(model): expected an nn.Module, got {type(model).__name__}")
+    if keep:
+        _watch_optimizers()
+    for parameter in model.parameters():
+        if keep and type(parameter) is nn.Parameter and parameter.ndim >= 2:
+            _all[id(parameter)] = _Kept(parameter)
+        else:
+            _all.pop(id(parameter), None)
+
+
+def packed_forward(op: str, x: Tensor, parameters: Sequence[Any], weights: Sequence[Tensor], *options) -> Tensor | None:
+    """The CPU's forward of `op` by kept copies of `weights`, which its products read; None where none is kept."""
+    if not _all or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    copies = [_copy_of(weight) for weight in weights]
+    if all([copy is None for copy in copies]):
+        return None
+    y, up_to_date = getattr(OPS, f"{op}_packed")(x, list(parameters), copies, *options)
+    if not up_to_date:
+        _forget(weights)  # of which one was not what its copy is
+    return y
+
+
+def _copy_of(weight: Tensor) -> Tensor | None:
+    kept = _all.get(id(weight))
+    if kept is None or kept.weight() is not weight or weight.is_inference():  # which has no version
+        return None
+    now = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+    copy = kept.copy
+    if copy is None or copy[0] != now:
+        kept.copy = copy = now, OPS.pack_weight(weight)
+    return copy[1]
