@@ -37,6 +37,10 @@ COMPILED_TOO = (
     "--compile default --provider 'timm compiled' --provider 'timm accelerated cpu compiled'"
     " --provider 'timm accelerated cpu frozen'"
 )
+PACKED = (
+    "--level model --mode forward --no-memory --no-roofline --rounds 41 --provider 'timm accelerated cpu'"
+    " --provider 'timm packed cpu'"
+)
 TRAINING = (
     "--level model --mode forward+backward --no-roofline --provider timm --provider 'timm accelerated cpu'"
     " --provider 'timm keep_hidden cpu' --provider 'ours cpu'"
@@ -55,8 +59,8 @@ ON_A_CPU = {
     "engines_one_image": f"{ENGINES} {COMPILED_TOO} --batch 1",
     "engines_larger": f"{ENGINES} {LARGER}",
     "backbone": f"{ENGINES} {DETECTED}",
-    "packed": "--level model --mode forward --no-memory --no-roofline --rounds 41 --batch 1 --batch 8"
-    " --provider 'timm accelerated cpu' --provider 'timm packed cpu'",
+    "packed": PACKED,
+    "packed_one_image": f"{PACKED} --batch 1",
     "training": f"{TRAINING} --compile default --rounds 7 --provider 'timm compiled' --provider transformers"
     " --provider 'transformers accelerated cpu'",
     "training_larger": f"{TRAINING} {LARGER}",
