@@ -272,6 +272,11 @@ def report(folder: Path) -> str:
         if path.name == "overhead.csv":
             about = "Microseconds of a call that has next to nothing to compute, medians: benchmarks/overhead.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", overhead(rows), ""]
+        if path.name == "host.csv":
+            about = "Microseconds of Python until a GPU's launches are with the driver, medians: benchmarks/host.py."
+            cells = [[f"{row['op']} {row['direction']}", row["launches"], row["p50_us"]] for row in rows]
+            lines += [f"## {path.name}", "", machine(rows[0]), about, ""]
+            lines += [_markdown([["Triton", "launches", "us"], *cells]), ""]
         if path.name == "shares.csv":
             about = "FocalNet-T of timm, accelerated, 8 images: benchmarks/shares.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", shares(rows), ""]

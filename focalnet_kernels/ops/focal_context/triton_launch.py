@@ -65,10 +65,10 @@ def context_fwd(
         context_fwd_kernel, plan.slots, ctx.device,
         view(ctx), view(gates), view(out), mean_parts, tuple(w.contiguous() for w in weights), scratch,
         B, C, *size, *plan.arguments(),
-        NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), **plan.constants(),
+        NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), **plan.constants,
     )  # fmt: skip
     if plan.strips == 1:
-        return mean_parts[0]
+        return mean_parts.view(B, C)
     mean = torch.empty_like(mean_parts[0])
     channels, pixels = 8, 256
     launch(
@@ -114,7 +114,7 @@ def context_bwd(
         wanted_view(grad_ctx), wanted_view(ctx_all), gates_parts, weights_parts,
         B, C, *size, *plan.arguments(), plan.blocks_per_task,
         NORMALIZE=normalize, EXACT=exact_gelu(ctx.dtype), REACH=sum(k[0] // 2 for k in kernels),
-        ALL_TAPS=sum(taps), **plan.constants(),
+        ALL_TAPS=sum(taps), **plan.constants,
         WANT=(grad_ctx is not None, grad_gates is not None, want_weights, ctx_all is not None),
     )  # fmt: skip
     grad_weights = tuple(torch.empty(w.shape, dtype=w.dtype, device=device) for w in weights) if want_weights else ()

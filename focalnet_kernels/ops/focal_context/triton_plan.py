@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,6 +97,7 @@ class Plan:
         """The kernels' run-time arguments."""
         return self.tasks, self.strips, self.strip_rows, self.top, self.plane_size, self.images
 
+    @functools.cached_property
     def constants(self) -> dict:
         """The kernels' compile-time arguments."""
         return {
@@ -122,9 +124,16 @@ def make_plan(
     device: torch.device, backward: bool = False, whole: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan for ctx (B, C, *size) on that device. `whole`: no strips, however few the tasks."""
-    window, tile = _choose_tile(size, kernels, dtype, backward)
+    return _plan(B, C, size, kernels, dtype, multiprocessors(device), backward, whole, _taps[backward])
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    B: int, C: int, size: tuple[int, int, int], kernels: tuple[Kernel, ...], dtype: torch.dtype, processors: int,
+    backward: bool, whole: bool, taps: Tile,
+) -> Plan:  # fmt: skip
+    window, tile = _choose_tile(size, kernels, dtype, backward, taps)
     left_pad, right_pad, mid_pad = _choose_padding(window, kernels)
-    processors = multiprocessors(device)
     T, M, W = size
     per_image = cdiv(T, tile.rows) * M * cdiv(W, 8)  # segments of an image
     images = min(next_power_of_2(max(1, tile.segments // max(1, per_image))), next_power_of_2(max(1, B)))
@@ -147,13 +156,13 @@ def make_plan(
 
 
 def _choose_tile(
-    size: tuple[int, int, int], kernels: Sequence[Kernel], dtype: torch.dtype, backward: bool
+    size: tuple[int, int, int], kernels: Sequence[Kernel], dtype: torch.dtype, backward: bool, taps: Tile
 ) -> tuple[int, Tile]:
-    """The window of inputs behind 8 outputs (0: tap by tap), and the tile."""
+    """The window of inputs behind 8 outputs (0: tap by tap), and the tile. `taps`: of the form tap by tap."""
     T, M, _ = size
     widest = max((k[2] for k in kernels), default=1)
     if dtype not in TENSOR_CORE_DTYPES or M != 1 or widest > 13 or any(k[1] != 1 for k in kernels):
-        return 0, _taps[backward]
+        return 0, taps
     tile = next(
         tile
         for match, tile in _TENSOR_CORES.items()

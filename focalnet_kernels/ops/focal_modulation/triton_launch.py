@@ -6,6 +6,9 @@ what the depthwise chain wants, no permute anywhere) or tokens (channels adjacen
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,10 +55,18 @@ def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _as_map(matrix: Tensor, x: Tensor) -> Tensor:
     """A (rows, tokens) matrix as (B, rows, *spatial), without a copy."""
-    strides = [matrix.stride(1)]
-    for size in reversed(x.shape[1:-1]):
+    return matrix.as_strided(*_map_geometry(matrix.shape, matrix.stride(), x.shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _map_geometry(
+    matrix: Sequence[int], matrix_strides: tuple[int, ...], shape: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a matrix as a map of x's shape."""
+    strides = [matrix_strides[1]]
+    for size in reversed(shape[1:-1]):
         strides.insert(0, strides[0] * size)
-    return matrix.as_strided((x.shape[0], len(matrix), *x.shape[1:-1]), (strides[0], matrix.stride(0), *strides[1:]))
+    return (shape[0], matrix[0], *shape[1:-1]), (strides[0], matrix_strides[0], *strides[1:])
 
 
 def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Tensor:
@@ -81,15 +92,15 @@ def focal_modulation_fwd_impl(x, parameters, normalize, ln_eps, save):
     projected = _linear_f(x, p.f_weight, p.f_bias, tokens)
     q, ctx, gates = projected.split((C, C, len(p.focal_weights) + 1))
     ctx_all = new_matrix(x, C, tokens)
-    by_rows = _by_rows(x, p.ln_weight)
-    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), p.focal_weights, normalize, _as_map(ctx_all, x), by_rows)
+    ctx_all_map, by_rows = _as_map(ctx_all, x), _by_rows(x, p.ln_weight)
+    mean = context_fwd(_as_map(ctx, x), _as_map(gates, x), p.focal_weights, normalize, ctx_all_map, by_rows)
     if by_rows:
         kept = F.linear(ctx_all.t(), p.h_weight, p.h_bias).t()
         z = rows_fwd(q, kept, p.ln_weight, p.ln_bias, ln_eps, new_matrix(x, C, tokens) if save else kept)
         y = _like(x, F.linear(z.t(), p.proj_weight, p.proj_bias))
     else:
         kept = new_matrix(x, C, tokens) if save else None
-        arguments = _as_map(q, x), _as_map(ctx_all, x), p.h_weight, p.h_bias
+        arguments = _as_map(q, x), ctx_all_map, p.h_weight, p.h_bias
         modulator = None if kept is None else _as_map(kept, x)
         if C <= LARGEST_PROJ and x.dtype != torch.float32:
             y = torch.empty_like(x)

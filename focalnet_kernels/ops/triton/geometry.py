@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,19 +26,26 @@ def view(tensor: Tensor) -> tuple[Tensor, Strides]:
     return tensor, (b, c, strides[0], strides[1] if ndim == 3 else 0, strides[-1])
 
 
-def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], list[Strides]]:
+def token_axes(*maps: Tensor) -> tuple[tuple[int, int, int], tuple[Strides, ...]]:
     """The axes over which (B, C, *spatial) maps of one size count their tokens, as few as all the maps' strides allow:
     the size of all but the outermost, which stands in the batch's place, and every map's strides. Mostly one axis is
     left: without divisions in its indices the compiler sees which tokens are adjacent, and loads them together."""
+    return _token_axes(maps[0].shape, tuple([m.stride() for m in maps]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _token_axes(
+    sizes: tuple[int, ...], maps: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, int, int], tuple[Strides, ...]]:
     axes: list[tuple[int, tuple[int, ...]]] = []  # size and the maps' strides, innermost first
-    sizes, strides = maps[0].shape, list(zip(*(m.stride() for m in maps), strict=True))
+    strides = list(zip(*maps, strict=True))
     for dim in (*range(len(sizes) - 1, 1, -1), 0):
         if axes and strides[dim] == tuple(axes[-1][0] * inner for inner in axes[-1][1]):
             axes[-1] = axes[-1][0] * sizes[dim], axes[-1][1]
         elif sizes[dim] != 1:
             axes.append((sizes[dim], strides[dim]))
     b, t, m, w = axes[-1:] + [(1, (0,) * len(maps))] * (4 - len(axes)) + axes[-2::-1]
-    return (t[0], m[0], w[0]), list(zip(b[1], strides[1], t[1], m[1], w[1], strict=True))
+    return (t[0], m[0], w[0]), tuple(zip(b[1], strides[1], t[1], m[1], w[1], strict=True))
 
 
 def strided_like(gradient: Tensor, tensor: Tensor) -> Tensor:

@@ -93,12 +93,46 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, args, constants))
         return
-    # not every default is the same in every Triton: say what we want
-    options = {} if INTERPRETED else {"enable_fp_fusion": True}
-    if torch.version.hip is not None or INTERPRETED:
-        constants.pop("maxnreg", None)  # NVIDIA's alone
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, **options)
+        if _LOOKS_ANEW or kernel.pre_run_hooks:  # who has hooks counts on being called
+            if _LOOKS_ANEW:
+                constants.pop("maxnreg", None)  # NVIDIA's alone
+            kernel[(programs,)](*args, **constants, **_OPTIONS)
+            return
+        key = id(kernel), programs, device, _specialized(args), tuple(constants.values())
+        built = _built.get(key)
+        if built is not None:
+            run, values = built
+            run(*args, *values)
+            return
+        compiled = kernel[(programs,)](*args, **constants, **_OPTIONS)
+        if len(_built) == _MOST_BUILT:
+            _built.clear()
+        _built[key] = compiled[(programs, 1, 1)], tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+
+
+# not every default is the same in every Triton: say what we want
+_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+_LOOKS_ANEW = INTERPRETED or torch.version.hip is not None  # AMD's Triton looks at sizes of memory too
+# What runs the kernel that Triton compiled, and the constants after the arguments, by the grid and all that Triton looks
+# at when it compiles. It would look at every argument anew in every launch.
+_built: dict[tuple, tuple[Any, tuple]] = {}
+_MOST_BUILT = 4096
+
+
+def _specialized(args: tuple) -> tuple:
+    """Of pointers their type and alignment; of numbers all. Tuples with tensors begin with one."""
+    Tensor = torch.Tensor
+    return tuple(
+        [
+            (arg.dtype, arg.data_ptr() % 16 == 0)
+            if isinstance(arg, Tensor)
+            else _specialized(arg)
+            if type(arg) is tuple and arg and isinstance(arg[0], Tensor)
+            else arg
+            for arg in args
+        ]
+    )
 
 
 @functools.cache
