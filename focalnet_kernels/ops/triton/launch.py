@@ -114,8 +114,8 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
 # not every default is the same in every Triton: say what we want
 _OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 _LOOKS_ANEW = INTERPRETED or torch.version.hip is not None  # AMD's Triton looks at sizes of memory too
-# What runs the kernel that Triton compiled, and the constants after the arguments, by the grid and all that Triton looks
-# at when it compiles. It would look at every argument anew in every launch.
+# What runs the kernel that Triton compiled, and the constants after the arguments, by the grid and all that Triton
+# looks at when it compiles. It would look at every argument anew in every launch.
 _built: dict[tuple, tuple[Any, tuple]] = {}
 _MOST_BUILT = 4096
 
