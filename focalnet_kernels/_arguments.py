@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._calls import Kind, NoTensor, kinds_of
@@ -58,26 +59,57 @@ def per_axis(name: str, value, axes: int, least: int) -> tuple[int, ...]:
     return numbers
 
 
-def as_levels(name: str, weights) -> tuple:
-    """One weight per level."""
+def as_levels(name: str, weights, biases=None) -> tuple:
+    """One tensor per level, as the ops take them: (C, 1, *k) with odd k, or (C, 2, *k) with a bias.
+
+    An even k gets a tap of zero in front: `padding="same"` of PyTorch's convolutions, k // 2 pixels after and one less
+    before. A bias is what the kernel's centre [:, 1] makes of a second channel, of ones.
+    """
     try:
-        return tuple(weights)
+        levels = tuple(weights)
     except TypeError:
         got = type(weights).__name__
         raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
+    for i, weight in enumerate(levels):
+        if isinstance(weight, Tensor) and weight.ndim > 1 and weight.shape[1] == 2:  # the ops' own
+            raise ValueError(f"{name}[{i}]: expected shape (C, 1, *k), got {tuple(weight.shape)}")
+    if any([isinstance(w, Tensor) and any([k % 2 == 0 for k in w.shape[2:]]) for w in levels]):
+        levels = tuple([_with_odd_kernel(w) if isinstance(w, Tensor) else w for w in levels])
+    if biases is None:
+        return levels
+    of_biases = name.replace("weights", "biases")
+    biases = tuple(biases)
+    if len(biases) != len(levels):
+        raise ValueError(f"{of_biases}: expected one per level, {len(levels)}, got {len(biases)}")
+    both = enumerate(zip(levels, biases, strict=True))
+    return tuple([w if b is None else _with_bias(f"{of_biases}[{i}]", w, b) for i, (w, b) in both])
+
+
+def _with_odd_kernel(weight: Tensor) -> Tensor:
+    in_front = [zeros for k in reversed(weight.shape[2:]) for zeros in (int(k % 2 == 0), 0)]
+    return F.pad(weight, in_front) if any(in_front) else weight
+
+
+def _with_bias(name: str, weight: Tensor, bias: Tensor) -> Tensor:
+    (kind,) = kinds_of((bias,))
+    check_tensor(name, kind)
+    if not isinstance(weight, Tensor) or weight.ndim < 3:
+        return weight  # which is refused later on
+    check_shape(name, kind, tuple(weight.shape[:1]), "(C,)")
+    if (bias.dtype, bias.device) != (weight.dtype, weight.device):
+        raise TypeError(
+            f"{name}: expected its weight's {weight.dtype} on {weight.device}, got {bias.dtype} on {bias.device}"
+        )
+    around = [zeros for k in reversed(weight.shape[2:]) for zeros in (k // 2, k // 2)]
+    return torch.cat((weight, F.pad(bias.reshape(-1, *[1] * (weight.ndim - 1)), around)), 1)
 
 
 def check_levels(name: str, kinds: Sequence[Kind], C: int, ndim: int) -> None:
     for i, kind in enumerate(kinds):
         check_tensor(f"{name}[{i}]", kind)
         shape = tuple(kind[0])
-        if len(shape) != ndim + 2 or shape[:2] != (C, 1):
+        if len(shape) != ndim + 2 or shape[0] != C or shape[1] not in (1, 2) or 0 in shape:
             raise ValueError(f"{name}[{i}]: expected shape ({C}, 1, {', '.join('k' * ndim)}) = (C, 1, *k), got {shape}")
-        for k in shape[2:]:
-            if k % 2 == 0:
-                raise ValueError(
-                    f"{name}[{i}]: expected odd kernel sizes, got {shape[2:]} (an even one would change the map's size)"
-                )
 
 
 def check_matrix(name: str, kind: Kind, rows: int, columns: int) -> None:

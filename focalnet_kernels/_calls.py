@@ -26,6 +26,7 @@ class Call:
         shape: (B, *spatial).
         norm_dtype: of the layer's LayerNorm; None without one.
         residual_dtype: of x and what scales a residual branch, where its body is in `dtype`; None elsewhere.
+        biased: whether a level has a bias.
         channels_adjacent: whether C is the innermost axis of the maps in memory.
     """
 
@@ -37,6 +38,7 @@ class Call:
     shape: Sizes
     norm_dtype: torch.dtype | None = None
     residual_dtype: torch.dtype | None = None
+    biased: bool = False
     channels_adjacent: bool = False
     chosen: dict = field(default_factory=dict, repr=False)  # dispatch's: by backend asked for and direction
 

@@ -50,16 +50,19 @@ class Parts(NamedTuple):
     def weights(self) -> tuple[tuple, dict]:
         """Arguments of `functional.focal_modulation` after x, of parts that need not be called."""
         f, h, proj = self.f._parameters, self.h._parameters, self.proj._parameters  # not by getattr: slow for modules
-        args = (f["weight"], f["bias"], self.level_weights(), h["weight"], h["bias"], proj["weight"], proj["bias"])
+        weights, biases = self.levels()
+        args = (f["weight"], f["bias"], weights, h["weight"], h["bias"], proj["weight"], proj["bias"])
+        kwargs = {} if biases is None else {"focal_biases": biases}
         if self.norm is None:
-            return args, {}
+            return args, kwargs
         norm = self.norm._parameters
-        return args, {"ln_weight": norm["weight"], "ln_bias": norm["bias"], "ln_eps": self.norm.eps}
+        return args, kwargs | {"ln_weight": norm["weight"], "ln_bias": norm["bias"], "ln_eps": self.norm.eps}
 
-    def level_weights(self) -> list[Tensor]:
-        """The depthwise convolutions'."""
-        levels = self.focal_layers._modules.values()
-        return [next(iter(level._modules.values()))._parameters["weight"] for level in levels]
+    def levels(self) -> tuple[list[Tensor], list[Tensor | None] | None]:
+        """The depthwise convolutions' weights and biases; None where no level has one."""
+        convs = [next(iter(level._modules.values()))._parameters for level in self.focal_layers._modules.values()]
+        biases = [conv["bias"] for conv in convs]
+        return [conv["weight"] for conv in convs], None if all([bias is None for bias in biases]) else biases
 
     def snapshot(self) -> Snapshot:
         """Of all of them."""
@@ -186,14 +189,14 @@ def _why_call_depthwise(conv: nn.Module, C: int) -> str | None:
     channels, per_group, *kernel = weight.shape
     padding = []
     for k in kernel:
-        if k % 2 == 0:
+        if k % 2 == 0 and conv.padding != "same":
             return f"has the even kernel {tuple(kernel)}, which changes the map's size"
         padding.append(k // 2)
-    if conv.padding != tuple(padding) or not _is_dense(conv, _ONES[len(kernel)]):
+    if conv.padding not in (tuple(padding), "same") or not _is_dense(conv, _ONES[len(kernel)]):
         return "is not of stride 1, dilation 1 and zero padding k // 2"
     # a bias that is no parameter is a plain attribute or a buffer
-    if (channels, per_group, conv.groups) != (C, 1, C) or conv._parameters.get("bias", conv) is not None:
-        return f"is not depthwise over {C} channels without bias"
+    if (channels, per_group, conv.groups) != (C, 1, C) or "bias" not in conv._parameters:
+        return f"is not depthwise over {C} channels"
     return None
 
 

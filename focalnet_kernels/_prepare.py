@@ -30,8 +30,13 @@ from .ops.focal_modulation.parameters import LayerParameters, as_matrix
 from .ops.mlp_branch.parameters import MlpBranchParameters
 
 
-def prepare_focal_context(ctx, gates, weights) -> tuple[Call, Sequence[Any]]:
-    tensors = follow_autocast((ctx, gates, *as_levels("weights", weights)))
+def prepare_focal_context(ctx, gates, weights, *, biases=None) -> tuple[Call, Sequence[Any]]:
+    return prepare_levels(ctx, gates, as_levels("weights", weights, biases))
+
+
+def prepare_levels(ctx, gates, levels) -> tuple[Call, Sequence[Any]]:
+    """`focal_context` of levels as the ops take them."""
+    tensors = follow_autocast((ctx, gates, *levels))
     kinds = kinds_of(tensors)
     # (B, C, *spatial) knows where its channels lie; whatever is no tensor is the check's to refuse
     adjacent = isinstance(tensors[0], Tensor) and tensors[0].ndim > 1 and tensors[0].stride(1) == 1
@@ -49,7 +54,12 @@ def _check_focal_context(kinds: tuple[Kind, ...], adjacent: bool) -> Call:
     check_same_kind(kinds, ("ctx", "gates", *[f"weights[{i}]" for i in range(len(weights))]))
     kernels = tuple([tuple(weight[0][2:]) for weight in weights])
     spatial = (shape[0], *shape[2:])
-    return Call("focal_context", device, dtype, shape[1], kernels, spatial, channels_adjacent=adjacent)
+    biased = _has_bias(weights)
+    return Call("focal_context", device, dtype, shape[1], kernels, spatial, biased=biased, channels_adjacent=adjacent)
+
+
+def _has_bias(levels: Sequence[Kind]) -> bool:
+    return any([level[0][1] == 2 for level in levels])
 
 
 def prepare_modulate(q, ctx_all, weight, bias=None) -> tuple[Call, Sequence[Any]]:
@@ -71,9 +81,10 @@ def _check_modulate(kinds: tuple[Kind, ...]) -> Call:
 
 
 def prepare_focal_modulation(
-    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, ln_weight=None, ln_bias=None
-) -> tuple[Call, Sequence[Any]]:
-    levels = as_levels("focal_weights", focal_weights)
+    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, focal_biases=None,
+    ln_weight=None, ln_bias=None,
+) -> tuple[Call, Sequence[Any]]:  # fmt: skip
+    levels = as_levels("focal_weights", focal_weights, focal_biases)
     tensors = follow_autocast(
         (x, f_weight, f_bias, *levels, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias)
     )
@@ -102,14 +113,15 @@ def _check_focal_modulation(kinds: tuple[Kind, ...]) -> Call:
     check_same_kind(kinds, names, norm=("ln_weight", "ln_bias"))
     kernels = tuple([tuple(weight[0][2:]) for weight in p.focal_weights])
     norm_dtype = None if p.ln_weight is None else p.ln_weight[1]
-    return Call("focal_modulation", device, dtype, C, kernels, tuple(shape[:-1]), norm_dtype)
+    biased = _has_bias(p.focal_weights)
+    return Call("focal_modulation", device, dtype, C, kernels, tuple(shape[:-1]), norm_dtype, biased=biased)
 
 
 def prepare_focal_branch(
-    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, ln_weight=None, ln_bias=None,
-    norm_weight=None, norm_bias=None, gamma=None, drop_path=None,
+    x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, *, focal_biases=None,
+    ln_weight=None, ln_bias=None, norm_weight=None, norm_bias=None, gamma=None, drop_path=None,
 ) -> tuple[Call, Sequence[Any]]:  # fmt: skip
-    levels = as_levels("focal_weights", focal_weights)
+    levels = as_levels("focal_weights", focal_weights, focal_biases)
     layer = follow_autocast((f_weight, f_bias, *levels, h_weight, h_bias, proj_weight, proj_bias, ln_weight, ln_bias))
     _check_drop_path(drop_path)
     tensors = (x, *layer, norm_weight, norm_bias, gamma, drop_path)
@@ -242,7 +254,7 @@ def context_of(target: Tensor, p: LayerParameters) -> tuple[Tensor, Tensor]:
 
 def prepare_cross_context(*args, **kwargs) -> tuple[Call, Sequence[Any]]:
     _, target, p = prepare_cross_focal_modulation(*args, **kwargs)
-    return prepare_focal_context(*context_of(target, p), p.focal_weights)
+    return prepare_levels(*context_of(target, p), p.focal_weights)
 
 
 PREPARE: dict[str, Callable[..., tuple[Call, Sequence[Any]]]] = {

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from ._arguments import as_levels
 from ._calls import Call
 from ._prepare import (
     PREPARE,
     context_of,
     prepare_cross_focal_modulation,
     prepare_focal_branch,
-    prepare_focal_context,
     prepare_focal_modulation,
+    prepare_levels,
     prepare_mlp_branch,
     prepare_modulate,
     prepare_patch_embed,
@@ -46,6 +47,7 @@ def focal_context(
     gates: Tensor,
     weights: Sequence[Tensor],
     *,
+    biases: Sequence[Tensor | None] | None = None,
     normalize: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -58,7 +60,9 @@ def focal_context(
     Args:
         ctx: (B, C, *spatial), one to three spatial axes, any strides; float64/32/16 or bfloat16.
         gates: (B, L+1, *spatial), same dtype and device.
-        weights: L tensors (C, 1, *k) with odd k; L = 0 is legal.
+        weights: L tensors (C, 1, *k); L = 0 is legal. A kernel of even k lies as in PyTorch's convolutions with
+            padding="same": (k - 1) // 2 pixels before, k // 2 after.
+        biases: (C,) or None for each level; on a GPU they are left to the reference.
         normalize: divide by L + 1 (the authors' `normalize_modulator`).
         backend: a name as in `use_backend`, for this call alone. None: the one in force.
 
@@ -69,8 +73,12 @@ def focal_context(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
-    call, (ctx, gates, *weights) = prepare_focal_context(ctx, gates, weights)
-    return ops.focal_context(call, ctx, gates, weights, bool(normalize), backend)
+    return _of_levels(ctx, gates, as_levels("weights", weights, biases), normalize, backend)
+
+
+def _of_levels(ctx: Tensor, gates: Tensor, levels: Sequence[Tensor], normalize: bool, backend: str | None) -> Tensor:
+    call, (ctx, gates, *levels) = prepare_levels(ctx, gates, levels)
+    return ops.focal_context(call, ctx, gates, levels, bool(normalize), backend)
 
 
 def modulate(
@@ -105,6 +113,7 @@ def focal_modulation(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     *,
+    focal_biases: Sequence[Tensor | None] | None = None,
     ln_weight: Tensor | None = None,
     ln_bias: Tensor | None = None,
     ln_eps: float = 1e-5,
@@ -117,7 +126,7 @@ def focal_modulation(
     Args:
         x: (B, *spatial, C), channels last, any strides (a permuted NCHW view as well).
         f_weight, f_bias: (2C+L+1, C) and (2C+L+1,) or None. Rows: q, ctx, gates.
-        focal_weights: L tensors (C, 1, *k), odd k.
+        focal_weights, focal_biases: see `focal_context`.
         h_weight, h_bias: (C, C) and (C,) or None.
         proj_weight, proj_bias: (C, C) and (C,) or None.
         ln_weight, ln_bias: (C,) each, for the LayerNorm of `use_postln_in_modulation`; None without it. Both may be
@@ -136,13 +145,13 @@ def focal_modulation(
     """
     call, (x, *parameters) = prepare_focal_modulation(
         x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
-        ln_weight=ln_weight, ln_bias=ln_bias,
+        focal_biases=focal_biases, ln_weight=ln_weight, ln_bias=ln_bias,
     )  # fmt: skip
     if not return_gates:
         return ops.focal_modulation(call, x, LayerParameters(parameters), bool(normalize), float(ln_eps), backend)
     p, C = LayerParameters(parameters).as_matrices(), call.channels
     q, ctx, gates = F.linear(x, p.f_weight, p.f_bias).movedim(-1, 1).split((C, C, len(p.focal_weights) + 1), 1)
-    ctx_all = focal_context(ctx, gates, p.focal_weights, normalize=normalize, backend=backend)
+    ctx_all = _of_levels(ctx, gates, p.focal_weights, normalize, backend)
     modulator = F.linear(ctx_all.movedim(1, -1), p.h_weight, p.h_bias).movedim(-1, 1)
     return _after_modulation(q * modulator, p, ln_eps), gates, modulator
 
@@ -157,6 +166,7 @@ def focal_branch(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     *,
+    focal_biases: Sequence[Tensor | None] | None = None,
     ln_weight: Tensor | None = None,
     ln_bias: Tensor | None = None,
     ln_eps: float = 1e-5,
@@ -186,16 +196,16 @@ def focal_branch(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
     """
     call, x, parameters, options = _of_focal_branch(
-        x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, ln_weight=ln_weight,
-        ln_bias=ln_bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma, drop_path=drop_path,
-        ln_eps=ln_eps, normalize=normalize, norm_eps=norm_eps, post_norm=post_norm,
+        x, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias, focal_biases=focal_biases,
+        ln_weight=ln_weight, ln_bias=ln_bias, norm_weight=norm_weight, norm_bias=norm_bias, gamma=gamma,
+        drop_path=drop_path, ln_eps=ln_eps, normalize=normalize, norm_eps=norm_eps, post_norm=post_norm,
     )  # fmt: skip
     return ops.focal_branch(call, x, parameters, *options, backend)
 
 
 def _of_focal_branch(
     x: Tensor, *layer: Any, ln_eps: float = 1e-5, normalize: bool = False, norm_eps: float = 1e-5,
-    post_norm: bool = False, **tensors: Tensor | None,
+    post_norm: bool = False, **tensors: Any,
 ) -> tuple[Call, Tensor, FocalBranchParameters, tuple[bool, float, float, bool]]:  # fmt: skip
     call, (x, *parameters) = prepare_focal_branch(x, *layer, **tensors)
     options = bool(normalize), float(ln_eps), float(norm_eps), bool(post_norm)
@@ -328,6 +338,7 @@ def cross_focal_modulation(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     *,
+    focal_biases: Sequence[Tensor | None] | None = None,
     ln_weight: Tensor | None = None,
     ln_bias: Tensor | None = None,
     ln_eps: float = 1e-5,
@@ -358,11 +369,11 @@ def cross_focal_modulation(
     """
     x, target, p = prepare_cross_focal_modulation(
         x, target, f_weight, f_bias, focal_weights, h_weight, h_bias, proj_weight, proj_bias,
-        ln_weight=ln_weight, ln_bias=ln_bias,
+        focal_biases=focal_biases, ln_weight=ln_weight, ln_bias=ln_bias,
     )  # fmt: skip
     C, spatial = x.shape[-1], x.shape[1:-1]
     q = F.linear(x, p.f_weight[:C], None if p.f_bias is None else p.f_bias[:C]).movedim(-1, 1)
-    ctx_all = focal_context(*context_of(target, p), p.focal_weights, normalize=normalize, backend=backend)
+    ctx_all = _of_levels(*context_of(target, p), p.focal_weights, normalize, backend)
     y = modulate(q, resample(ctx_all, spatial), p.h_weight, p.h_bias, backend=backend)
     return _after_modulation(y, p, ln_eps)
 

@@ -59,6 +59,7 @@ ContextForward describe(const Tensor& ctx, const Tensor& gates, const PackedLeve
   p.L = levels.count();
   p.levels = levels.levels.data();
   p.weights = levels.weights.data();
+  p.biases = levels.biases.data();
   p.ctx = map_of(ctx, 2, 1);
   p.gates = map_of(gates, 2, 1);
   p.normalize = normalize;
@@ -96,7 +97,7 @@ std::vector<Tensor> focal_context_bwd(Tensor grad_out, Tensor ctx, Tensor gates,
   Tensor grad_ctx = needed & 1 ? torch::stable::empty_like(ctx) : torch::stable::new_empty(ctx, {0});
   if (needed & 1) p.grad_ctx = map_of(grad_ctx, 2, 1);
   Tensor gate_sums = torch::stable::empty({needed & 2 ? g.B : 0, blocks, (L + 1) * g.pixels()}, ScalarType::Float);
-  const Buffer tap_sums(needed >> 2 ? g.B * blocks * levels.taps * k.lanes * 4 : 0);
+  const Buffer tap_sums(needed >> 2 ? g.B * blocks * levels.sums * k.lanes * 4 : 0);
   if (needed & 2) p.grad_gates = static_cast<float*>(gate_sums.mutable_data_ptr());
   if (needed >> 2) p.grad_weights = tap_sums.floats();
   run_context_bwd(k, p);

@@ -59,6 +59,20 @@ static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, flo
   });
 }
 
+// sum += all of a row, piece by piece.
+FK_INLINE void add_row(const float* row, int64_t W, float* sum) {
+  for (int64_t first = 0; first < W; first += PIECE) {
+    vf piece = {};
+    for (int64_t w = first; w < W && w < first + PIECE; ++w) piece += load(row + w * VL);
+    store(sum, load(sum) + piece);
+  }
+}
+
+// How many partial sums a level's weight has: its taps, and its bias.
+FK_INLINE int64_t weight_sums(const ContextForward& p, int64_t l) {
+  return p.levels[l].taps() + (p.biases && p.biases[l]);
+}
+
 // out[w] = the sum over lanes of a[w] * b[w].
 FK_INLINE void dot_row(const float* a, const float* b, int64_t W, float* out) {
   int64_t w = 0;
@@ -134,7 +148,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
   float* taps = nullptr;
   if (p.grad_weights) {
     int64_t count = 0;
-    for (int64_t l = 0; l < L; ++l) count += f.levels[l].taps();
+    for (int64_t l = 0; l < L; ++l) count += weight_sums(f, l);
     taps = p.grad_weights + (b * blocks + block) * count * VL;
     __builtin_memset(taps, 0, count * VL * sizeof(float));
   }
@@ -161,7 +175,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
   const auto conv_back = [&](int64_t l, int64_t t, int64_t m, float* out) FK_LAMBDA {
     const Level& level = f.levels[l];
     const float* weights = block_taps<false>(p.flipped[l], level, block);
-    conv_row<false>(rows, gather_rows<false>(levels[l].dz, level, weights, g, t, m, rows), level.kw, g.W, out);
+    conv_row<false>(rows, gather_rows<false>(levels[l].dz, level, weights, g, t, m, rows), level.kw, g.W, vf{}, out);
   };
 
   for (int64_t step = 0; step < g.T + 2 * A; ++step) {
@@ -182,7 +196,8 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
       const bool last = l + 1 == L;
       for (int64_t m = 0; m < g.M; ++m) {
         const float* weights = block_taps<PAIRED>(f.weights[l], level, block);
-        conv_row<PAIRED>(rows, gather_rows<PAIRED>(levels[l].in, level, weights, g, t, m, rows), level.kw, g.W, z);
+        conv_row<PAIRED>(rows, gather_rows<PAIRED>(levels[l].in, level, weights, g, t, m, rows), level.kw, g.W,
+                         block_bias(f, l, block), z);
         float* next = last ? nowhere : levels[l + 1].in.at(t, m);
         float* before = last ? nowhere : levels[l + 1].in.before(t, m, nowhere);
         float *slope = levels[l].slope.at(t, m), *sum = all.at(t, m);
@@ -212,11 +227,11 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
 
     float* level_taps = taps;
     for (int64_t l = 0; l < L; ++l) {  // offsets first: the levels below run from the last to the first
-      if (taps) level_taps += f.levels[l].taps() * VL;
+      if (taps) level_taps += weight_sums(f, l) * VL;
     }
     for (int64_t l = L - 1; l >= 0; --l) {
       const Level& level = f.levels[l];
-      if (taps) level_taps -= level.taps() * VL;
+      if (taps) level_taps -= weight_sums(f, l) * VL;
       const int64_t t = step - 2 * A + levels[l].lag;
       if (t < 0 || t >= g.T) continue;
       const bool last = l + 1 == L;
@@ -235,6 +250,7 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
         const int64_t reached = gather_rows<false>(levels[l].in, level, weights, g, t, m, rows);
         for (int64_t r = 0; r < reached; ++r)
           taps_row<PAIRED>(dz, rows[r].in, level.kw, g.W, level_taps + (rows[r].w - weights));
+        if (f.biases && f.biases[l]) add_row(dz, g.W, level_taps + level.taps() * VL);
       }
     }
 

@@ -48,8 +48,10 @@ struct RowTaps {
 constexpr int TILE = VL == 16 ? 8 : 4;  // outputs held in registers
 
 template <bool PAIRED, int KW, int N>
-FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float* out) {
-  vf acc[N] = {};
+FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, vf bias, float* out) {
+  vf acc[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) acc[n] = bias;
   for (int64_t r = 0; r < n_rows; ++r) {
     const float *in = rows[r].in, *w = rows[r].w;
     if constexpr (KW > 0) {
@@ -76,11 +78,12 @@ FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, float*
 }
 
 template <bool PAIRED, int KW>
-static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
+static void conv_row_of(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, vf bias, float* out) {
   int64_t tiles = (W + TILE - 1) / TILE;
   for (int64_t i = 0; i < tiles; ++i) {
     int64_t n = W / tiles + (i < W % tiles);
-    with_constant_up_to<TILE>(n, [&](auto N) FK_LAMBDA { conv_tile<PAIRED, KW, N.value>(rows, n_rows, kw, out); });
+    with_constant_up_to<TILE>(n,
+                              [&](auto N) FK_LAMBDA { conv_tile<PAIRED, KW, N.value>(rows, n_rows, kw, bias, out); });
     out += n * VL;
     for (int64_t r = 0; r < n_rows; ++r) rows[r].in += n * VL;
   }
@@ -92,10 +95,10 @@ FK_INLINE void with_width(int64_t kw, F f) {
   if (!with_constant<1, 3, 5, 7, 9>(kw, f)) f(Constant<0>{});
 }
 
-// out[w] = sum over rows and taps; consumes `rows`.
+// out[w] = bias + sum over rows and taps; consumes `rows`.
 template <bool PAIRED>
-static void conv_row(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, float* out) {
-  with_width(kw, [&](auto KW) FK_LAMBDA { conv_row_of<PAIRED, KW.value>(rows, n_rows, kw, W, out); });
+static void conv_row(RowTaps* rows, int64_t n_rows, int64_t kw, int64_t W, vf bias, float* out) {
+  with_width(kw, [&](auto KW) FK_LAMBDA { conv_row_of<PAIRED, KW.value>(rows, n_rows, kw, W, bias, out); });
 }
 
 // The last few rows (along T) of a map, as zero-padded float rows of VL channels.
@@ -177,6 +180,11 @@ FK_INLINE int64_t gather_rows(const Ring& in, const Level& level, const float* w
 template <bool PAIRED>
 FK_INLINE const float* block_taps(const float* packed, const Level& level, int64_t block) {
   return packed + block * level.taps() * (PAIRED ? 2 : 1) * VL;
+}
+
+// Level l's biases of one block.
+FK_INLINE vf block_bias(const ContextForward& p, int64_t l, int64_t block) {
+  return p.biases && p.biases[l] ? load(p.biases[l] + block * VL) : vf{};
 }
 
 static int64_t most_kernel_rows(const ContextForward& p) {
@@ -274,8 +282,9 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
       if (t < 0 || t < t0 - ahead || t >= t1 + ahead || t >= g.T) continue;
       const bool inside = t >= t0 && t < t1, last = l + 1 == p.L;
       const float* weights = block_taps<PAIRED>(p.weights[l], level, block);
+      const vf bias = block_bias(p, l, block);
       for (int64_t m = 0; m < g.M; ++m) {
-        conv_row<PAIRED>(rows, gather_rows<PAIRED>(rings[l], level, weights, g, t, m, rows), level.kw, g.W, z);
+        conv_row<PAIRED>(rows, gather_rows<PAIRED>(rings[l], level, weights, g, t, m, rows), level.kw, g.W, bias, z);
         float *next = last ? nowhere : rings[l + 1].at(t, m),
               *before = last ? nowhere : rings[l + 1].before(t, m, nowhere);
         if (!inside) {

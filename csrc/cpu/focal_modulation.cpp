@@ -101,6 +101,7 @@ class LayerForward {
     p.L = levels_.count();
     p.levels = levels_.levels.data();
     p.weights = levels_.weights.data();
+    p.biases = levels_.biases.data();
     p.ctx = ctx;
     p.gates = gates;
     p.out = ctx_all;
@@ -181,6 +182,7 @@ void few_rows_fwd(const Tensor& x, const LayerParameters& p, const ResidualFloat
   c.L = levels.count();
   c.levels = levels.levels.data();
   c.weights = levels.weights.data();
+  c.biases = levels.biases.data();
   c.ctx = ctx;
   c.gates = all.map(projected.data, F, 2 * C);
   c.out = ctx;  // a map is read to its end before its result is written

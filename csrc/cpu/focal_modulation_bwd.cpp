@@ -80,7 +80,7 @@ class LayerBackward {
   }
   // Whether anything before h is.
   bool chain() const { return projected() || needs_.any_level() || needs_.h_weight; }
-  int64_t taps_of_image() const { return k_.channel_blocks(C_) * k_.lanes * levels_.taps; }
+  int64_t taps_of_image() const { return k_.channel_blocks(C_) * k_.lanes * levels_.sums; }
 
   // grad_y -> q's part of grad_projected, grad_modulator, grad_ctx_all; z, proj's input, is made again.
   void modulate_back(const ImageGroup& group, const RowBlocks& blocks) {
@@ -119,6 +119,7 @@ class LayerBackward {
     p.forward.L = L_;
     p.forward.levels = levels_.levels.data();
     p.forward.weights = levels_.weights.data();
+    p.forward.biases = levels_.biases.data();
     p.forward.ctx = group.map(stored, F_, C_);
     p.forward.gates = group.map(stored, F_, 2 * C_);
     p.forward.normalize = normalize_;

@@ -15,6 +15,7 @@ struct ContextForward {
   int64_t L;
   const Level* levels;
   const float* const* weights;  // per level, see Kernels::pack_taps
+  const float* const* biases;   // per level [channel block][lane], or null; null: no level has one
   MapView ctx, gates, out;      // gates: axis c is the level, L+1 of them
   bool normalize;
   float* mean;         // (B, C): mean of the last level over all pixels, or null
@@ -28,9 +29,10 @@ struct ContextBackward {
   const float* const* flipped;  // the weights, taps in reverse order, packed alike
   const float* mean;            // (B, C): what the forward found
   MapView grad_out;
-  MapView grad_ctx;     // written where data is not null
-  float* grad_gates;    // [image][channel block][level][pixel]: partial sums, each over its block; or null
-  float* grad_weights;  // [image][channel block][all levels' taps][lane]: partial sums, each over its image; or null
+  MapView grad_ctx;   // written where data is not null
+  float* grad_gates;  // [image][channel block][level][pixel]: partial sums, each over its block; or null
+  // [image][channel block][each level's taps, and its bias][lane]: partial sums, each over its image; or null
+  float* grad_weights;
 };
 
 // A matrix packed for products with rows of tokens: out[m, n] = sum_k a[m, k] * w[n, k].

@@ -143,16 +143,18 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
   for (const Tensor& w : tensors) {
     Axes axes(w.dim() - 2, 2);
     levels.push_back({size_or_1(w, axes.tmw[0]), size_or_1(w, axes.tmw[1]), size_or_1(w, axes.tmw[2])});
-    taps += levels.back().taps();
+    sums += levels.back().taps() + (w.size(1) == 2);
   }
   const bool paired = !flipped && !tensors.empty() && k.pairs(dtype_of(tensors[0]));
   const int64_t forms = paired ? 2 : 1;
-  buffer_ = Buffer(channels * taps * forms * 4);
+  buffer_ = Buffer(channels * sums * forms * 4);
   float* to = buffer_.floats();
   struct Task {
     const void* first;
     int64_t strides[4];
     float* to;
+    Level level;
+    bool paired;
   };
   std::vector<Task> tasks;
   for (size_t l = 0; l < tensors.size(); ++l) {
@@ -161,7 +163,12 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
     const Level& level = levels[l];
     Task task{w.const_data_ptr(),
               {w.stride(0), stride_or_0(w, axes.tmw[0]), stride_or_0(w, axes.tmw[1]), stride_or_0(w, axes.tmw[2])},
-              to};
+              to,
+              level,
+              paired};
+    const int64_t* const of_w = task.strides;
+    const int64_t centre = w.stride(1) + level.rt() * of_w[1] + level.rm() * of_w[2] + level.rw() * of_w[3];
+    const Task bias{at_element(task.first, centre, dtype_of(w)), {of_w[0], 0, 0, 0}, nullptr, Level{}, false};
     int64_t* strides = task.strides;
     if (flipped) {  // from the last tap backwards
       const int64_t last = (level.kt - 1) * strides[1] + (level.km - 1) * strides[2] + (level.kw - 1) * strides[3];
@@ -171,10 +178,17 @@ PackedLevels::PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors,
     tasks.push_back(task);
     weights.push_back(to);
     to += channels * level.taps() * forms;
+    biases.push_back(nullptr);
+    if (w.size(1) == 2 && !flipped) {
+      tasks.push_back(bias);
+      tasks.back().to = to;
+      biases.back() = to;
+      to += channels;
+    }
   }
   parallel(int64_t(tasks.size()) * blocks, [&](int64_t i) {
     const Task& task = tasks[i / blocks];
-    k.pack_taps(dtype_of(tensors[0]), task.first, C, levels[i / blocks], task.strides, paired, i % blocks, task.to);
+    k.pack_taps(dtype_of(tensors[0]), task.first, C, task.level, task.strides, task.paired, i % blocks, task.to);
   });
 }
 
@@ -254,11 +268,11 @@ Tensor like_parameter(const Kernels& k, const Tensor& parameter, const float* gr
     return out;
   }
   const Axes axes(parameter.dim() - 2, 2);
-  const int64_t nm = size_or_1(out, axes.tmw[1]), nw = size_or_1(out, axes.tmw[2]);
+  const int64_t nt = size_or_1(out, axes.tmw[0]), nm = size_or_1(out, axes.tmw[1]), nw = size_or_1(out, axes.tmw[2]);
   parallel(rows, [&](int64_t row) {
     for (int64_t i = 0; i < columns / nw; ++i) {
-      const int64_t at =
-          row * out.stride(0) + i / nm * stride_or_0(out, axes.tmw[0]) + i % nm * stride_or_0(out, axes.tmw[1]);
+      const int64_t at = row * out.stride(0) + i / (nt * nm) * out.stride(1) +
+                         i / nm % nt * stride_or_0(out, axes.tmw[0]) + i % nm * stride_or_0(out, axes.tmw[1]);
       k.convert(dtype, gradient + row * columns + i * nw, nw, at_element(out.mutable_data_ptr(), at, dtype),
                 stride_or_0(out, axes.tmw[2]));
     }
@@ -273,22 +287,25 @@ std::vector<Tensor> focal_weight_gradients(const Kernels& k, const PackedLevels&
   int64_t first = 0;
   for (size_t l = 0; l < weights.size(); ++l) {
     const int64_t C = weights[l].size(0), taps = levels.levels[l].taps(), blocks = k.channel_blocks(C);
+    const bool bias = levels.biases[l] != nullptr;
+    const int64_t columns = weights[l].size(1) * taps;
     if (!wanted[l]) {
       gradients.push_back(torch::stable::new_empty(weights[l], {0}));
     } else {
-      const Buffer sums(C * taps * 4);
+      const Buffer sums(C * columns * 4);
       float* out = sums.floats();
       parallel(C, [&](int64_t c) {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const float* partial = partial_sums + (c / k.lanes * levels.taps + first + tap) * k.lanes + c % k.lanes;
+        std::fill(out + c * columns + taps, out + (c + 1) * columns, 0.0f);
+        for (int64_t i = 0; i < taps + bias; ++i) {
+          const float* partial = partial_sums + (c / k.lanes * levels.sums + first + i) * k.lanes + c % k.lanes;
           double total = 0;
-          for (int64_t b = 0; b < B; ++b) total += partial[b * blocks * levels.taps * k.lanes];
-          out[c * taps + tap] = float(total);
+          for (int64_t b = 0; b < B; ++b) total += partial[b * blocks * levels.sums * k.lanes];
+          out[c * columns + (i < taps ? i : taps + taps / 2)] = float(total);
         }
       });
       gradients.push_back(like_parameter(k, weights[l], out));
     }
-    first += taps;
+    first += taps + bias;
   }
   return gradients;
 }

@@ -93,11 +93,11 @@ void for_blocks(const RowBlocks& blocks, int64_t scratch_bytes, const F& f) {
 std::vector<float> floats_of(const std::optional<Tensor>& t);
 inline const float* data_or_null(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
 
-// The depthwise kernels of all levels, repacked.
+// The depthwise kernels of all levels, (C, 1, *k), or (C, 2, *k) with a bias at the centre of [:, 1], repacked.
 struct PackedLevels {
   std::vector<Level> levels;
-  std::vector<const float*> weights;
-  int64_t taps = 0;  // of all levels
+  std::vector<const float*> weights, biases;  // a level without a bias: null
+  int64_t sums = 0;                           // taps and biases of all levels
   int64_t count() const { return int64_t(levels.size()); }
   // `flipped`: taps in reverse order, which turns the convolution into its transpose
   PackedLevels(const Kernels& k, const std::vector<Tensor>& tensors, int64_t C, bool flipped = false);

@@ -33,7 +33,7 @@ class Adapter:
 
     form: str
     f, h, proj, act, drop = "f", "h", "proj", "act", "proj_drop"
-    norm = "ln"
+    norm, levels = "ln", "focal_layers"
     norm_flag: str
     extra: tuple[str, ...] = ()  # inner modules that only this form has
     projection: type[nn.Module] = nn.Linear
@@ -42,7 +42,7 @@ class Adapter:
 
     def missing(self, module: Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""
-        names = [self.f, self.h, self.proj, self.act, self.drop, "focal_layers", *self.extra]
+        names = [self.f, self.h, self.proj, self.act, self.drop, self.levels, *self.extra]
         return [name for name in names if name not in module._modules] + (
             [] if hasattr(module, self.norm_flag) else [self.norm_flag]
         )
@@ -59,7 +59,7 @@ class Adapter:
             inner[self.f],
             inner[self.h],
             inner[self.proj],
-            inner["focal_layers"],
+            inner[self.levels],
             self.post_norm(module),
             inner[self.act],
             tuple([(name, inner[name]) for name in self.extra]),

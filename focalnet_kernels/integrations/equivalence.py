@@ -134,12 +134,13 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _relative_difference(theirs: Any, ours: Any) -> float:
-    """Of a tensor, or of all that a tuple holds: tensors, and numbers, which must be the same. NaN for another kind."""
+    """Of a tensor, or of all that a tuple or list holds: tensors, and numbers or None, which must be the same. NaN for
+    another kind."""
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.shape == ours.shape:
         return ((theirs - ours).norm() / ours.norm()).item()
-    if type(ours) is tuple and type(theirs) is tuple and len(theirs) == len(ours):
+    if type(ours) in (tuple, list) and type(theirs) is type(ours) and len(theirs) == len(ours):
         return sum(map(_relative_difference, theirs, ours))  # unlike max(), it passes NaN on
-    return 0.0 if type(ours) is int and type(theirs) is int and theirs == ours else float("nan")
+    return 0.0 if type(ours) in (int, type(None)) and type(theirs) is type(ours) and theirs == ours else float("nan")
 
 
 def _dtype(y: Any) -> torch.dtype:

@@ -24,6 +24,7 @@ from .adapter import Adapter, BoundForward
 from .blocks import BLOCKS
 from .embeddings import EMBEDDINGS, EmbeddingAdapter
 from .equivalence import AnyAdapter, Verdict, compare, configuration
+from .focalcodec import FocalCodec
 from .official import OfficialClassification, OfficialDetection
 from .query_context import QueryContext
 from .spatio_temporal import SpatioTemporal
@@ -41,6 +42,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Yolo(),
     SpatioTemporal(),
     QueryContext(),
+    FocalCodec(),
 )
 
 OURS = (FocalModulationNd, SimilarityFocalModulation)  # cross modulation is the former's

@@ -60,11 +60,11 @@ class QueryContext(OfficialDetection):
     ) -> Tensor:
         if v is None:
             return super().forward(module, parts, x, stores=stores, backend=backend)
-        h, proj, norm, weights = parts.h, parts.proj, parts.norm, parts.level_weights()
+        h, proj, norm, (weights, biases) = parts.h, parts.proj, parts.norm, parts.levels()
         q = module.q(self.channels_last(x)).movedim(-1, 1)
         projected = parts.f(self.channels_last(v)).movedim(-1, 1)
         ctx, gates = projected.split((h.in_channels, len(weights) + 1), 1)
-        ctx_all = focal_context(ctx, gates, weights, backend=backend)
+        ctx_all = focal_context(ctx, gates, weights, biases=biases, backend=backend)
         y = modulate(q, ctx_all, h.weight, h.bias, backend=backend).movedim(1, -1)
         if "gates" in stores:
             module.gates = gates

@@ -34,10 +34,10 @@ class SpatioTemporal(OfficialClassification):
     def forward(
         self, module: Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None
     ) -> Tensor:
-        h, norm, weights = parts.h, parts.norm, parts.level_weights()
+        h, norm, (weights, biases) = parts.h, parts.norm, parts.levels()
         C, L = x.shape[-1], len(weights)
         q, ctx, gates = parts.f(x).movedim(-1, 1).split((C, C, L + 1), 1)
-        ctx_all = focal_context(ctx, gates, weights, normalize=normalizes(module), backend=backend)
+        ctx_all = focal_context(ctx, gates, weights, biases=biases, normalize=normalizes(module), backend=backend)
         gates_temporal, modulator_temporal = _temporal(module, x)
         if stores:
             modulator = h(ctx_all)

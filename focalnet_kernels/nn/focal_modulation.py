@@ -110,8 +110,8 @@ class FocalModulationNd(nn.Module):
         """Output before dropout, gates and modulator, by calling the inner modules; plain levels are still one op."""
         q, ctx, gates = self.project(*inputs)
         if why_call_all() is None and why_call_levels(self.focal_layers, _CONV[self.ndim], ctx.shape[1]) is None:
-            weights = self.parts().level_weights()
-            ctx_all = focal_context(ctx, gates, weights, normalize=self.normalize_modulator)
+            weights, biases = self.parts().levels()
+            ctx_all = focal_context(ctx, gates, weights, biases=biases, normalize=self.normalize_modulator)
         else:
             ctx_all = mix_levels(ctx, gates, list(self.focal_layers), self.normalize_modulator)
         modulator = self.h(resample(ctx_all, q.shape[2:]))

@@ -62,16 +62,20 @@ def linear(tokens: int, outputs: int, inputs: int) -> int:
 
 def depthwise(shape: Sequence[int], weight: Sequence[int]) -> int:
     """A depthwise convolution of a (B, C, *spatial) map."""
-    shape, weight = tuple(shape), tuple(weight)
+    shape, weight = tuple(shape), _without_bias(weight)
     return _of(torch.ops.aten.convolution, shape, weight, *_convolution(shape, weight), out_val=shape)
 
 
 def depthwise_gradients(shape: Sequence[int], weight: Sequence[int], of_map: bool, of_weight: bool) -> int:
     """Those of its map and its weight which are needed."""
-    shape, weight = tuple(shape), tuple(weight)
+    shape, weight = tuple(shape), _without_bias(weight)
     found = (shape if of_map else None, weight if of_weight else None, None)
     arguments = (shape, shape, weight, *_convolution(shape, weight), [of_map, of_weight, False])
     return _of(torch.ops.aten.convolution_backward, *arguments, out_val=found)
+
+
+def _without_bias(weight: Sequence[int]) -> tuple[int, ...]:
+    return weight[0], 1, *weight[2:]
 
 
 def _convolution(shape: tuple[int, ...], weight: tuple[int, ...]) -> tuple:

@@ -24,6 +24,11 @@ def why_no_kernel(call: Call) -> str | None:
     return None
 
 
+def why_biased(call: Call) -> str | None:
+    """Why a GPU's kernels leave this call to the reference; None where they take it."""
+    return "levels with biases are left to the reference on a GPU" if call.biased else None
+
+
 def why_too_old(device: torch.device) -> str | None:
     """Why a GPU cannot run our kernels; None where it can."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ from math import prod
 from .. import _libraries
 from .._calls import Call
 from .._namespace import OPS
-from ._limits import why_no_kernel, why_too_old
+from ._limits import why_biased, why_no_kernel, why_too_old
 
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
@@ -27,7 +27,7 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return reason
     if backend == "cpu":
         return _libraries.cpu_missing
-    return _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
+    return why_biased(call) or _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
 
 
 def _why_too_large(call: Call) -> str | None:

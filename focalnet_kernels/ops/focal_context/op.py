@@ -16,7 +16,8 @@ from .._limits import SLOW_BACKWARD
 from . import native, triton_launch
 from .reference import focal_context_reference
 
-# ctx: (B, C, *spatial); gates: (B, L+1, *spatial); weights: L tensors (C, 1, *k), odd k; any strides
+# ctx: (B, C, *spatial); gates: (B, L+1, *spatial); weights: L tensors (C, 1, *k), odd k; any strides. Where a level has
+# a bias (C, 2, *k): [:, 1] has it at its centre, and zeros, as if ctx had a second channel of ones
 # -> ctx_all: (B, C, *spatial) with ctx's memory order; mean: (B, C) float32, of the last level over all pixels
 
 

@@ -16,10 +16,15 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def _depthwise(ctx: Tensor, weight: Tensor) -> Tensor:
     conv = _CONV[ctx.ndim - 2]
     padding = [k // 2 for k in weight.shape[2:]]
+    bias = None
+    if weight.shape[1] == 2:  # see op.py
+        bias = weight[:, 1].flatten(1)[:, weight[0, 0].numel() // 2]
+        weight = weight[:, :1]
     if ctx.ndim == 5 and ctx.dtype == torch.bfloat16 and ctx.device.type == "cpu":
         # PyTorch's own is wrong there (2.15): garbage weight gradients where a map is smaller than its kernel
-        return conv(ctx.float(), weight.float(), padding=padding, groups=ctx.shape[1]).to(ctx.dtype)
-    return conv(ctx, weight, padding=padding, groups=ctx.shape[1])
+        bias = None if bias is None else bias.float()
+        return conv(ctx.float(), weight.float(), bias, padding=padding, groups=ctx.shape[1]).to(ctx.dtype)
+    return conv(ctx, weight, bias, padding=padding, groups=ctx.shape[1])
 
 
 def focal_context_reference(ctx: Tensor, gates: Tensor, weights: Sequence[Tensor], normalize: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from ..._calls import Call
 from .._library import implement
-from .._limits import why_no_kernel, why_too_old
+from .._limits import why_biased, why_no_kernel, why_too_old
 
 # Triton reads it when it is imported, and takes these words: no changing it later
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -46,7 +46,7 @@ MISSING = _missing()  # why Triton cannot be used on this machine, or None
 
 def why_not_triton(call: Call) -> str | None:
     """Why the Triton kernels cannot run tensors of this device and dtype; None where they can."""
-    if reason := why_no_kernel(call):
+    if reason := why_no_kernel(call) or why_biased(call):
         return reason
     if INTERPRETED:
         if call.device.type != "cpu":
