@@ -2,6 +2,7 @@
 
     python benchmarks/theirs.py authors PATH    of microsoft/FocalNet: FocalNet-T LRF, 224 px
     python benchmarks/theirs.py openocr PATH    of Topdu/OpenOCR: UniRec's vision encoder, a page of 704 x 480 px
+    python benchmarks/theirs.py focalcodec PATH of lucadellalib/focalcodec: encoder and decoder, 10 s of speech
 
 Both forms take turns in one process; medians and quantiles of `ROUNDS`. Into results/<machine>/theirs.csv, whose rows
 of the same network are replaced. The numbers have to agree before anything is timed.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -43,8 +45,26 @@ def openocr(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     return encoder(img_size=[704, 480], embed_dim=96, drop_path_rate=0.0, **options, **windows), (3, 704, 480)
 
 
+def focalcodec(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """From WavLM's features, 50 a second, to codes and back. One file, for the package wants torchaudio too."""
+    spec = importlib.util.spec_from_file_location("focalcodec_focalnet", path / "focalcodec" / "focalnet.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Codec(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = module.FocalEncoder(), module.FocalDecoder()
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x)[0])
+
+    return Codec(), (500, 1024)
+
+
 NETWORKS: dict[str, tuple[Callable, str, tuple[tuple[int, str], ...]]] = {
     "authors": (authors, "authors' FocalNet-T LRF", ((1, "forward"), (8, "forward"), (8, "forward+backward"))),
+    "focalcodec": (focalcodec, "FocalCodec", ((1, "forward"), (4, "forward+backward"))),
     "openocr": (openocr, "UniRec's encoder", ((1, "forward"), (1, "forward+backward"))),
 }
 

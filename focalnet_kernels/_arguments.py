@@ -73,7 +73,7 @@ def as_levels(name: str, weights, biases=None) -> tuple:
     for i, weight in enumerate(levels):
         if isinstance(weight, Tensor) and weight.ndim > 1 and weight.shape[1] == 2:  # the ops' own
             raise ValueError(f"{name}[{i}]: expected shape (C, 1, *k), got {tuple(weight.shape)}")
-    if any([isinstance(w, Tensor) and any([k % 2 == 0 for k in w.shape[2:]]) for w in levels]):
+    if any([isinstance(w, Tensor) and any([k % 2 == 0 and k > 0 for k in w.shape[2:]]) for w in levels]):
         levels = tuple([_with_odd_kernel(w) if isinstance(w, Tensor) else w for w in levels])
     if biases is None:
         return levels
@@ -86,7 +86,7 @@ def as_levels(name: str, weights, biases=None) -> tuple:
 
 
 def _with_odd_kernel(weight: Tensor) -> Tensor:
-    in_front = [zeros for k in reversed(weight.shape[2:]) for zeros in (int(k % 2 == 0), 0)]
+    in_front = [zeros for k in reversed(weight.shape[2:]) for zeros in (int(k % 2 == 0 and k > 0), 0)]
     return F.pad(weight, in_front) if any(in_front) else weight
 
 

@@ -428,7 +428,7 @@ def named_tensors(inputs: dict) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             named[name] = value
         elif isinstance(value, list | tuple):
-            named |= {f"{name}[{i}]": v for i, v in enumerate(value)}
+            named |= {f"{name}[{i}]": v for i, v in enumerate(value) if isinstance(v, Tensor)}
     return named
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import autocast_dtype
 from .._blocks import BlockParts, BranchParts
 from .._parts import Module
 from .adapter import Adapter, BoundForward, normalizes, why_not_only
@@ -21,10 +22,11 @@ class BlockAdapter:
 
     form = "authors' block"
     post_flag = "use_postln"  # detection has none
-    act = "act"
+    mlp, fc1, act, fc2 = "mlp", "fc1", "act", "fc2"
     dropouts: tuple[str, ...] = ("drop",)  # the MLP's
     members: tuple[str, ...] = ("norm1", "modulation", "drop_path", "norm2", "mlp")
     storable: tuple[str, ...] = ()
+    in_autocast = True  # whether the op has the class's dtypes there
 
     def __init__(self, layer: Adapter, keep_hidden: bool):
         self.layer = layer
@@ -34,21 +36,21 @@ class BlockAdapter:
     def missing(cls, module: Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""
         names = [name for name in cls.members if name not in module._modules]
-        mlp = module._modules.get("mlp")
-        inner = ("fc1", cls.act, "fc2", *cls.dropouts)
-        return names + ([] if mlp is None else [f"mlp.{name}" for name in inner if name not in mlp._modules])
+        mlp = module._modules.get(cls.mlp)
+        inner = (cls.fc1, cls.act, cls.fc2, *cls.dropouts)
+        return names + ([] if mlp is None else [f"{cls.mlp}.{name}" for name in inner if name not in mlp._modules])
 
     def parts(self, module: Module) -> BlockParts:
         """The inner modules as they are now."""
-        inner, mlp = module._modules, module._modules["mlp"]._modules
+        inner, mlp = module._modules, module._modules[self.mlp]._modules
         layer = inner["modulation"]
         return BlockParts(
             layer,
             self.layer.parts(layer) if self.layer.is_plain() else None,
-            inner["mlp"],
-            mlp["fc1"],
+            inner[self.mlp],
+            mlp[self.fc1],
             mlp[self.act],
-            mlp["fc2"],
+            mlp[self.fc2],
             *self.branches(module),
             (getattr(layer, self.layer.drop), *[mlp[name] for name in self.dropouts]),
             self.others(module),
@@ -81,7 +83,7 @@ class BlockAdapter:
     def silence(self, module: Module) -> None:
         """Take off what is random, but honoured by both forwards. Drop path stays: it is to draw the same."""
         for name in self.dropouts:
-            setattr(module.mlp, name, nn.Dropout(0.0))
+            setattr(getattr(module, self.mlp), name, nn.Dropout(0.0))
         setattr(module.modulation, self.layer.drop, nn.Dropout(0.0))
         for inner in module.modules():
             if getattr(inner, "drop_prob", None):
@@ -114,6 +116,8 @@ class BlockAdapter:
 
     def may_run(self, parts: BlockParts, x: Tensor) -> bool:
         """Whether the ops do what the block would now do with this input."""
+        if not self.in_autocast and autocast_dtype(x.device) is not None:
+            return False
         return not parts.drops() and parts.takes(x)
 
     def norms(self, module: Module) -> dict[type, Callable]:
@@ -209,6 +213,41 @@ class TimmBlock(BlockAdapter):
         return in_other_axes(y, lambda y: y.permute(0, 3, 1, 2), lambda grad: grad.permute(0, 2, 3, 1))
 
 
+class FocalCodecBlock(BlockAdapter):
+    """Of sequences (B, N, C): forward(x, left_contexts=None) -> (y, the layer's contexts to come)."""
+
+    form = "FocalCodec's block"
+    post_flag = "use_post_norm"
+    mlp, fc1, act, fc2 = "feed_forward", "in_proj", "activation", "out_proj"
+    dropouts = ("dropout",)
+    members = ("modulation_norm", "modulation", "feed_forward_norm", "feed_forward")
+    in_autocast = False  # the class adds in place, and so answers in autocast's dtype
+    _no_drop_path = nn.Identity()
+
+    def branches(self, module: Module) -> tuple[BranchParts, BranchParts]:
+        post = bool(getattr(module, self.post_flag))
+
+        def branch(name: str) -> BranchParts:
+            gamma = f"{name}_gamma"
+            scale = None if _is_one(getattr(module, gamma)) else (module, gamma)
+            return BranchParts(module._modules[f"{name}_norm"], post, scale, self._no_drop_path)
+
+        return branch("modulation"), branch("feed_forward")
+
+    def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
+        return self.layer.examples(module.modulation, C)
+
+    def inputs(self, module: Module, args: tuple) -> tuple[Any, ...] | None:
+        return None if self.missing(module) else self.layer.inputs(module.modulation, args)
+
+    def forward(
+        self, module: Module, parts: BlockParts, x: Tensor, *sizes, stores: tuple[str, ...] = (),
+        backend: str | None = None,
+    ) -> Any:  # fmt: skip
+        y = self.run(module, parts, x, backend)
+        return y, [None] * (len(self.layer.parts(parts.layer).focal_layers) + 1)
+
+
 class _InOtherAxes(torch.autograd.Function):
     @staticmethod
     def forward(fctx, y, there, back):
@@ -235,4 +274,4 @@ def _is_one(gamma: Any) -> bool:
     return isinstance(gamma, float | int) and gamma == 1
 
 
-BLOCKS: tuple[type[BlockAdapter], ...] = (TimmBlock, TransformersBlock, BlockAdapter)
+BLOCKS: tuple[type[BlockAdapter], ...] = (TimmBlock, TransformersBlock, FocalCodecBlock, BlockAdapter)

@@ -11,13 +11,16 @@ from .adapter import Adapter
 
 
 class FocalCodec(Adapter):
-    """forward(x, left_contexts=None) -> (y, the contexts to come): none but in the causal form, which is the class's."""
+    """forward(x, left_contexts=None) -> (y, contexts to come): None but in the causal form, which is its class's."""
 
     form = "FocalCodec"
     f, h, proj = "in_proj", "context_proj", "out_proj"
     act, drop, norm, levels = "activation", "dropout", "norm", "layers"
     norm_flag = "use_post_norm"
     conv = nn.Conv1d
+
+    def is_plain(self) -> bool:
+        return True  # the contexts aside
 
     def why_not(self, module: Module) -> str | None:
         if getattr(module, "causal", False):

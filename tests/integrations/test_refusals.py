@@ -46,7 +46,6 @@ OTHER = "not a known form: nearest is"
         ("ScrambledSigmoid", (12, 3, 2), FAILS.format("authors' classification")),
         ("FocalNetModulation", (12,), OTHER),
         ("FocalModulate", (12,), OTHER),
-        ("FocalModulateAsAuthors", (12,), "focal_layers[0][0] is not depthwise over 12 channels without bias"),
     ],
 )
 def test_look_alikes(name, arguments, reason):
@@ -122,7 +121,6 @@ SPOILED = {
     "activation": (_replace("act", nn.SiLU), "act is a SiLU"),
     "tanh": (_replace("act", lambda: nn.GELU("tanh")), "expected the exact GELU"),
     "tanh level": (_replace("focal_layers.1.1", lambda: nn.GELU("tanh")), "focal_layers[1][1] is GELU"),
-    "bias": (_replace("focal_layers.0.0", _conv(bias=True)), "without bias"),
     "dense": (_replace("focal_layers.0.0", _conv(groups=1)), "not depthwise over 12 channels"),
     "dilation": (_replace("focal_layers.0.0", _conv(dilation=2, padding=2)), "dilation 1"),
     "padding": (_replace("focal_layers.0.0", _conv(padding_mode="reflect")), "zero padding"),
@@ -150,6 +148,16 @@ def test_changed_parts(name):
     layer = build("detection", postln=True)
     spoil(layer)
     assert reason in refusal(layer)
+
+
+@pytest.mark.parametrize("make", [lambda: look_alikes.FocalModulateAsAuthors(12), lambda: build("detection")])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_levels_with_biases_and_even_kernels_are_taken(make):
+    layer, x = make(), torch.randn(2, 6, 5, 12)
+    _replace("focal_layers.1.0", _conv(4, padding="same", bias=True))(layer)
+    expected = layer(x)
+    assert len(accelerate(layer).replaced) == 1
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_even_kernel():
