@@ -51,11 +51,7 @@ static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, flo
   for (; W > 2 * PIECE; W -= PIECE, d += PIECE * VL, in += PIECE * VL) taps_row<PAIRED>(d, in, kw, PIECE, taps);
   with_width(kw, [&](auto KW) FK_LAMBDA {
     if constexpr (KW.value > 0) return taps_row_of<PAIRED, KW.value>(d, in, W, taps);
-    for (int64_t k = 0; k < kw; ++k) {
-      vf sum = {};
-      for (int64_t w = 0; w < W; ++w) sum += load(d + w * VL) * get<PAIRED>(in + (w + k) * VL);
-      store(taps + k * VL, load(taps + k * VL) + sum);
-    }
+    for_taps(kw, [&](auto n, int64_t k) FK_LAMBDA { taps_row_of<PAIRED, n.value>(d, in + k * VL, W, taps + k * VL); });
   });
 }
 

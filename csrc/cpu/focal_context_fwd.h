@@ -47,6 +47,31 @@ struct RowTaps {
 
 constexpr int TILE = VL == 16 ? 8 : 4;  // outputs held in registers
 
+// Adds KW taps beside one another to N outputs.
+template <bool PAIRED, int KW, int N>
+FK_INLINE void add_taps(const float* in, const float* w, vf* acc) {
+  vf tap[KW];
+#pragma GCC unroll 16
+  for (int k = 0; k < KW; ++k) tap[k] = load(w + k * VL);
+#pragma GCC unroll 32
+  for (int j = 0; j < N + KW - 1; ++j) {
+    vf x = load(in + j * VL);
+#pragma GCC unroll 16
+    for (int k = 0; k < KW; ++k)
+      if (j - k >= 0 && j - k < N) acc[j - k] = multiply_add<PAIRED>(tap[k], x, acc[j - k]);
+  }
+}
+
+// f(Constant<n>, k) for taps k..k + n of a kernel row, until it has had them all: as many at once as share loads of
+// inputs.
+template <class F>
+FK_INLINE void for_taps(int64_t kw, F f) {
+  int64_t k = 0;
+  for (; k + 5 <= kw; k += 5) f(Constant<5>{}, k);
+  if (k + 3 <= kw) f(Constant<3>{}, k), k += 3;
+  for (; k < kw; ++k) f(Constant<1>{}, k);
+}
+
 template <bool PAIRED, int KW, int N>
 FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, vf bias, float* out) {
   vf acc[N];
@@ -54,24 +79,10 @@ FK_INLINE void conv_tile(const RowTaps* rows, int64_t n_rows, int64_t kw, vf bia
   for (int n = 0; n < N; ++n) acc[n] = bias;
   for (int64_t r = 0; r < n_rows; ++r) {
     const float *in = rows[r].in, *w = rows[r].w;
-    if constexpr (KW > 0) {
-      vf tap[KW];
-#pragma GCC unroll 16
-      for (int k = 0; k < KW; ++k) tap[k] = load(w + k * VL);
-#pragma GCC unroll 32
-      for (int j = 0; j < N + KW - 1; ++j) {
-        vf x = load(in + j * VL);
-#pragma GCC unroll 16
-        for (int k = 0; k < KW; ++k)
-          if (j - k >= 0 && j - k < N) acc[j - k] = multiply_add<PAIRED>(tap[k], x, acc[j - k]);
-      }
-    } else {
-      for (int64_t k = 0; k < kw; ++k) {
-        vf tap = load(w + k * VL);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[n] = multiply_add<PAIRED>(tap, load(in + (n + k) * VL), acc[n]);
-      }
-    }
+    if constexpr (KW > 0)
+      add_taps<PAIRED, KW, N>(in, w, acc);
+    else
+      for_taps(kw, [&](auto n, int64_t k) FK_LAMBDA { add_taps<PAIRED, n.value, N>(in + k * VL, w + k * VL, acc); });
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store(out + n * VL, acc[n]);
