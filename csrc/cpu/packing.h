@@ -42,7 +42,7 @@ template <class T>
 static bool panels_hold(const void* panels, const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K) {
   using CT = operand_t<T>;
   constexpr int64_t SAMPLES = 64, step = KSTEP<CT>;
-  for (int64_t i = 0; i < SAMPLES; ++i) {
+  for (int64_t i = 0; i < SAMPLES && N * K > 0; ++i) {
     const int64_t n = i * N / SAMPLES, k = i * 40503 % K, column = n / NR * NR;
     const int64_t width = (at_most(NR, N - column) + VL - 1) / VL * VL;
     const CT* panel = static_cast<const CT*>(panels) + column * padded_k<CT>(K);

@@ -106,6 +106,8 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
             run(*args, *values)
             return
         compiled = kernel[(programs,)](*args, **constants, **_OPTIONS)
+        if compiled is None:  # somebody's hook on compiling took it over
+            return
         if len(_built) == _MOST_BUILT:
             _built.clear()
         _built[key] = compiled[(programs, 1, 1)], tuple([constants[name] for name in kernel.arg_names[len(args) :]])
