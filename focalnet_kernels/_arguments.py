@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._calls import Kind, NoTensor, kinds_of
+from ._calls import Kind, NoTensor, kinds_of, looked_up
 
 _WITHOUT_AUTOCAST = ("meta", "vulkan", "lazy")  # torch.compile of torch 2.10 cannot ask is_autocast_available
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,28 +65,45 @@ def as_levels(name: str, weights, biases=None) -> tuple:
     An even k gets a tap of zero in front: `padding="same"` of PyTorch's convolutions, k // 2 pixels after and one less
     before. A bias is what the kernel's centre [:, 1] makes of a second channel, of ones.
     """
-    try:
-        levels = tuple(weights)
-    except TypeError:
-        got = type(weights).__name__
-        raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
+    levels = _per_level(name, weights)
+    plain = _are_plain(tuple([w.shape if isinstance(w, Tensor) else None for w in levels]))
+    if plain and biases is None:
+        return levels
     for i, weight in enumerate(levels):
-        if isinstance(weight, Tensor) and weight.ndim > 1 and weight.shape[1] == 2:  # the ops' own
-            raise ValueError(f"{name}[{i}]: expected shape (C, 1, *k), got {tuple(weight.shape)}")
-    if any([isinstance(w, Tensor) and any([k % 2 == 0 and k > 0 for k in w.shape[2:]]) for w in levels]):
-        levels = tuple([_with_odd_kernel(w) if isinstance(w, Tensor) else w for w in levels])
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        if len(shape) > 2 and (shape[1] != 1 or 0 in shape):
+            raise ValueError(f"{name}[{i}]: expected shape (C, 1, {', '.join('k' * len(shape[2:]))}), got {shape}")
+    if biases is not None:
+        of_biases = name.replace("weights", "biases")
+        biases = _per_level(of_biases, biases)
+        if len(biases) != len(levels):
+            raise ValueError(f"{of_biases}: expected one per level, {len(levels)}, got {len(biases)}")
+        both = follow_autocast((*levels, *biases))
+        levels, biases = both[: len(levels)], both[len(levels) :]
+    levels = tuple([_with_odd_kernel(w) if isinstance(w, Tensor) else w for w in levels])
     if biases is None:
         return levels
-    of_biases = name.replace("weights", "biases")
-    biases = tuple(biases)
-    if len(biases) != len(levels):
-        raise ValueError(f"{of_biases}: expected one per level, {len(levels)}, got {len(biases)}")
-    both = enumerate(zip(levels, biases, strict=True))
-    return tuple([w if b is None else _with_bias(f"{of_biases}[{i}]", w, b) for i, (w, b) in both])
+    pairs = enumerate(zip(levels, biases, strict=True))
+    return tuple([w if b is None else _with_bias(f"{of_biases}[{i}]", w, b) for i, (w, b) in pairs])
+
+
+def _per_level(name: str, tensors) -> tuple:
+    try:
+        return tuple(tensors)
+    except TypeError:
+        got = type(tensors).__name__
+        raise TypeError(f"{name}: expected a sequence with one tensor per level, got {got}") from None
+
+
+@looked_up
+def _are_plain(shapes: tuple) -> bool:
+    """Whether the ops take weights of these shapes as they are, or refuse them."""
+    known = [shape for shape in shapes if shape is not None]
+    return not any([2 in shape[1:2] or any([k % 2 == 0 for k in shape[2:]]) for shape in known])
 
 
 def _with_odd_kernel(weight: Tensor) -> Tensor:
-    in_front = [zeros for k in reversed(weight.shape[2:]) for zeros in (int(k % 2 == 0 and k > 0), 0)]
+    in_front = [zeros for k in reversed(weight.shape[2:]) for zeros in (int(k % 2 == 0), 0)]
     return F.pad(weight, in_front) if any(in_front) else weight
 
 
@@ -97,9 +114,8 @@ def _with_bias(name: str, weight: Tensor, bias: Tensor) -> Tensor:
         return weight  # which is refused later on
     check_shape(name, kind, tuple(weight.shape[:1]), "(C,)")
     if (bias.dtype, bias.device) != (weight.dtype, weight.device):
-        raise TypeError(
-            f"{name}: expected its weight's {weight.dtype} on {weight.device}, got {bias.dtype} on {bias.device}"
-        )
+        expected = f"its weight's {weight.dtype} on {weight.device}"
+        raise TypeError(f"{name}: expected {expected}, got {bias.dtype} on {bias.device}")
     around = [zeros for k in reversed(weight.shape[2:]) for zeros in (k // 2, k // 2)]
     return torch.cat((weight, F.pad(bias.reshape(-1, *[1] * (weight.ndim - 1)), around)), 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ class _Launcher:
             launched.append(Handed(self.kernel, (x, y, z), args))
 
 
+_numbers = itertools.count(-1, -1)  # of devices: Triton keeps kernels by it, and these are for nobody else
+
+
 class _Driver:
     """As far as `triton.JITFunction` and `CompiledKernel` ask."""
 
@@ -44,9 +48,10 @@ class _Driver:
 
     def __init__(self, launched: list[Handed] | None):
         self.launched = launched
+        self.device = next(_numbers)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

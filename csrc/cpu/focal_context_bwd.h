@@ -50,8 +50,11 @@ template <bool PAIRED>
 static void taps_row(const float* d, const float* in, int64_t kw, int64_t W, float* taps) {
   for (; W > 2 * PIECE; W -= PIECE, d += PIECE * VL, in += PIECE * VL) taps_row<PAIRED>(d, in, kw, PIECE, taps);
   with_width(kw, [&](auto KW) FK_LAMBDA {
-    if constexpr (KW.value > 0) return taps_row_of<PAIRED, KW.value>(d, in, W, taps);
-    for_taps(kw, [&](auto n, int64_t k) FK_LAMBDA { taps_row_of<PAIRED, n.value>(d, in + k * VL, W, taps + k * VL); });
+    if constexpr (KW.value > 0)
+      taps_row_of<PAIRED, KW.value>(d, in, W, taps);
+    else
+      for_taps(kw,
+               [&](auto n, int64_t k) FK_LAMBDA { taps_row_of<PAIRED, n.value>(d, in + k * VL, W, taps + k * VL); });
   });
 }
 

@@ -37,7 +37,7 @@ FK_INLINE bool pack_square(const T* w, int64_t stride_n, int64_t stride_k, int64
   return true;
 }
 
-// Whether the panels hold what w holds, as far as samples from all its rows show.
+// Whether the panels hold what w holds, as far as samples spread over its rows show.
 template <class T>
 static bool panels_hold(const void* panels, const T* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K) {
   using CT = operand_t<T>;

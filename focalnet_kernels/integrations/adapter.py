@@ -39,6 +39,7 @@ class Adapter:
     projection: type[nn.Module] = nn.Linear
     conv: type[nn.Module] = nn.Conv2d
     storable: tuple[str, ...] = ("gates", "modulator")  # what its class may leave on the module
+    in_autocast = True  # whether the op has the class's dtypes there
 
     def missing(self, module: Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""

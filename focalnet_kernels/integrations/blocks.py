@@ -26,7 +26,7 @@ class BlockAdapter:
     dropouts: tuple[str, ...] = ("drop",)  # the MLP's
     members: tuple[str, ...] = ("norm1", "modulation", "drop_path", "norm2", "mlp")
     storable: tuple[str, ...] = ()
-    in_autocast = True  # whether the op has the class's dtypes there
+    in_autocast = True  # see `Adapter`
 
     def __init__(self, layer: Adapter, keep_hidden: bool):
         self.layer = layer
@@ -228,8 +228,7 @@ class FocalCodecBlock(BlockAdapter):
         post = bool(getattr(module, self.post_flag))
 
         def branch(name: str) -> BranchParts:
-            gamma = f"{name}_gamma"
-            scale = None if _is_one(getattr(module, gamma)) else (module, gamma)
+            scale = (module, f"{name}_gamma") if module.use_layerscale else None
             return BranchParts(module._modules[f"{name}_norm"], post, scale, self._no_drop_path)
 
         return branch("modulation"), branch("feed_forward")
@@ -244,8 +243,12 @@ class FocalCodecBlock(BlockAdapter):
         self, module: Module, parts: BlockParts, x: Tensor, *sizes, stores: tuple[str, ...] = (),
         backend: str | None = None,
     ) -> Any:  # fmt: skip
-        y = self.run(module, parts, x, backend)
-        return y, [None] * (len(self.layer.parts(parts.layer).focal_layers) + 1)
+        y, of_layer = self.run(module, parts, x, backend), parts.layer_parts
+        assert of_layer is not None  # its form is plain
+        return y, [None] * (len(of_layer.focal_layers) + 1)
+
+    def may_run(self, parts: BlockParts, x: Tensor) -> bool:
+        return x.device.type == "cpu" and super().may_run(parts, x)
 
 
 class _InOtherAxes(torch.autograd.Function):

@@ -31,6 +31,7 @@ class EmbeddingAdapter:
     proj, norm = "proj", "norm"
     attributes: tuple[str, ...] = ()  # what its class has beside them
     storable: tuple[str, ...] = ()
+    in_autocast = True  # see `Adapter`
 
     def missing(self, module: Module) -> list[str]:
         """The members of this form that `module` lacks: none where it looks like the form."""

@@ -79,8 +79,7 @@ def _compare(adapter: AnyAdapter, module: nn.Module) -> Verdict:
                         f"its forward computes something else ({name} differs by {difference:.1e} in {mode} mode)"
                     )
             stores = tuple(name for name in adapter.storable if name in stored)
-        as_autocast = getattr(adapter, "in_autocast", True)
-        if as_autocast and (reason := _compare_dtypes(type(module).forward, ours, twin, args)):
+        if adapter.in_autocast and (reason := _compare_dtypes(type(module).forward, ours, twin, args)):
             return Verdict(reason)
     return Verdict(None, stores)
 

@@ -22,16 +22,25 @@ class FocalCodec(Adapter):
     def is_plain(self) -> bool:
         return True  # the contexts aside
 
+    storable = ()
+
     def why_not(self, module: Module) -> str | None:
         if getattr(module, "causal", False):
             return "its causal form repeats what was first on the left, and has a window in the mean's place"
+        if getattr(module, "store_hidden", False):
+            return "store_hidden is on: its class keeps gates and modulators"
         return super().why_not(module)
+
+    def may_run(self, parts: Parts, x: Tensor) -> bool:
+        return x.device.type == "cpu"  # a GPU's kernels take no biases, and the reference is slower than the class
 
     def examples(self, module: Module, C: int) -> list[tuple[tuple[int, ...], ...]]:
         return [((2, 23, C),)]
 
     def inputs(self, module: Module, args: tuple) -> tuple[Tensor, ...] | None:
-        return super().inputs(module, args[:1]) if args[1:] in ((), (None,)) else None
+        if getattr(module, "causal", False) or getattr(module, "store_hidden", False) or args[1:] not in ((), (None,)):
+            return None
+        return super().inputs(module, args[:1])
 
     def forward(
         self, module: Module, parts: Parts, x: Tensor, *, stores: tuple[str, ...] = (), backend: str | None = None

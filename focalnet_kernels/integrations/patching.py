@@ -240,11 +240,11 @@ def accelerate(
     them, run through our ops.
 
     Known are the authors' classes (classification; detection and segmentation), timm's, Hugging Face
-    transformers', 3-D volumes, the channels-first form of YOLO forks, Video-FocalNets' spatio-temporal layer, and
-    layers whose query and context are two inputs. Each instance gets its own bound `forward`; parameters,
-    state_dict, the layer's hooks and dropout stay as they are, and `type(layer).forward` remains the original. A
-    layer is recognised by its members and by running both forwards on random numbers, never by its name: one that
-    computes anything else is left alone and reported. Calling it again replaces the earlier choice.
+    transformers', 3-D volumes, the channels-first form of YOLO forks, Video-FocalNets' spatio-temporal layer,
+    FocalCodec's of sequences, and layers whose query and context are two inputs. Each instance gets its own bound
+    `forward`; parameters, state_dict, the layer's hooks and dropout stay as they are, and `type(layer).forward`
+    remains the original. A layer is recognised by its members and by running both forwards on random numbers, never by
+    its name: one that computes anything else is left alone and reported. Calling it again replaces the earlier choice.
 
     The class's own forward still runs under torch.jit.trace, torch.export and FX tracing, and when an inner
     module gets replaced or hooked later on; torch.jit.script restores the layers that it compiles. Not for
@@ -255,12 +255,12 @@ def accelerate(
         backend: a name as in `use_backend`, for these instances only. None: the choice at call time.
         keep_modulator: also store `gates` and `modulator` on the layers whose class does so. The layer then runs
             part by part and keeps these activations alive; blocks run as their classes do.
-        level: "block": where a block is known too (the authors', timm's, transformers', Video-FocalNets'), its norms,
-            MLP, layer scale, drop path and residuals join the layer in two ops. Drop path draws the numbers that it
-            always drew. Where a dropout acts within a block, or where somebody hooks or replaces one of its modules,
-            the block runs as its class does, and its layer alone through our ops. Patch embeddings (the authors',
-            timm's, transformers') in a model with accelerated layers run through an op where that helps, in evaluation
-            mode on a CPU without gradients. "layer": layers alone.
+        level: "block": where a block is known too (the authors', timm's, transformers', Video-FocalNets',
+            FocalCodec's), its norms, MLP, layer scale, drop path and residuals join the layer in two ops. Drop path
+            draws the numbers that it always drew. Where a dropout acts within a block, or where somebody hooks or
+            replaces one of its modules, the block runs as its class does, and its layer alone through our ops. Patch
+            embeddings (the authors', timm's, transformers') in a model with accelerated layers run through an op where
+            that helps, in evaluation mode on a CPU without gradients. "layer": layers alone.
         keep_hidden: blocks keep their MLP's hidden values for a faster backward: see `mlp_branch`.
 
     Returns:

@@ -1,7 +1,7 @@
 """Weights kept in the form in which the CPU's products read them, for inference: where the user asked for it.
 
-A copy belongs to a parameter, not to a module: it is never copied, pickled or saved, and goes with the parameter. It is
-made when a forward without gradients first wants it, and again whenever the parameter is not what it was: another
+Copies stand beside the modules that have the parameters: they are never copied, pickled or saved, and go with them. One
+is made when a forward without gradients first wants it, and again whenever the parameter is not what it was: another
 version (as autograd counts them), memory, dtype or shape; or an optimizer stepped, for fused ones count no version. A
 write that nobody counts, through `.data` or NumPy, is found by samples, which the kernel compares in every call; it
 then packs the weight anew.
@@ -32,15 +32,22 @@ def _(weight):
 class _Kept:
     """One parameter's copy: None, or what the parameter was when it was made, and the panels."""
 
-    __slots__ = ("copy", "weight")
+    __slots__ = ("copy", "name", "owner")
 
-    def __init__(self, weight: nn.Parameter):
-        number = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _all.pop(number, None))
+    def __init__(self, owner: nn.Module, name: str, number: int):
+        # of the module, not of the parameter: tensors that have a weak reference cannot be swapped
+        self.owner = weakref.ref(owner, lambda owner: _drop(number, owner))
+        self.name = name
         self.copy: tuple[Any, Tensor] | None = None
 
 
-_all: dict[int, _Kept] = {}  # by id: a tensor's == compares numbers
+_all: dict[int, _Kept] = {}  # by the parameter's id: a tensor's == compares numbers
+
+
+def _drop(number: int, owner: weakref.ref) -> None:
+    kept = _all.get(number)
+    if kept is not None and kept.owner is owner:
+        del _all[number]
 
 
 def _forget(weights: Iterable[Tensor]) -> None:
@@ -68,11 +75,12 @@ def keep_packed(model: nn.Module, keep: bool = True) -> None:
 
     In-place changes, `load_state_dict`, `.to`, optimizer steps and the like are noticed, as autograd notices that a
     saved tensor was changed. So is a write through `.data` or a NumPy array that changes all of a weight. One that
-    changes a few of its numbers is NOT: call `keep_packed(model)` after it. A parameter that takes another's place is
-    not kept, nor is a copy of the model, until asked for.
+    changes a few of its numbers is NOT: call `keep_packed(model)` after it. Not kept, until asked for, are a parameter
+    that takes another's place and a copy of the model; and never parameters that were made in inference mode, whose
+    changes nobody counts.
 
     Args:
-        model: any module; of others' after `accelerate`.
+        model: any module; one of another library after `accelerate`.
         keep: False drops the copies.
 
     Raises:
@@ -80,13 +88,17 @@ def keep_packed(model: nn.Module, keep: bool = True) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"keep_packed(model): expected an nn.Module, got {type(model).__name__}")
-    if keep:
-        _watch_optimizers()
-    for parameter in model.parameters():
-        if keep and type(parameter) is nn.Parameter and parameter.ndim >= 2:
-            _all[id(parameter)] = _Kept(parameter)
-        else:
-            _all.pop(id(parameter), None)
+    modules = set(model.modules())
+    for number, kept in list(_all.items()):
+        if kept.owner() in modules:
+            _all.pop(number, None)
+    if not keep:
+        return
+    _watch_optimizers()
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter and parameter.ndim >= 2:
+                _all[id(parameter)] = _Kept(module, name, id(parameter))
 
 
 def packed_forward(op: str, x: Tensor, parameters: Sequence[Any], weights: Sequence[Tensor], *options) -> Tensor | None:
@@ -104,7 +116,10 @@ def packed_forward(op: str, x: Tensor, parameters: Sequence[Any], weights: Seque
 
 def _copy_of(weight: Tensor) -> Tensor | None:
     kept = _all.get(id(weight))
-    if kept is None or kept.weight() is not weight or weight.is_inference():  # which has no version
+    owner: Any = None if kept is None else kept.owner()
+    if kept is None or owner is None or owner._parameters.get(kept.name) is not weight:
+        return None
+    if weight.is_inference():  # which has no version
         return None
     now = (weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
     copy = kept.copy

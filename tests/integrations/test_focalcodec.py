@@ -20,7 +20,7 @@ class FocalModulation(nn.Module):
     def __init__(self, dim, window=4, levels=2, factor=3, dropout=0.0, post=False, normalize=False, causal=False):
         super().__init__()
         self.dim, self.focal_level, self.use_post_norm, self.normalize_modulator = dim, levels, post, normalize
-        self.causal, self.window_size = causal, 12
+        self.causal, self.window_size, self.store_hidden = causal, 12, False
         self.in_proj = nn.Linear(dim, 2 * dim + levels + 1)
         self.context_proj = nn.Conv1d(dim, dim, 1)
         self.out_proj = nn.Linear(dim, dim)
@@ -52,7 +52,10 @@ class FocalModulation(nn.Module):
             total = total + self.activation(ctx.mean(2))[..., None] * gates[:, self.focal_level :]
         if self.normalize_modulator:
             total = total / (self.focal_level + 1)
-        y = (q * self.context_proj(total)).mT
+        modulator = self.context_proj(total)
+        if self.store_hidden:
+            self.gates, self.modulator = gates, modulator
+        y = (q * modulator).mT
         return self.dropout(self.out_proj(self.norm(y))), contexts
 
 
@@ -158,6 +161,28 @@ def test_the_causal_form_is_its_class_s(which, seed):
     assert "its causal form repeats what was first on the left" in report.kept[0][1]
     y, contexts = module(x)
     assert module(x, contexts)[0].shape == y.shape and "forward" not in vars(module)
+
+
+@either
+def test_flags_that_change_later(which, seed):
+    """`store_hidden`, and a block's `use_layerscale`."""
+    module, x = build(which, seed, **({"scale": True} if which == "block" else {})), torch.randn(2, 37, 40)
+    layer = module if which == "layer" else module.modulation
+    accelerated(module, which)
+    layer.store_hidden = True
+    expected = type(module).forward(module, x)[0]
+    torch.testing.assert_close(module(x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert layer.gates.shape == (2, 3, 37) and layer.modulator.shape == (2, 40, 37)
+    with pytest.warns(RuntimeWarning, match="nothing was replaced"):
+        report = fk.accelerate(module)
+    assert "store_hidden is on" in report.kept[0][1]
+    if which == "block":
+        layer.store_hidden = False
+        accelerated(module, which)
+        module.use_layerscale = False
+        torch.testing.assert_close(module(x)[0], type(module).forward(module, x)[0], rtol=1e-4, atol=1e-5)
+        module.use_layerscale = True
+        torch.testing.assert_close(module(x)[0], type(module).forward(module, x)[0], rtol=1e-4, atol=1e-5)
 
 
 @either

@@ -142,8 +142,12 @@ def test_autocast_casts_the_biases_too(backend, seed):
     with torch.autocast("cpu", torch.bfloat16):
         eager = by_modules(levels, inputs["ctx"], inputs["gates"].bfloat16(), False)
         found = fk.focal_context(**inputs, backend=backend)
+        mixed = fk.focal_context(
+            **inputs | {"weights": [w.bfloat16() for w in inputs["weights"]]}, backend=backend
+        )  # which autocast makes one of
     assert found.dtype == torch.bfloat16
     assert relative_error(found.double(), eager.double()) < 0.02
+    assert torch.equal(mixed, found)
 
 
 def test_second_derivatives(backend, seed):
@@ -222,8 +226,12 @@ def test_errors(seed):
         ([right[0], torch.zeros(7)], ValueError, r"focal_biases\[1\]: expected shape \(8,\) = \(C,\), got \(7,\)"),
         ([right[0].double(), None], TypeError, r"focal_biases\[0\]: expected its weight's torch.float32 on cpu"),
         ([1.0, None], TypeError, r"focal_biases\[0\]: expected a tensor, got float"),
+        (3, TypeError, "focal_biases: expected a sequence with one tensor per level, got int"),
     ]:
         with pytest.raises(error, match=message):
             fk.focal_modulation(**named, focal_biases=wrong)
-    with pytest.raises(ValueError, match=r"weights\[0\]: expected shape \(C, 1, \*k\), got \(8, 2, 3\)"):
-        fk.focal_context(torch.randn(1, 8, 5), torch.randn(1, 2, 5), [torch.randn(8, 2, 3)])
+    for shape in ((8, 2, 3), (8, 3, 4), (8, 1, 0)):
+        got = str(shape).replace("(", "\\(").replace(")", "\\)")
+        for bias in (None, [torch.zeros(8)]):
+            with pytest.raises(ValueError, match=rf"^weights\[0\]: expected shape \((8|C), 1, k\).*got {got}"):
+                fk.focal_context(torch.randn(1, 8, 5), torch.randn(1, 2, 5), [torch.randn(shape)], biases=bias)

@@ -45,6 +45,7 @@ def test_runs_under_the_device_of_its_tensors(monkeypatch):
             return run
 
     monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(launching, "_built", {})
     launching.launch(Kernel(), 7, torch.device("cuda", 1), "argument")
     assert events == ["enter cuda:1", ((7,), ("argument",)), "leave"]
     launching.launch(Kernel(), 0, torch.device("cuda", 1))  # a grid of nothing is an error in CUDA

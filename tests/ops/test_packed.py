@@ -32,8 +32,8 @@ def nothing_kept(cpu_kernels):
 
 def kept(model):
     """The copies that there are of a model's parameters."""
-    found = [_packed._all.get(id(p)) for p in model.parameters()]
-    return [k.copy[1] for k in found if k is not None and k.copy is not None]
+    found = [(p, _packed._all.get(id(p))) for p in model.parameters()]
+    return [k.copy[1] for p, k in found if k is not None and k.copy and k.owner()._parameters.get(k.name) is p]
 
 
 class Network(torch.nn.Module):
@@ -202,6 +202,16 @@ def other_strides(model):
     h.weight.data = (h.weight * 1.1).squeeze().t().contiguous().t().reshape_as(h.weight)
 
 
+def swapped(model):
+    """As PyTorch may convert modules from some release on: the parameters stay, what they hold is exchanged."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.bfloat16()
+        model.load_state_dict(new_numbers(model))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def pruned(model):
     """By a mask, into a plain attribute; then for good, into another parameter."""
     fc1 = model.net.layers[0].blocks[0].mlp.fc1
@@ -212,7 +222,7 @@ def pruned(model):
 CHANGES = [
     in_place, one_number, a_row_of_a_view, load, load_by_assigning, step, fused_step, to_16_bits, to_16_bits_and_back,
     swap_by_data, swap_data, average, by_numpy, from_one_vector, in_inference_mode, another_parameter, other_strides,
-    pruned,
+    swapped, pruned,
 ]  # fmt: skip
 
 

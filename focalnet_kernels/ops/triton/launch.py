@@ -106,7 +106,7 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
             run(*args, *values)
             return
         compiled = kernel[(programs,)](*args, **constants, **_OPTIONS)
-        if compiled is None:  # somebody's hook on compiling took it over
+        if not hasattr(type(compiled), "__getitem__"):  # somebody's hook took it over, or it is still being compiled
             return
         if len(_built) == _MOST_BUILT:
             _built.clear()
@@ -117,7 +117,7 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
 _OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 _LOOKS_ANEW = INTERPRETED or torch.version.hip is not None  # AMD's Triton looks at sizes of memory too
 # What runs the kernel that Triton compiled, and the constants after the arguments, by the grid and all that Triton
-# looks at when it compiles. It would look at every argument anew in every launch.
+# looks at when it compiles, but for its knobs: set them before the first launch. It would look at every argument anew.
 _built: dict[tuple, tuple[Any, tuple]] = {}
 _MOST_BUILT = 4096
 
