@@ -27,10 +27,10 @@ struct AddResidual {
   const Block &x, &y;
 
   FK_INLINE void operator()(int64_t row, int64_t column, int lanes, vf u) const {
-    if (r.gamma) u *= load_lanes(r.gamma + column, lanes, 1);
-    if (factors) u *= factors[row];
-    if (r.add) u += x.load(row, column, lanes);
-    y.store(row, column, lanes, u);
+    vf factor = r.gamma ? load_lanes(r.gamma + column, lanes, 1) : splat(1.0f);
+    if (factors) factor *= factors[row];
+    // one expression, so that every caller's code rounds it alike
+    y.store(row, column, lanes, r.add ? u * factor + x.load(row, column, lanes) : u * factor);
   }
 };
 

@@ -413,13 +413,14 @@ FK_INLINE vf gelu<bf16>(vf x) {
   const vf steps = min(absolute(x) * float(8.0 / 3.0), splat(15.0f));
   const vf shifted = steps + magic, d = steps - (shifted - magic);
   const auto coefficient = [&](int power) FK_LAMBDA {
-    return (vf)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(GELU_CUBICS[power]));
+    return _mm512_permutexvar_ps((__m512i)shifted, (__m512)load(GELU_CUBICS[power]));
   };
-  vf p = coefficient(3);
-  p = p * d + coefficient(2);
-  p = p * d + coefficient(1);
-  p = p * d + coefficient(0);
-  return max(vf{}, x) - p;
+  // by name: GCC makes them of * and + in some callers, and not in others, whose numbers are to be the same
+  __m512 p = coefficient(3);
+  p = _mm512_fmadd_ps(p, (__m512)d, coefficient(2));
+  p = _mm512_fmadd_ps(p, (__m512)d, coefficient(1));
+  p = _mm512_fmadd_ps(p, (__m512)d, coefficient(0));
+  return max(vf{}, x) - (vf)p;
 }
 #endif
 
