@@ -176,7 +176,8 @@ def test_compiles_without_a_break(takes, seed):
         )
 
     expected = call(*tensors)
-    found = torch.compile(call, fullgraph=True)(*tensors)
+    # not Inductor, which in torch 2.10 cannot give the reference's convolution a part of joined tensors for its weight
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(y.square().sum(), tensors) for y in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
