@@ -18,11 +18,10 @@ class FocalCodec(Adapter):
     act, drop, norm, levels = "activation", "dropout", "norm", "layers"
     norm_flag = "use_post_norm"
     conv = nn.Conv1d
+    storable = ()
 
     def is_plain(self) -> bool:
         return True  # the contexts aside
-
-    storable = ()
 
     def why_not(self, module: Module) -> str | None:
         if getattr(module, "causal", False):
