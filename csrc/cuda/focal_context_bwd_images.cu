@@ -7,7 +7,7 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 8, AREA = 128, STEP_BEYOND = 3;
+constexpr int CHANNELS = 8, AREA = 128;
 using Block = ImagesBlock<CHANNELS>;
 
 // A level: dz = (gate G + e) GELU'(z), where e comes from the level above, or for the last one from the mean.
@@ -15,7 +15,6 @@ struct LevelBackward {
   Chain chain;
   ImagesLayout layout;
   Vectors vectors;
-  Divisor units;                   // of an image
   int level, all_taps, first_tap;  // taps of all levels, and where this one's begin
   int64_t first_run;               // of all chunks' runs
   int64_t B, first_image;          // of the call, and where the chain's images begin in it
@@ -36,49 +35,61 @@ struct LevelBackward {
 // Where things lie in shared memory.
 template <class T>
 struct Shared {
-  T *from, *grads, *taps;  // planes of channels: what enters; what reaches z, then dz
-  T *level, *gates;        // of the last level: what leaves it, its gate and the mean's, without zeros around
-  Unit* units;
-  // [units][CHANNELS]; [images][CHANNELS]: GELU of the mean; what the mean receives, with room for the units that the
-  // last step has beyond the last image, which read it in vain
-  float *sums, *global, *mean;
-  float* area;  // [warps][AREA]
+  T *from, *grads;   // planes of channels: what enters; what reaches z, then dz
+  T *gates, *level;  // of the last level, without zeros around: its gate and the mean's; what leaves it
+  T* taps;
+  Place *rows, *pixels;
+  float* sums;           // [rows of units][CHANNELS], where `level` comes later
+  float *global, *mean;  // [images][CHANNELS]: GELU of the mean; what the mean receives, zeros beyond the images
+  float* biases;         // of what enters
+  float* area;           // [warps][AREA]
   int plane, tight_plane, taps_stride;
   __device__ Shared(const ImagesLayout& layout, int k)
       : plane(layout.plane), tight_plane(layout.tight_plane), taps_stride(k * TAPS_ROW) {
     from = shared_memory<T>();
     grads = from + CHANNELS * plane;
-    taps = grads + CHANNELS * plane;
-    units = reinterpret_cast<Unit*>(taps + CHANNELS * taps_stride);
-    sums = reinterpret_cast<float*>(units + layout.units() + 4);
-    global = sums + CHANNELS * (layout.units() + 4);
+    gates = grads + CHANNELS * plane;
+    level = gates + 2 * tight_plane;
+    sums = reinterpret_cast<float*>(level);
+    taps = level + CHANNELS * tight_plane;
+    rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
+    pixels = rows + layout.row_places();
+    global = reinterpret_cast<float*>(pixels + (layout.places + 3) / 4 * 4);
     mean = global + CHANNELS * layout.images;
-    area = mean + CHANNELS * (layout.images + STEP_BEYOND);
-    level = reinterpret_cast<T*>(area + CHANNELS * layout.warps * AREA);
-    gates = level + CHANNELS * tight_plane;
+    biases = mean + CHANNELS * (layout.images + EIGHT);
+    area = biases + CHANNELS;
   }
+  // What images that are not there would be: nothing, which adds nothing.
+  __device__ void clear() const { fill_zeros(from, 2 * CHANNELS * plane + 2 * tight_plane); }
 };
 
 int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * (2 * reach_of(chain) + 1) * TAPS_ROW;
   const int64_t halves = 2 * CHANNELS * layout.plane + (CHANNELS + 2) * layout.tight_plane + taps;
-  return 2 * halves + (layout.units() + 4) * (sizeof(Unit) + 4 * CHANNELS) +
-         4 * CHANNELS * (2 * layout.images + STEP_BEYOND + layout.warps * AREA);
+  const int64_t places = layout.row_places() + (layout.places + 3) / 4 * 4;
+  return 2 * halves + places * sizeof(Place) + 4 * CHANNELS * (2 * layout.images + EIGHT + 1 + layout.warps * AREA);
 }
 
-template <int N>
-__device__ void store_floats(float* to, const float (&from)[N]) {  // as one access
-  if constexpr (N == 4)
-    *reinterpret_cast<float4*>(to) = float4{from[0], from[1], from[2], from[3]};
-  else if constexpr (N == 2)
-    *reinterpret_cast<float2*>(to) = float2{from[0], from[1]};
-  else
-    *to = from[0];
+// Partial sums of a gate's gradient, of N pixels.
+template <int N, int GROUP>
+__device__ void store_sums(const LevelBackward& p, const Block& block, const PixelsAt<N, GROUP>& at, int gate,
+                           const float (&from)[N]) {
+  const int pixels = int(p.chain.g.pixels());
+#pragma unroll
+  for (int j = 0; j < N / GROUP; ++j) {
+    float* const to = p.gate_sum(block, at.places[j].image(), gate) + at.pixel(j, pixels);
+    if constexpr (GROUP == 4)
+      *reinterpret_cast<float4*>(to) = float4{from[0], from[1], from[2], from[3]};
+    else if constexpr (GROUP == 2)
+      *reinterpret_cast<float2*>(to) = float2{from[2 * j], from[2 * j + 1]};
+    else
+      *to = from[j];
+  }
 }
 
 // What enters the level and what reaches z through gates and from above, into planes; the gradients of the gate of what
 // enters, and in the last level of the mean's.
-template <class T, int PITCH, int N, bool LAST>
+template <class T, int N, int GROUP, bool LAST>
 __device__ void load_images(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
   const Chain& chain = p.chain;
   const int L = chain.L, l = p.level;
@@ -88,81 +99,76 @@ __device__ void load_images(const LevelBackward& p, const Shared<T>& shared, con
   const T *const up = LAST ? nullptr : block.in<const T>(p.up, block.channel), *const gates =
                                                                                    block.in<const T>(chain.gates, 0);
   const float gate_bias = of_vector<T>(chain.gates_bias, l), last_bias = of_vector<T>(chain.gates_bias, L);
-  for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
-    const PixelsAt at = PixelsAt::of<PITCH, N>(i, chain.g, p.layout, p.vectors);
+  each_access(chain.g, block.images, N, [&](int i) {
+    const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
+    const T *const from_here = at.in(from, p.from), *const grads_here = at.in(grads, p.grad_out);
+    const T *const up_here = LAST ? nullptr : at.in(up, p.up), *const gates_here = at.in(gates, chain.gates);
     Pixels<T, N> entering[CHANNELS], gradient[CHANNELS], above[CHANNELS], last_gate;
-    Pixels<T, N> gate = load_pixels<T, N>(gates + at.image * chain.gates.b + l * chain.gates.c + at.pixel);
-    if (LAST) last_gate = load_pixels<T, N>(gates + at.image * chain.gates.b + L * chain.gates.c + at.pixel);
+    Pixels<T, N> gate = load_pixels<T, N>(gates_here + l * chain.gates.c);
+    if (LAST) last_gate = load_pixels<T, N>(gates_here + L * chain.gates.c);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      entering[c] = load_pixels<T, N>(from + at.image * p.from.b + c * p.from.c + at.pixel);
-      gradient[c] = load_pixels<T, N>(grads + at.image * p.grad_out.b + c * p.grad_out.c + at.pixel);
-      if (!LAST) above[c] = load_pixels<T, N>(up + at.image * p.up.b + c * p.up.c + at.pixel);
+      entering[c] = load_pixels<T, N>(from_here + c * p.from.c);
+      gradient[c] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
+      if (!LAST) above[c] = load_pixels<T, N>(up_here + c * p.up.c);
     }
     if (chain.gates_bias.data) {
       gate.set([&](int j) { return gate[j] + gate_bias; });
       if (LAST) last_gate.set([&](int j) { return last_gate[j] + last_bias; });
     }
     float of_entering[N] = {}, of_mean[N] = {};
+    float4 global[N / GROUP][CHANNELS / 4];
+    if (LAST)
+#pragma unroll
+      for (int j = 0; j < N / GROUP * (CHANNELS / 4); ++j)
+        global[j / 2][j % 2] = reinterpret_cast<const float4*>(shared.global)[2 * at.places[j / 2].image() + j % 2];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      if (p.bias.data) {
-        const float bias = of_vector<T>(p.bias, block.channel + c);
-        entering[c].set([&](int j) { return entering[c][j] + bias; });
-      }
-      store_pixels(shared.from + c * shared.plane + at.padded, entering[c]);
-      const float global = LAST ? shared.global[at.image * CHANNELS + c] : 0.0f;
+      if (p.bias.data) entering[c].set([&](int j) { return entering[c][j] + shared.biases[c]; });
+      at.store(shared.from + c * shared.plane, entering[c]);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         of_entering[j] += gradient[c][j] * entering[c][j];
-        if (LAST) of_mean[j] += gradient[c][j] * global;
+        if (LAST) of_mean[j] += gradient[c][j] * (&global[j / GROUP][c / 4].x)[c % 4];
       }
       if (!LAST) above[c].set([&](int j) { return gate[j] * chain.scale * gradient[c][j] + above[c][j]; });
-      store_pixels(shared.grads + c * shared.plane + at.padded, LAST ? gradient[c] : above[c]);
+      at.store(shared.grads + c * shared.plane, LAST ? gradient[c] : above[c]);
     }
     if (LAST) {
-      store_pixels(shared.gates + at.tight, gate);
-      store_pixels(shared.gates + shared.tight_plane + at.tight, last_gate);
+      at.store_tight(shared.gates, gate);
+      at.store_tight(shared.gates + shared.tight_plane, last_gate);
     }
-    if (!p.gate_sums) continue;
+    if (!p.gate_sums) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) of_entering[j] *= chain.scale, of_mean[j] *= chain.scale;
-    float* const sums = p.gate_sum(block, at.image, 0) + at.pixel;
-    if (l > 0) store_floats(sums + (l - 1) * pixels, of_entering);
-    if (LAST) store_floats(sums + L * pixels, of_mean);
-  }
+    if (l > 0) store_sums(p, block, at, l - 1, of_entering);
+    if (LAST) store_sums(p, block, at, L, of_mean);
+  });
 }
 
 // What reaches every pixel of the last level through the mean, [images][CHANNELS].
 template <class T, int PITCH, bool WHOLE>
 __device__ void mean_gradient(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
-  const T *const grads = shared.grads + block.channel_here * shared.plane, *const gates =
-                                                                               shared.gates + shared.tight_plane;
+  const Geometry& g = p.chain.g;
+  const T* const grads = shared.grads + block.channel_here * shared.plane;
+  const T* const gates = shared.gates + shared.tight_plane + Step<PITCH, WHOLE>::column();
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.units + first);
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(g.W));
     float values[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const LanePixels at = step.pixels(u / 2, p.layout.tight_pitch);
-      const int h = u % 2;
-      const uint32_t grad = load_word(grads + at.padded[h]) & at.keep[h], gate = load_word(gates + at.tight[h]);
-      values[u] = at.inside[h] ? unpack<T>(grad, 0) * unpack<T>(gate, 0) : 0.0f;
-      values[u] += WHOLE || at.keep[h] >> 16 ? unpack<T>(grad, 1) * unpack<T>(gate, 1) : 0.0f;
+      const uint32_t grad = load_word(step.pixels(u, grads)), gate = load_word(gates + 2 * step.row(u).pair());
+      float products[2] = {unpack<T>(grad, 0) * unpack<T>(gate, 0), unpack<T>(grad, 1) * unpack<T>(gate, 1)};
+      step.mask(u, products);
+      values[u] = products[0] + products[1];
     }
-    const float sum = sum_units(values);
-    if (threadIdx.x % EIGHT == 0)
-      shared.sums[(first + int(threadIdx.x) % 32 / EIGHT) * CHANNELS + block.channel_here] = sum;
+    sum_rows<CHANNELS>(step, values, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
   });
   __syncthreads();
-  const Geometry& g = p.chain.g;
-  const int per_image = p.layout.groups * p.layout.segments;
-  for (int i = threadIdx.x; i < CHANNELS * block.images; i += blockDim.x) {
-    const int channel = i % CHANNELS, image = i / CHANNELS;
-    float sum = 0;
-    for (int u = 0; u < per_image; ++u) sum += shared.sums[(image * per_image + u) * CHANNELS + channel];
+  each_sum<CHANNELS>(g, p.layout, block.images, shared.sums, [&](int channel, int image, float sum) {
     const float mean = p.mean[(block.first_image + image) * g.C + block.channel + channel];
-    shared.mean[i] = sum * p.chain.scale / float(g.pixels()) * gelu_slope<float>(mean);
-  }
+    shared.mean[image * CHANNELS + channel] = sum * p.chain.scale / float(g.pixels()) * gelu_slope<float>(mean);
+  });
   __syncthreads();
 }
 
@@ -177,34 +183,37 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
   uint2 bands[K];
   load_bands<K, false>(shared.taps + c * shared.taps_stride, bands);
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.units + first);
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
     float z[2][4] = {};
     convolve_tiles<T>(from, step, bands, z);
     uint32_t dz[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const LanePixels at = step.pixels(u / 2, p.layout.tight_pitch);
-      const int h = u % 2;
-      const float* const pair = z[u / 2] + 2 * h;
-      const Gelu low = gelu_and_slope<T>(pair[0]), high = gelu_and_slope<T>(pair[1]);
-      const uint32_t grad = at.load(grads, h);
+      const Place row = step.row(u);
+      const Gelu gelu[2] = {gelu_and_slope<T>(z[u / 2][u % 2 * 2]), gelu_and_slope<T>(z[u / 2][u % 2 * 2 + 1])};
+      T* const here = step.pixels(u, grads);
+      const uint32_t grad = load_word(here);
       float above[2] = {unpack<T>(grad, 0), unpack<T>(grad, 1)};
       if constexpr (LAST) {
-        const uint32_t gate = load_word(shared.gates + at.tight[h]);
-        const float mean = shared.mean[p.units.divide(first + u) * CHANNELS + c];
+        const int tight = 2 * row.pair() + step.column();
+        const uint32_t gate = load_word(shared.gates + tight);
+        const float mean = shared.mean[row.image() * CHANNELS + c];
 #pragma unroll
         for (int i = 0; i < 2; ++i) above[i] = above[i] * unpack<T>(gate, i) * p.chain.scale + mean;
-        if (at.inside[h])
-          store_word(shared.level + c * shared.tight_plane + at.tight[h], pack<T>(low.value, high.value));
+        if (step.is_there(u) && step.inside(u, 0))
+          store_word(shared.level + c * shared.tight_plane + tight, pack<T>(gelu[0].value, gelu[1].value));
       }
-      dz[u] = pack<T>(above[0] * low.slope, above[1] * high.slope) & at.keep[h];
-      at.store(grads, h, dz[u]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) above[i] *= gelu[i].slope;
+      step.mask(u, above);
+      dz[u] = step.is_there(u) ? pack<T>(above[0], above[1]) : 0;
+      if (step.is_there(u)) store_word(here, dz[u]);
     }
     if (!p.weight_sums) return;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const uint2 b{transpose(dz[2 * t]), transpose(dz[2 * t + 1])};
-      const T* const window = from + step.template window<true>(t) - K / 2 * PITCH;
+      const T* const window = step.template window<true>(t, from - K / 2 * PITCH);
       each_row<K>([&](auto row) {
         uint32_t a[4];
         load_transposed<2 * row * PITCH>(a, window);
@@ -218,17 +227,18 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
 template <int K>
 __device__ void store_taps(const float (&products)[K][4], float* area, bool begin, float* to) {
   const int lane = threadIdx.x % 32, at = lane / 4 * EIGHT + lane % 4 * 2;
+  const int tap = lane % 16, first = lane / 16 * (EIGHT / 2);  // two lanes share a diagonal
 #pragma unroll
   for (int row = 0; row < K; ++row) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) area[at + i / 2 * 64 + i % 2] = products[row][i];
     __syncwarp();
-    if (lane < K) {
-      float sum = 0;
+    float sum = 0;
+    if (tap < K)
 #pragma unroll
-      for (int j = 0; j < EIGHT; ++j) sum += area[(j + lane + BORDER - K / 2) * EIGHT + j];
-      to[row * K + lane] = begin ? sum : to[row * K + lane] + sum;
-    }
+      for (int j = 0; j < EIGHT / 2; ++j) sum += area[(first + j + tap + BORDER - K / 2) * EIGHT + first + j];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (lane < K) to[row * K + lane] = begin ? sum : to[row * K + lane] + sum;
     __syncwarp();
   }
 }
@@ -240,44 +250,46 @@ __device__ void convolve_back(const LevelBackward& p, const Shared<T>& shared, c
   uint2 bands[K];
   load_bands<K, true>(shared.taps + c * shared.taps_stride, bands);
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.units + first);
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
     float acc[2][4] = {};
     convolve_tiles<T>(shared.grads + c * shared.plane, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const float* const pair = acc[u / 2] + u % 2 * 2;
-      step.pixels(u / 2, 0).store(shared.from + c * shared.plane, u % 2, pack<T>(pair[0], pair[1]));
+      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
+      step.mask(u, pair);
+      step.store(shared.from + c * shared.plane, u, pair[0], pair[1]);
     }
   });
 }
 
 // Out of the planes: the gradient of what enters, and that of the last level's gate.
-template <class T, int PITCH, int N>
+template <class T, int N, int GROUP>
 __device__ void store_images(const LevelBackward& p, const Shared<T>& shared, const Block& block, bool of_last) {
-  T* const down = block.in<T>(p.down.data ? p.down : p.from, block.channel);
+  const MapView& to = p.down.data ? p.down : p.from;
+  T* const down = block.in<T>(to, block.channel);
   const T* const grads = block.in<const T>(p.grad_out, block.channel);
-  for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
-    const PixelsAt at = PixelsAt::of<PITCH, N>(i, p.chain.g, p.layout, p.vectors);
+  each_access(p.chain.g, block.images, N, [&](int i) {
+    const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
+    const T* const grads_here = at.in(grads, p.grad_out);
+    T* const down_here = at.in(down, to);
     Pixels<T, N> gradient[CHANNELS] = {};  // or compilers keep what it was
     if (of_last)
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c)
-        gradient[c] = load_pixels<T, N>(grads + at.image * p.grad_out.b + c * p.grad_out.c + at.pixel);
+      for (int c = 0; c < CHANNELS; ++c) gradient[c] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
     if (p.down.data)
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
-        store_pixels(down + at.image * p.down.b + c * p.down.c + at.pixel,
-                     load_pixels<T, N>(shared.from + c * shared.plane + at.padded));
-    if (!of_last) continue;
+        store_pixels(down_here + c * p.down.c, at.load(shared.from + c * shared.plane));
+    if (!of_last) return;
     float sums[N] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      const Pixels<T, N> level = load_pixels<T, N>(shared.level + c * shared.tight_plane + at.tight);
+      const Pixels<T, N> level = at.load_tight(shared.level + c * shared.tight_plane);
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[j] += gradient[c][j] * level[j] * p.chain.scale;
     }
-    store_floats(p.gate_sum(block, at.image, p.level) + at.pixel, sums);
-  }
+    store_sums(p, block, at, p.level, sums);
+  });
 }
 
 template <class T, int PITCH, bool WHOLE>
@@ -290,22 +302,30 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
   const int runs = int(layout.runs), items = int(layout.image_blocks);
   const bool last = p.level + 1 == chain.L;
 
-  fill_zeros(shared.from, 2 * CHANNELS * shared.plane);
+  shared.clear();
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
-  list_units(g, layout, layout.images, shared.units);
+  list_places(g, layout, shared.rows, shared.pixels);
+  for (int i = threadIdx.x; i < CHANNELS * (layout.images + EIGHT); i += blockDim.x) shared.mean[i] = 0;
+  const int channel = Block(layout, 0, g).channel;
+  for (int i = threadIdx.x; i < CHANNELS; i += blockDim.x) shared.biases[i] = of_vector<T>(p.bias, channel + i);
   __syncthreads();
-  load_taps<CHANNELS>(chain.levels[p.level], Block(layout, 0, g).channel, shared.taps, shared.taps_stride);
-  for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
+  load_taps<CHANNELS>(chain.levels[p.level], channel, shared.taps, shared.taps_stride);
+  const int run = int(blockIdx.x) / int(layout.channel_tiles);
+  for (int item = run; item < items; item += runs) {
     const Block block(layout, item, g);
-    if (block.images != layout.images) list_units(g, layout, block.images, shared.units);  // the last ones
+    if (block.images != layout.images) {  // the last ones
+      __syncthreads();
+      shared.clear();
+      for (int i = threadIdx.x; i < CHANNELS * layout.images; i += blockDim.x) shared.mean[i] = 0;
+    }
     for (int i = threadIdx.x; i < CHANNELS * block.images && last; i += blockDim.x)
       shared.global[i] = gelu<float>(p.mean[(block.first_image + i / CHANNELS) * g.C + block.channel + i % CHANNELS]);
     __syncthreads();
-    with_pixels(p.vectors, [&](auto n) {
+    with_vectors(p.vectors, layout, [&](auto n, auto group) {
       if (last)
-        load_images<T, PITCH, n, true>(p, shared, block);
+        load_images<T, n, group, true>(p, shared, block);
       else
-        load_images<T, PITCH, n, false>(p, shared, block);
+        load_images<T, n, group, false>(p, shared, block);
     });
     __syncthreads();
     if (last) mean_gradient<T, PITCH, WHOLE>(p, shared, block);
@@ -316,19 +336,20 @@ __global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(
       else
         level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, products);
       if (p.weight_sums) {
-        const int64_t part = (p.first_run + item % runs) * layout.warps + block.part;
+        const int64_t part = (p.first_run + run) * layout.warps + block.part;
         store_taps<K>(
-            products, shared.area + threadIdx.x / 32 * AREA, item < runs,
+            products, shared.area + threadIdx.x / 32 * AREA, item == run,
             p.weight_sums + (part * g.C + block.channel + block.channel_here) * int64_t(p.all_taps) + p.first_tap);
       }
       __syncthreads();  // nothing reads what enters the level any more
       if (p.down.data) convolve_back<T, PITCH, WHOLE, K>(p, shared, block);
     });
     __syncthreads();
-    with_pixels(p.vectors, [&](auto n) {
-      const bool of_last = last && p.gate_sums;
-      if (p.down.data || of_last) store_images<T, PITCH, n>(p, shared, block, of_last);
-    });  // the next images come after a barrier
+    const bool of_last = last && p.gate_sums;
+    if (p.down.data || of_last)
+      with_vectors(p.vectors, layout,
+                   [&](auto n, auto group) { store_images<T, n, group>(p, shared, block, of_last); });
+    // the next images come after a barrier
   }
 }
 
@@ -353,16 +374,19 @@ std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& p) {
   const Chain& chain = p.chain;
   const Geometry& g = chain.g;
   const auto forward = images_fwd_layout(chain);
-  const auto vectors = vectors_of(g, {chain.ctx, chain.gates, p.grad_out, p.grad_ctx, p.ctx_all});
   const auto bytes = [&](const ImagesLayout& l) { return bytes_of(chain, l); };
   ImagesBackwardPlan plan{};
-  if (!forward || !vectors || !lay_out(g, reach_of(chain), CHANNELS, bytes, plan.levels)) return std::nullopt;
+  if (!forward || !lay_out(g, reach_of(chain), CHANNELS, bytes, plan.levels)) return std::nullopt;
+  const auto vectors =
+      vectors_of(g, {forward->images, plan.levels.images}, {chain.ctx, chain.gates, p.grad_out, p.grad_ctx, p.ctx_all});
+  if (!vectors) return std::nullopt;
   plan.forward = *forward, plan.vectors = *vectors;
   plan.B = g.B;
   const int64_t image = g.pixels() * g.C;
   const int64_t at_once = current_device().scratch / 4 / (2 * std::max(1, chain.L - 1) * image);
   plan.images = at_once >= g.B ? g.B : std::max<int64_t>(1, at_once / plan.levels.images) * plan.levels.images;
-  plan.map = plan.images * image;
+  plan.channel = vectors->one_run ? (plan.images * g.pixels() + EIGHT - 1) / EIGHT * EIGHT : g.pixels();
+  plan.map = vectors->one_run ? g.C * plan.channel : plan.images * image;
   plan.bytes = 2 * (chain.L - 1) * plan.map;
   for (int64_t first = 0; first < g.B; first += plan.images)
     plan.runs += plan.levels.of(std::min(plan.images, g.B - first)).runs;
@@ -378,11 +402,15 @@ void run_context_bwd(const ContextBackward& whole, const ImagesBackwardPlan& pla
     chain.ctx = images_from(chain.ctx, first), chain.gates = images_from(chain.gates, first);
     ImagesForward again{chain, plan.forward.of(g.B), plan.vectors, images_from(whole.ctx_all, first)};
     for (int l = 0; l + 1 < chain.L; ++l)
-      again.levels[l] = {static_cast<char*>(whole.scratch) + 2 * l * plan.map, g.C * g.pixels(), g.pixels(), g.W, 0, 1};
+      again.levels[l] = {static_cast<char*>(whole.scratch) + 2 * l * plan.map,
+                         plan.vectors.one_run ? g.pixels() : g.C * g.pixels(),
+                         plan.channel,
+                         g.W,
+                         0,
+                         1};
     if (chain.L > 1 || again.out.data) run_images_fwd(again, stream);
 
     LevelBackward p{chain, plan.levels.of(g.B), plan.vectors};
-    p.units = Divisor(p.layout.groups * p.layout.segments);
     for (int l = 0; l < chain.L; ++l) p.all_taps += int(chain.levels[l].size.taps());
     p.first_tap = p.all_taps;
     p.B = plan.B, p.first_image = first, p.first_run = runs;

@@ -22,140 +22,162 @@ constexpr int planes_for(int L) { return L < 4 ? 2 : L - 1; }
 // Which has what gates make of the levels: not the one that the last level reads around each pixel.
 __host__ __device__ constexpr int sum_plane(int L) { return 1 - plane_of(L - 1) % 2; }
 
+__host__ __device__ inline int gate_planes(const Chain& chain) { return chain.L < 4 ? 4 : 5; }
+
 // Where things lie in shared memory.
 template <class T>
 struct Shared {
-  T *planes, *gates, *taps;  // gates: planes without zeros
-  Unit* units;
-  float *sums, *global;  // [units][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
-  int plane, tight_plane, taps_stride;
+  T* planes;
+  T *gates, *mean_gate;  // [pairs of pixels][four gates][2]; the mean's, in there or, as a fifth, behind
+  T* taps;
+  Place *rows, *pixels;
+  float *sums, *global;  // [rows of units][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
+  float* biases;         // of the channels and of the gates, which the products left to us
+  int plane, mean_step, taps_stride;  // mean_step: from a pair of its pixels to the next
   __device__ Shared(const Chain& chain, const ImagesLayout& layout)
-      : plane(layout.plane), tight_plane(layout.tight_plane), taps_stride(kernel_rows(chain) * TAPS_ROW) {
+      : plane(layout.plane), mean_step(chain.L < 4 ? 2 * 4 : 2), taps_stride(kernel_rows(chain) * TAPS_ROW) {
     planes = shared_memory<T>();
     gates = planes + layout.planes * CHANNELS * plane;
-    taps = gates + (chain.L + 1) * tight_plane;
-    units = reinterpret_cast<Unit*>(taps + CHANNELS * taps_stride);
-    sums = reinterpret_cast<float*>(units + layout.units() + 4);
-    global = sums + CHANNELS * (layout.units() + 4);
+    mean_gate = gates + (chain.L < 4 ? 2 * chain.L : 4 * layout.tight_plane);
+    taps = gates + gate_planes(chain) * layout.tight_plane;
+    rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
+    pixels = rows + layout.row_places();
+    sums = reinterpret_cast<float*>(pixels + (layout.places + 3) / 4 * 4);
+    global = sums + CHANNELS * layout.units * EIGHT;
+    biases = global + CHANNELS * layout.images;
   }
   __device__ T* at(int plane_index, int channel) const { return planes + (plane_index * CHANNELS + channel) * plane; }
 };
 
 int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * kernel_rows(chain) * TAPS_ROW;
-  const int64_t halves = layout.planes * CHANNELS * layout.plane + (chain.L + 1) * layout.tight_plane + taps;
-  return 2 * halves + (layout.units() + 4) * (sizeof(Unit) + 4 * CHANNELS) + 4 * CHANNELS * layout.images;
+  const int64_t halves = layout.planes * CHANNELS * layout.plane + gate_planes(chain) * layout.tight_plane + taps;
+  const int64_t places = layout.row_places() + (layout.places + 3) / 4 * 4;
+  return 2 * halves + places * sizeof(Place) + 4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + MOST + 1);
+}
+
+template <class T, int N, int GROUP>
+__device__ void store_gates(const Shared<T>& shared, const PixelsAt<N, GROUP>& at,
+                            const Pixels<T, N> (&gate)[MOST + 1]) {
+#pragma unroll
+  for (int j = 0; j < N / at.PAIR; ++j)
+    if constexpr (at.PAIR == 2) {
+      reinterpret_cast<uint4*>(shared.gates)[at.pair(j)] =
+          uint4{gate[0].words[j], gate[1].words[j], gate[2].words[j], gate[3].words[j]};
+    } else {
+#pragma unroll
+      for (int l = 0; l < 4; ++l)
+        store_pixels(shared.gates + 8 * at.pair(j) + 2 * l + at.half(j), gate[l].template part<1>(j));
+    }
 }
 
 // What enters the first level, and the gates, into planes; their biases are added where the product left them to us.
-template <class T, int PITCH, int N>
+template <class T, int N, int GROUP>
 __device__ void load_images(const ImagesForward& p, const Shared<T>& shared, const Block& block) {
   const Chain& chain = p.chain;
   const T* const ctx = block.in<const T>(chain.ctx, block.channel);
   const T* const gates = block.in<const T>(chain.gates, 0);
-  float bias[CHANNELS], gate_bias[MOST + 1];
+  each_access(chain.g, block.images, N, [&](int i) {
+    const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
+    const T *const ctx_here = at.in(ctx, chain.ctx), *const gates_here = at.in(gates, chain.gates);
+    Pixels<T, N> channels[CHANNELS], gate[MOST + 1] = {};
 #pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) bias[c] = of_vector<T>(chain.ctx_bias, block.channel + c);
-#pragma unroll
-  for (int l = 0; l <= MOST; ++l) gate_bias[l] = l <= chain.L ? of_vector<T>(chain.gates_bias, l) : 0.0f;
-  for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
-    const PixelsAt at = PixelsAt::of<PITCH, N>(i, chain.g, p.layout, p.vectors);
-    Pixels<T, N> channels[CHANNELS], gate[MOST + 1];
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c)
-      channels[c] = load_pixels<T, N>(ctx + at.image * chain.ctx.b + c * chain.ctx.c + at.pixel);
+    for (int c = 0; c < CHANNELS; ++c) channels[c] = load_pixels<T, N>(ctx_here + c * chain.ctx.c);
 #pragma unroll
     for (int l = 0; l <= MOST; ++l)
-      if (l <= chain.L) gate[l] = load_pixels<T, N>(gates + at.image * chain.gates.b + l * chain.gates.c + at.pixel);
+      if (l <= chain.L) gate[l] = load_pixels<T, N>(gates_here + l * chain.gates.c);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      if (chain.ctx_bias.data) channels[c].set([&](int j) { return channels[c][j] + bias[c]; });
-      store_pixels(shared.at(0, c) + at.padded, channels[c]);
+      if (chain.ctx_bias.data) channels[c].set([&](int j) { return channels[c][j] + shared.biases[c]; });
+      at.store(shared.at(0, c), channels[c]);
     }
+    if (chain.gates_bias.data)
 #pragma unroll
-    for (int l = 0; l <= MOST; ++l) {
-      if (l > chain.L) break;
-      if (chain.gates_bias.data) gate[l].set([&](int j) { return gate[l][j] + gate_bias[l]; });
-      store_pixels(shared.gates + l * shared.tight_plane + at.tight, gate[l]);
-    }
-  }
+      for (int l = 0; l <= MOST; ++l) gate[l].set([&](int j) { return gate[l][j] + shared.biases[CHANNELS + l]; });
+    store_gates(shared, at, gate);
+    if (chain.L == MOST) at.store_tight(shared.mean_gate, gate[MOST]);
+  });
 }
 
 // A level of a warp's channel: GELU(conv), into the next level's plane.
 template <class T, int PITCH, bool WHOLE, int K>
-__device__ void run_level(const Shared<T>& shared, const ImagesLayout& layout, const Block& block, const T* taps,
+__device__ void run_level(const ImagesForward& p, const Shared<T>& shared, const Block& block, const T* taps,
                           const T* from, T* to) {
   uint2 bands[K];
   load_bands<K, false>(taps, bands);
-  block.each_step(layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.units + first);
+  block.each_step(p.layout, [&](int first) {
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
     float acc[2][4] = {};
     convolve_tiles<T>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const float* const pair = acc[u / 2] + u % 2 * 2;
-      step.pixels(u / 2, 0).store(to, u % 2, pack<T>(gelu<T>(pair[0]), gelu<T>(pair[1])));
+      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
+      step.mask(u, pair);
+      step.store(to, u, gelu<T>(pair[0]), gelu<T>(pair[1]));
     }
   });
 }
 
-// Level L, the last: its sums over units, and what gates make of all levels, into the plane `to`.
+// Level L, the last: its sums over rows, and what gates make of all levels, into the plane `to`.
 template <class T, int PITCH, bool WHOLE, int K, int L>
-__device__ void run_last_level(const Shared<T>& shared, float scale, const ImagesLayout& layout, const Block& block,
-                               const T* taps, const T* from, T* to) {
+__device__ void run_last_level(const ImagesForward& p, const Shared<T>& shared, const Block& block, const T* taps,
+                               const T* from, T* to) {
   uint2 bands[K];
   load_bands<K, false>(taps, bands);
-  block.each_step(layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.units + first);
+  const float scale = p.chain.scale;
+  const T* const levels = shared.at(0, block.channel_here);
+  const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
+  block.each_step(p.layout, [&](int first) {
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
     float acc[2][4] = {}, sums[4];
     convolve_tiles<T>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const LanePixels at = step.pixels(u / 2, layout.tight_pitch);
-      const int h = u % 2;
-      float* const pair = acc[u / 2] + 2 * h;
-      const T* const gates = shared.gates + at.tight[h];
+      const uint4 quad = gates[step.row(u).pair()];
+      const uint32_t gate[4] = {quad.x, quad.y, quad.z, quad.w};
+      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
+      step.mask(u, pair);
 #pragma unroll
       for (int i = 0; i < 2; ++i) pair[i] = gelu<T>(pair[i]);
-      sums[u] = at.inside[h] ? pair[0] + (WHOLE || at.keep[h] >> 16 ? pair[1] : 0.0f) : 0.0f;
-      const uint32_t gate = load_word(gates + (L - 1) * shared.tight_plane);
+      sums[u] = pair[0] + pair[1];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] *= unpack<T>(gate, i);
+      for (int i = 0; i < 2; ++i) pair[i] *= unpack<T>(gate[L - 1], i);
 #pragma unroll
       for (int l = 0; l < L - 1; ++l) {
-        const uint32_t factor = load_word(gates + l * shared.tight_plane);
-        const uint32_t level = at.load(shared.at(plane_of(l + 1), block.channel_here), h);
+        const uint32_t level = load_word(step.pixels(u, levels + plane_of(l + 1) * CHANNELS * shared.plane));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] += unpack<T>(factor, i) * unpack<T>(level, i);
+        for (int i = 0; i < 2; ++i) pair[i] += unpack<T>(gate[l], i) * unpack<T>(level, i);
       }
-      at.store(to, h, pack<T>(pair[0] * scale, pair[1] * scale));
+      step.mask(u, pair);  // gates have no zeros around
+      step.store(to, u, pair[0] * scale, pair[1] * scale);
     }
-    const float sum = sum_units(sums);
-    if (threadIdx.x % EIGHT == 0)
-      shared.sums[(first + int(threadIdx.x) % 32 / EIGHT) * CHANNELS + block.channel_here] = sum;
+    sum_rows<CHANNELS>(step, sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
   });
 }
 
 // The planes of what leaves a level, or of the result, to which the mean's part is added.
-template <class T, int PITCH, int N, bool RESULT>
+template <class T, int N, int GROUP, bool RESULT>
 __device__ void store_images(const ImagesForward& p, const Shared<T>& shared, const Block& block, const MapView& map,
                              int plane) {
   T* const out = block.in<T>(map, block.channel);
-  const T* const gates = shared.gates + p.chain.L * shared.tight_plane;
-  for (int i = threadIdx.x; i < block.images * int(p.vectors.per_image.divisor); i += blockDim.x) {
-    const PixelsAt at = PixelsAt::of<PITCH, N>(i, p.chain.g, p.layout, p.vectors);
+  each_access(p.chain.g, block.images, N, [&](int i) {
+    const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
     Pixels<T, N> gate;
-    if (RESULT) gate = load_pixels<T, N>(gates + at.tight);
+    float4 global[N / GROUP];
+    if constexpr (RESULT) {
+      gate = at.load_pairs(shared.mean_gate, shared.mean_step);
+#pragma unroll
+      for (int j = 0; j < N / GROUP; ++j)
+        global[j] = reinterpret_cast<const float4*>(shared.global)[at.places[j].image()];
+    }
+    T* const to = at.in(out, map);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      Pixels<T, N> pixels = load_pixels<T, N>(shared.at(plane, c) + at.padded);
-      if constexpr (RESULT) {
-        const float global = shared.global[at.image * CHANNELS + c];
-        pixels.set([&](int j) { return pixels[j] + gate[j] * global; });
-      }
-      store_pixels(out + at.image * map.b + c * map.c + at.pixel, pixels);
+      Pixels<T, N> pixels = at.load(shared.at(plane, c));
+      if constexpr (RESULT) pixels.set([&](int j) { return pixels[j] + gate[j] * (&global[j / GROUP].x)[c]; });
+      store_pixels(to + c * map.c, pixels);
     }
-  }
+  });
 }
 
 template <class T, int PITCH, bool WHOLE>
@@ -164,63 +186,74 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
   const Shared<T> shared(chain, layout);
-  const int L = chain.L, per_image = layout.groups * layout.segments;
+  const int L = chain.L;
 
   fill_zeros(shared.planes, layout.planes * CHANNELS * shared.plane);
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
-  list_units(g, layout, layout.images, shared.units);
+  list_places(g, layout, shared.rows, shared.pixels);
+  const int channel = Block(layout, 0, g).channel;
+  for (int i = threadIdx.x; i < CHANNELS + MOST + 1; i += blockDim.x)
+    shared.biases[i] = i < CHANNELS              ? of_vector<T>(chain.ctx_bias, channel + i)
+                       : i - CHANNELS <= chain.L ? of_vector<T>(chain.gates_bias, i - CHANNELS)
+                                                 : 0.0f;
   __syncthreads();
   for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt))
-    load_taps<CHANNELS>(chain.levels[l], Block(layout, 0, g).channel, shared.taps + rows * TAPS_ROW,
-                        shared.taps_stride);
+    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + rows * TAPS_ROW, shared.taps_stride);
   const int runs = int(layout.runs), items = int(layout.image_blocks);
   for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
     const Block block(layout, item, g);
     const int c = block.channel_here;
-    with_pixels(p.vectors, [&](auto n) { load_images<T, PITCH, n>(p, shared, block); });
+    with_vectors(p.vectors, layout, [&](auto n, auto group) { load_images<T, n, group>(p, shared, block); });
     __syncthreads();
     for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt)) {
       const T* const taps = shared.taps + c * shared.taps_stride + rows * TAPS_ROW;
       const T* const from = shared.at(plane_of(l), c);
       with_size(chain.levels[l].size, [&](auto K) {
         if (l + 1 < L)
-          run_level<T, PITCH, WHOLE, K>(shared, layout, block, taps, from, shared.at(plane_of(l + 1), c));
+          run_level<T, PITCH, WHOLE, K>(p, shared, block, taps, from, shared.at(plane_of(l + 1), c));
         else
           with_constant<1, 2, 3, 4>(L, [&](auto levels) {
-            run_last_level<T, PITCH, WHOLE, K, levels>(shared, chain.scale, layout, block, taps, from,
-                                                       shared.at(sum_plane(L), c));
+            run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, shared.at(sum_plane(L), c));
           });
       });
       __syncthreads();
       if (l + 1 < L && p.levels[l].data)
-        with_pixels(p.vectors,
-                    [&](auto n) { store_images<T, PITCH, n, false>(p, shared, block, p.levels[l], plane_of(l + 1)); });
+        with_vectors(p.vectors, layout, [&](auto n, auto group) {
+          store_images<T, n, group, false>(p, shared, block, p.levels[l], plane_of(l + 1));
+        });
     }
-    for (int i = threadIdx.x; i < CHANNELS * block.images; i += blockDim.x) {
-      const int channel = i % CHANNELS, image = i / CHANNELS;
-      float sum = 0;
-      for (int u = 0; u < per_image; ++u) sum += shared.sums[(image * per_image + u) * CHANNELS + channel];
+    each_sum<CHANNELS>(g, layout, block.images, shared.sums, [&](int channel, int image, float sum) {
       const float mean = sum / float(g.pixels());
       if (p.mean) p.mean[(block.first_image + image) * g.C + block.channel + channel] = mean;
-      shared.global[i] = gelu<float>(mean) * chain.scale;
-    }
+      shared.global[image * CHANNELS + channel] = gelu<float>(mean) * chain.scale;
+    });
     __syncthreads();
     // no barrier after it: a thread has the same pixels when the next images are loaded
     if (p.out.data)
-      with_pixels(p.vectors, [&](auto n) { store_images<T, PITCH, n, true>(p, shared, block, p.out, sum_plane(L)); });
+      with_vectors(p.vectors, layout,
+                   [&](auto n, auto group) { store_images<T, n, group, true>(p, shared, block, p.out, sum_plane(L)); });
   }
 }
 
 }  // namespace
 
-std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<MapView> maps) {
-  const auto fits = [&](const MapView& v, int n) {
-    const bool aligned = reinterpret_cast<uintptr_t>(v.data) % (2 * n) == 0;
-    return !v.data || (v.w == 1 && (v.t == g.W || g.T == 1) && v.b % n == 0 && v.c % n == 0 && aligned);
+std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
+                                  std::initializer_list<MapView> maps) {
+  const int64_t pixels = g.pixels();
+  const auto in_runs = [&](int n, bool one_run) {
+    const auto whole = [&](int64_t many) { return many * pixels % n == 0; };
+    const auto fits = [&](const MapView& v) {
+      const bool aligned = reinterpret_cast<uintptr_t>(v.data) % (2 * n) == 0 && v.c % n == 0;
+      const bool next = one_run ? v.b == pixels : g.B == 1 || v.b % n == 0;
+      return !v.data || (v.w == 1 && (v.t == g.W || g.T == 1) && aligned && next);
+    };
+    const bool blocks = std::all_of(images.begin(), images.end(), [&](int i) { return i >= g.B || whole(i); });
+    return std::all_of(maps.begin(), maps.end(), fits) && (one_run ? blocks && whole(g.B) : whole(1));
   };
   for (int n : {4, 2, 1})
-    if (g.W % n == 0 && std::all_of(maps.begin(), maps.end(), [&](const MapView& v) { return fits(v, n); }))
-      return Vectors{n, Divisor(g.W / n), Divisor(g.pixels() / n)};
+    for (bool one_run : {true, false})
+      if ((n != 2 || g.W % 2 == 0) && in_runs(n, one_run))
+        return Vectors{n, Divisor(one_run ? 1 << 16 : pixels / n), one_run};
   return std::nullopt;
 }
 
@@ -251,8 +284,9 @@ std::optional<ImagesLayout> images_fwd_layout(const Chain& chain) {
 
 std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
   const auto layout = images_fwd_layout(p.chain);
-  const auto vectors = vectors_of(p.chain.g, {p.chain.ctx, p.chain.gates, p.out});
-  if (!layout || !vectors) return std::nullopt;
+  if (!layout) return std::nullopt;
+  const auto vectors = vectors_of(p.chain.g, {layout->images}, {p.chain.ctx, p.chain.gates, p.out});
+  if (!vectors) return std::nullopt;
   return ImagesPlan{*layout, *vectors};
 }
 

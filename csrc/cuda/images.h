@@ -20,10 +20,33 @@ constexpr int BORDER = 4;  // columns of zeros before a plane's rows
 // the second on, so that any two neighbours are one word.
 constexpr int DIAGONALS = 24, TAPS_ROW = 2 * DIAGONALS;
 
-// Where a unit lies in a plane with zeros around it (its window: BORDER columns before its first pixel) and in one
-// without; how much of it is inside the map.
-struct alignas(16) Unit {
-  int window, tight, rows, columns;
+// Where some pixels of a row lie: in a plane with zeros around the images, and in one without; and of which of the
+// block's images they are.
+class alignas(4) Place {
+  uint16_t bytes, others;
+  static constexpr int PAIR = 11;
+
+ public:
+  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 2 << PAIR, MOST_IMAGES = 1 << (16 - PAIR);  // elements
+  Place() = default;
+  __device__ Place(int padded, int image, int tight)
+      : bytes(uint16_t(2 * padded)), others(uint16_t(tight / 2 | image << PAIR)) {}
+  __device__ int image() const { return others >> PAIR; }
+  // the first in the plane with zeros, whose rows begin at whole eights of elements
+  template <class T>
+  __device__ T* in(T* plane) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(plane) + bytes);
+  }
+  // the first in the plane without, whose rows begin at whole pairs
+  __device__ int pair() const { return others % (1 << PAIR); }
+  __device__ int half() const { return bytes / 2 % 2; }
+  __device__ int tight() const { return 2 * pair() + half(); }
+  __device__ Place plus(int columns) const {  // from an even column on
+    Place on = *this;
+    on.bytes += uint16_t(2 * columns), on.others += uint16_t(columns / 2);
+    return on;
+  }
 };
 
 template <class T>
@@ -33,7 +56,7 @@ __device__ uint32_t pack(float low, float high) {
 __device__ inline uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
 __device__ inline void store_word(void* p, uint32_t word) { *static_cast<uint32_t*>(p) = word; }
 
-// N neighbouring pixels of a row: 1, 2 or 4, in one access.
+// N neighbouring pixels: 1, 2 or 4, in one access.
 template <class T, int N>
 struct Pixels {
   uint32_t words[(N + 1) / 2];
@@ -43,6 +66,22 @@ struct Pixels {
   __device__ void set(const F& f) {
 #pragma unroll
     for (int j = 0; j < N; j += 2) words[j / 2] = pack<T>(f(j), j + 1 < N ? f(j + 1) : 0.0f);
+  }
+  // Part i of M of them.
+  template <int M>
+  __device__ Pixels<T, M> part(int i) const {
+    Pixels<T, M> few;
+#pragma unroll
+    for (int j = 0; j < (M + 1) / 2; ++j) few.words[j] = M == 1 ? words[i / 2] >> 16 * (i % 2) : words[i * M / 2 + j];
+    return few;
+  }
+  template <int M>
+  __device__ void set_part(int i, const Pixels<T, M>& few) {
+#pragma unroll
+    for (int j = 0; j < (M + 1) / 2; ++j) {
+      uint32_t& word = words[i * M / 2 + j];
+      word = M == 1 && i % 2 ? word | few.words[0] << 16 : few.words[j];
+    }
   }
 };
 template <class T, int N>
@@ -68,63 +107,47 @@ __device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
     *reinterpret_cast<uint64_t*>(p) = pixels.words[0] | uint64_t(pixels.words[1]) << 32;  // a uint2 would become two
 }
 
-// What lane i = 4 g + q of a warp has of a tile: columns 2 q and 2 q + 1 of row g of both units.
-struct LanePixels {
-  int padded[2], tight[2];  // elements in planes
-  bool inside[2];           // the first pixel
-  uint32_t keep[2];         // the bits of both that are
-  // `WHOLE`: every unit is inside the map, but for those past the end of the list
-  template <int PITCH, bool WHOLE>
-  __device__ static LanePixels of(const Unit& first, const Unit& second, int tight_pitch) {
-    const int lane = threadIdx.x % 32, g = lane / 4, column = lane % 4 * 2;
-    LanePixels at;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Unit& unit = h ? second : first;
-      at.padded[h] = unit.window + g * PITCH + BORDER + column;
-      at.tight[h] = unit.tight + g * tight_pitch + column;
-      at.inside[h] = WHOLE ? unit.rows > 0 : g < unit.rows && column < unit.columns;
-      at.keep[h] = !at.inside[h] ? 0 : WHOLE || column + 1 < unit.columns ? 0xffffffffu : 0xffffu;
-    }
-    return at;
-  }
-  // A word of a plane; what is outside reads a zero of those around the map, and adds one to them.
-  template <class T>
-  __device__ uint32_t load(const T* plane, int h) const {
-    return load_word(plane + (inside[h] ? padded[h] : 0));
-  }
-  template <class T>
-  __device__ void store(T* plane, int h, uint32_t word) const {
-    store_word(plane + (inside[h] ? padded[h] : 0), word & keep[h]);
-  }
-};
-
-// Where this lane's row of a tile's A matrices begins: what load_matrices wants for a convolution, or what
-// load_transposed wants for the product over pixels that gives taps' gradients.
-template <int PITCH, bool TRANSPOSED>
-__device__ int lane_window(const Unit& first, const Unit& second) {
-  const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
-  const bool in_second = TRANSPOSED ? high : low;
-  return (in_second ? second.window : first.window) + lane % 8 * PITCH + (TRANSPOSED ? low : high) * EIGHT;
-}
-
-// The four units of a step of two tiles.
+// A step of a warp: two tiles of two units each. Lane 4 g + q has columns 2 q and 2 q + 1 of row g of all four.
+// `WHOLE`: rows are whole units.
 template <int PITCH, bool WHOLE>
 struct Step {
-  Unit units[4];
-  __device__ explicit Step(const Unit* first) {
+  const Place* rows;  // of the units
+  int units, whole;   // that are left, and of those the ones with eight columns
+  bool last[2];       // whether the others have this lane's columns
+  __device__ Step(const Place* all, const ImagesLayout& layout, int first, int W)
+      : rows(all + first * EIGHT), units(layout.units - first), whole(layout.units - layout.groups - first) {
+    const int columns = W - (layout.segments - 1) * EIGHT;
+    last[0] = column() < columns, last[1] = column() + 1 < columns;
+  }
+  // Where this lane's row of a tile's A matrices begins in `plane`: what load_matrices wants for a convolution, or what
+  // load_transposed wants for the product over pixels that gives taps' gradients.
+  template <bool TRANSPOSED, class T>
+  __device__ const T* window(int tile, const T* plane) const {
+    const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
+    return rows[(2 * tile + (TRANSPOSED ? high : low)) * EIGHT + lane % 8].in(plane +
+                                                                              (TRANSPOSED ? low : high) * EIGHT);
+  }
+  // Of unit u: where its row is, and where in that this lane's pixels are; whether there is such a unit, and whether
+  // pixel i of these is inside the map.
+  __device__ const Place& row(int u) const { return rows[u * EIGHT + int(threadIdx.x) % 32 / 4]; }
+  static __device__ int column() { return int(threadIdx.x) % 4 * 2; }
+  template <class T>
+  __device__ T* pixels(int u, T* plane) const {
+    return row(u).in(plane + BORDER + column());
+  }
+  __device__ bool is_there(int u) const { return u < units; }
+  __device__ bool inside(int u, int i) const { return WHOLE || u < whole || last[i]; }
+  // zeros in place of those that are not
+  __device__ void mask(int u, float (&pair)[2]) const {
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const uint4 words = reinterpret_cast<const uint4*>(first)[u];
-      units[u] = {int(words.x), int(words.y), int(words.z), int(words.w)};
-    }
+    for (int i = 0; i < 2; ++i) pair[i] = inside(u, i) ? pair[i] : 0.0f;
   }
-  template <bool TRANSPOSED>
-  __device__ int window(int tile) const {
-    return lane_window<PITCH, TRANSPOSED>(units[2 * tile], units[2 * tile + 1]);
-  }
-  __device__ LanePixels pixels(int tile, int tight_pitch) const {
-    return LanePixels::of<PITCH, WHOLE>(units[2 * tile], units[2 * tile + 1], tight_pitch);
+  // Both, of which those outside are zeros, into a plane.
+  template <class T>
+  __device__ void store(T* plane, int u, float first, float second) const {
+    T* const to = pixels(u, plane);
+    const uint32_t word = pack<T>(first, second);
+    if (is_there(u)) store_word(to, word);
   }
 };
 
@@ -152,12 +175,12 @@ __device__ void each_row(const F& f) {
   }
 }
 
-// acc += a level's convolution of two tiles; one's products run while the other's wait.
+// acc += a level's convolution of a step's two tiles; one's products run while the other's wait.
 template <class T, int PITCH, bool WHOLE, int K>
 __device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, const uint2 (&bands)[K],
                                float (&acc)[2][4]) {
-  const T* const windows[2] = {plane + step.template window<false>(0) - K / 2 * PITCH,
-                               plane + step.template window<false>(1) - K / 2 * PITCH};
+  const T* const windows[2] = {step.template window<false>(0, plane - K / 2 * PITCH),
+                               step.template window<false>(1, plane - K / 2 * PITCH)};
   each_row<K>([&](auto row) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -178,21 +201,20 @@ __device__ void with_size(const Level& k, const F& f) {
 // one of the channels, or a part of one.
 template <int CHANNELS>
 struct ImagesBlock {
-  int tile, channel;               // tile: of channels, from `channel` on
-  int first_image, images, tiles;  // tiles: pairs of units of each channel
+  int tile, channel;  // tile: of channels, from `channel` on
+  int first_image, images;
   int channel_here, part;
   __device__ ImagesBlock(const ImagesLayout& layout, int item, const Geometry& g)
       : tile(int(blockIdx.x % unsigned(layout.channel_tiles))),
         channel(tile * CHANNELS),
         first_image(item * layout.images),
         images(int(g.B) - first_image < layout.images ? int(g.B) - first_image : layout.images),
-        tiles((images * layout.groups * layout.segments + 1) / 2),
         channel_here(int(threadIdx.x) / 32 % CHANNELS),
         part(int(threadIdx.x) / 32 / CHANNELS) {}
-  // f(index of the first unit) of this warp's steps of two tiles
+  // f(index of the first unit) of this warp's steps
   template <class F>
   __device__ void each_step(const ImagesLayout& layout, const F& f) const {
-    for (int tile = 2 * part; tile < tiles; tile += 2 * layout.warps) f(2 * tile);
+    for (int first = 4 * part; first < layout.units; first += 4 * layout.warps) f(first);
   }
   // the first pixel of one of the block's channels
   template <class T>
@@ -215,37 +237,95 @@ __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int
   });
 }
 
-// The units of that many images; empty ones past the end of them.
-inline __device__ void list_units(const Geometry& g, const ImagesLayout& layout, int images, Unit* to) {
-  const int per_image = layout.groups * layout.segments, n = images * per_image, H = int(g.T), W = int(g.W);
-  for (int i = threadIdx.x; i < n + 3; i += blockDim.x) {
-    const int u = i < n ? i : 0, image = u / per_image, row = u % per_image / layout.segments * EIGHT;
-    const int column = u % layout.segments * EIGHT;
-    Unit unit;
-    unit.window = (layout.reach + image * (H + layout.reach) + row) * layout.pitch + column;
-    unit.tight = (image * H + row) * layout.tight_pitch + column;
-    unit.rows = i >= n ? 0 : H - row < EIGHT ? H - row : EIGHT;
-    unit.columns = W - column < EIGHT ? W - column : EIGHT;
-    to[i] = unit;
+// The places of each row of units, and of each few neighbours of all images' pixels.
+inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, Place* rows, Place* pixels) {
+  const int H = int(g.T), per_row = int(g.W) / layout.neighbours, listed = layout.groups * EIGHT;
+  const auto place = [&](int row, int column, int border) {
+    const int image = row / H, padded = layout.reach * layout.pitch + image * layout.image_pitch;
+    return Place(padded + (row - image * H) * layout.pitch + border + column, image, row * layout.tight_pitch + column);
+  };
+  for (int i = threadIdx.x; i < layout.row_places(); i += blockDim.x) {
+    // beyond them: those of the last, which the same warp has
+    const int row = i < layout.units * EIGHT ? i : (layout.units - 1) * EIGHT + i % EIGHT, segment = row / listed;
+    rows[i] = place(row - segment * listed, segment * EIGHT, 0);
   }
+  for (int i = threadIdx.x; i < layout.places; i += blockDim.x)
+    pixels[i] = place(i / per_row, i % per_row * layout.neighbours, BORDER);
 }
 
-// Group i of N neighbouring pixels of a block's images: which image it is of, where in it, and its elements in planes.
+// Access i to N pixels of a block's images: where they lie in planes, GROUP neighbours each, and in memory.
+template <int N, int GROUP>
 struct PixelsAt {
-  int image, pixel, padded, tight;
-  template <int PITCH, int N>
-  __device__ static PixelsAt of(int i, const Geometry& g, const ImagesLayout& layout, const Vectors& vectors) {
-    const int H = int(g.T), image = vectors.per_image.divide(i), in_image = i - image * int(vectors.per_image.divisor);
-    const int row = vectors.per_row.divide(in_image), column = (in_image - row * int(vectors.per_row.divisor)) * N;
-    return {image, in_image * N, (layout.reach + image * (H + layout.reach) + row) * PITCH + column + BORDER,
-            (image * H + row) * layout.tight_pitch + column};
+  // of a plane without zeros; rows of an odd number of pixels do not follow one another
+  static constexpr int TIGHT_GROUP = GROUP > 1 ? N : 1, PAIR = GROUP > 1 ? 2 : 1;
+  Place places[N / GROUP];
+  int first, run, in_run;  // the first pixel: of all images, and where it lies in memory
+  __device__ PixelsAt(const Place* all, int i, const ImagesLayout& layout, const Vectors& vectors) : first(i * N) {
+    run = vectors.run.divide(i), in_run = (i - run * int(vectors.run.divisor)) * N;
+    if constexpr (N > GROUP) {
+#pragma unroll
+      for (int j = 0; j < N / GROUP; ++j) places[j] = all[i * (N / GROUP) + j];
+    } else if (layout.neighbours == N) {
+      places[0] = all[i];
+    } else {
+      places[0] = all[first / layout.neighbours].plus(first % layout.neighbours);
+    }
   }
+  // Group j's pixel in its image.
+  __device__ int pixel(int j, int pixels) const { return first + j * GROUP - places[j].image() * pixels; }
+  template <class T>
+  __device__ T* in(T* map, const MapView& v) const {
+    return map + run * v.b + in_run;
+  }
+  template <class T>
+  __device__ Pixels<T, N> load(const T* plane) const {
+    Pixels<T, N> pixels;
+#pragma unroll
+    for (int j = 0; j < N / GROUP; ++j) pixels.set_part(j, load_pixels<T, GROUP>(places[j].in(plane)));
+    return pixels;
+  }
+  template <class T>
+  __device__ void store(T* plane, const Pixels<T, N>& pixels) const {
+#pragma unroll
+    for (int j = 0; j < N / GROUP; ++j) store_pixels(places[j].in(plane), pixels.template part<GROUP>(j));
+  }
+  template <class T>
+  __device__ Pixels<T, N> load_tight(const T* plane) const {
+    Pixels<T, N> pixels;
+#pragma unroll
+    for (int j = 0; j < N / TIGHT_GROUP; ++j)
+      pixels.set_part(j, load_pixels<T, TIGHT_GROUP>(plane + places[j].tight()));
+    return pixels;
+  }
+  template <class T>
+  __device__ void store_tight(T* plane, const Pixels<T, N>& pixels) const {
+#pragma unroll
+    for (int j = 0; j < N / TIGHT_GROUP; ++j)
+      store_pixels(plane + places[j].tight(), pixels.template part<TIGHT_GROUP>(j));
+  }
+  // Of planes without zeros whose pairs of pixels are `step` elements apart.
+  template <class T>
+  __device__ Pixels<T, N> load_pairs(const T* plane, int step) const {
+    Pixels<T, N> pixels;
+#pragma unroll
+    for (int j = 0; j < N / PAIR; ++j) pixels.set_part(j, load_pixels<T, PAIR>(plane + pair(j) * step + half(j)));
+    return pixels;
+  }
+  __device__ int pair(int j) const { return PAIR > 1 ? places[0].pair() + j : places[j].pair(); }
+  __device__ int half(int j) const { return PAIR > 1 ? 0 : places[j].half(); }
 };
 
-// f(std::integral_constant<int, N>()) with the pixels of an access.
+// f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
 template <class F>
-__device__ void with_pixels(const Vectors& vectors, const F& f) {
-  with_constant<1, 2, 4>(vectors.pixels, f);
+__device__ void each_access(const Geometry& g, int images, int pixels, const F& f) {
+  for (int i = threadIdx.x; i < images * int(g.pixels()) / pixels; i += blockDim.x) f(i);
+}
+template <class F>
+__device__ void with_vectors(const Vectors& vectors, const ImagesLayout& layout, const F& f) {
+  if (vectors.pixels < 4)
+    with_constant<1, 2>(vectors.pixels, [&](auto n) { f(n, n); });
+  else
+    with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(std::integral_constant<int, 4>(), group); });
 }
 
 template <class T>
@@ -254,17 +334,40 @@ __device__ void fill_zeros(T* to, int64_t elements) {  // whole words of 16 byte
   for (int64_t i = threadIdx.x; i < elements / EIGHT; i += blockDim.x) words[i] = uint4{0, 0, 0, 0};
 }
 
-// The sums over a warp's lanes of four units' values: lanes from 8 u on have that of unit u.
-__device__ inline float sum_units(const float (&values)[4]) {
-  const int lane = threadIdx.x % 32;
-  const bool upper = lane >= 16, odd = lane % 16 >= 8;
+// The sums over rows of a step's values, one of each unit: into [row of a unit][CHANNELS].
+template <int CHANNELS, class STEP>
+__device__ void sum_rows(const STEP& step, const float (&values)[4], float* of_step) {
+  const int lane = threadIdx.x % 32, unit = lane % 4;
   const auto halves = [](bool second, float a, float b, int offset) {
     return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, offset);
   };
-  float sum = halves(odd, halves(upper, values[0], values[2], 16), halves(upper, values[1], values[3], 16), 8);
+  const bool odd = unit % 2, upper = unit / 2;
+  const float sum = halves(upper, halves(odd, values[0], values[1], 1), halves(odd, values[2], values[3], 1), 2);
+  if (step.is_there(unit)) of_step[(unit * EIGHT + lane / 4) * CHANNELS] = sum;
+}
+
+// f(channel, image, sum over its rows) for each of the block's images, all of a block's threads together. LANES share
+// an image's rows.
+template <int CHANNELS, int LANES, class F>
+__device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int images, const float* rows, const F& f) {
+  const int H = int(g.T), of_segment = layout.groups * EIGHT * CHANNELS;
+  for (int i = threadIdx.x; i < LANES * CHANNELS * images; i += blockDim.x) {
+    const int lane = i % LANES, channel = i / LANES % CHANNELS, image = i / LANES / CHANNELS;
+    const float* of_image = rows + image * H * CHANNELS + channel;
+    float sum = 0;
+    for (int segment = 0; segment < layout.segments; ++segment, of_image += of_segment)
+      for (int row = lane; row < H; row += LANES) sum += of_image[row * CHANNELS];
 #pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  return sum;
+    for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane == 0) f(channel, image, sum);
+  }
+}
+template <int CHANNELS, class F>
+__device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int images, const float* rows, const F& f) {
+  if (images > 2)  // or few threads would add many rows
+    each_sum<CHANNELS, 1>(g, layout, images, rows, f);
+  else
+    each_sum<CHANNELS, EIGHT>(g, layout, images, rows, f);
 }
 
 // A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, `warps` that
@@ -272,32 +375,43 @@ __device__ inline float sum_units(const float (&values)[4]) {
 template <class BYTES>
 bool lay_out(const Geometry& g, int reach, int channels, const BYTES& bytes, ImagesLayout& layout) {
   const Device device = current_device();
-  layout.groups = int((g.T + EIGHT - 1) / EIGHT), layout.segments = int((g.W + EIGHT - 1) / EIGHT);
-  layout.reach = reach;
-  layout.pitch = (layout.segments + 1 | 1) * EIGHT;  // odd: ldmatrix then finds eight rows in different banks
-  layout.tight_pitch = int(g.W + 3) / 4 * 4;
+  const int H = int(g.T), W = int(g.W), pixels = int(g.pixels());
+  layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
+  layout.pitch = (layout.segments + 1 | 1) * EIGHT;  // odd: ldmatrix then finds eight rows in different banks,
+  layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
+  layout.tight_pitch = W + W % 2;
+  layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
   layout.channels = channels, layout.channel_tiles = g.C / channels;
-  const int slack = layout.groups * EIGHT - int(g.T), least = EIGHT / channels;  // warps: eight or more in a block
   const auto with = [&](int images, int warps) {
     ImagesLayout next = layout;
     next.images = images, next.warps = warps;
-    next.plane = (reach + images * (int(g.T) + reach) + slack) * layout.pitch;
-    next.tight_plane = (images * int(g.T) + slack) * layout.tight_pitch + EIGHT;
-    next.tight_plane = (next.tight_plane + EIGHT - 1) / EIGHT * EIGHT;
+    next.groups = (images * H + EIGHT - 1) / EIGHT, next.units = next.groups * next.segments;
+    const int last = next.groups * EIGHT - 1;  // row, of the images or beyond them
+    next.plane = last / H * next.image_pitch + (last % H + 2 * reach + 1) * next.pitch;
+    next.tight_plane = next.groups * EIGHT * next.tight_pitch + EIGHT;
+    next.places = images * pixels / next.neighbours;
     next.image_blocks = (g.B + images - 1) / images;
     return next;
   };
+  const auto fits = [&](const ImagesLayout& next, int64_t most) {
+    return next.plane <= Place::MOST_PADDED && next.tight_plane <= Place::MOST_TIGHT && bytes(next) <= most;
+  };
   const int64_t most = device.shared_per_block;
   layout = with(1, 2);
-  if (bytes(layout) > most) return false;
-  // as many as let two blocks share a multiprocessor, each warp with eight tiles at most
-  bool two = false;
-  for (int images = 1; images <= std::min<int64_t>(g.B, 64); ++images) {
+  if (!fits(layout, most)) return false;
+  // With two blocks on a multiprocessor, each warp with eight tiles at most: what takes the fewest steps, and lets
+  // four pixels be read at once.
+  const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
+  int64_t best = 0;
+  for (int images = 1; images <= std::min<int64_t>(g.B, Place::MOST_IMAGES - EIGHT); ++images) {
     const ImagesLayout next = with(images, least);
-    if (bytes(next) > most / 2 - 1024 || (images > 1 && next.units() > 16 * least)) break;
-    layout = next, two = true;
+    const int64_t steps = (next.units + 4 * least - 1) / (4 * least);
+    if (!fits(next, most / 2 - 1024) || (images > 1 && steps > 4)) break;
+    const int64_t all_steps = steps * next.image_blocks;
+    if ((best > 0 && all_steps > best) || (images > whole && images % whole != 0)) continue;
+    layout = next, best = all_steps;
   }
-  const int64_t at_once = (two ? 2 : 1) * device.processors;
+  const int64_t at_once = (best > 0 ? 2 : 1) * device.processors;
   const int64_t all = std::max<int64_t>(1, layout.image_blocks);
   layout.runs = std::min(all, std::max<int64_t>(1, at_once / layout.channel_tiles));
   const int64_t longest = (all + layout.runs - 1) / layout.runs;
@@ -308,15 +422,16 @@ bool lay_out(const Geometry& g, int reach, int channels, const BYTES& bytes, Ima
 // f(pitch, whole) with a layout's, as constants.
 template <class F>
 void with_layout(const Geometry& g, const ImagesLayout& layout, const F& f) {
-  with_constant<24, 40, 56, 72>(layout.pitch, [&](auto pitch) {
-    with_constant<0, 1>(g.T % EIGHT == 0 && g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); });
-  });
+  with_constant<24, 40, 56, 72>(
+      layout.pitch, [&](auto pitch) { with_constant<0, 1>(g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); }); });
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel
 std::optional<ImagesLayout> images_fwd_layout(const Chain& chain);
-// How pixels of all of the maps, where there is one, are read; nothing where their rows do not lie in a row.
-std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<MapView> maps);
+// How pixels of all of the maps, where there is one, are read, so many images at a time; nothing where their rows do
+// not lie in a row.
+std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
+                                  std::initializer_list<MapView> maps);
 
 // The forward's kernel, which the backward asks for what enters the levels.
 struct ImagesForward {

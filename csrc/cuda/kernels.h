@@ -253,21 +253,24 @@ void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, v
 
 // --------------- images (images.h): 16-bit maps that fit shared memory, pixels adjacent, square kernels of 3 to 9
 
-// On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around it: every
-// level is computed where the one before it lies. Work is dealt out in units of EIGHT x EIGHT pixels.
+// On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around them: every
+// level is computed where the one before it lies. Work is dealt out in units of EIGHT x EIGHT pixels; units take up the
+// rows of all images one after the other, so that one may have rows of two.
 constexpr int EIGHT = 8;
 
 struct ImagesLayout {
   int images;                    // of a block, at a time
-  int groups, segments;          // of eight rows, of eight columns: the units of an image
-  int pitch, plane;              // elements of a row, and of a plane with zeros around it
+  int groups, segments, units;   // of eight rows of all images, of eight columns; their product
+  int pitch, image_pitch;        // elements from a row to the next, from an image to the next, in a plane with zeros
+  int plane;                     // its elements
   int reach;                     // rows of zeros above an image
-  int tight_pitch, tight_plane;  // of a plane without zeros, whose rows begin at whole fours of elements
+  int tight_pitch, tight_plane;  // of a plane without zeros, whose rows begin at whole twos of elements
+  int neighbours, places;        // 1, 2 or 4 pixels, of which a row has a whole number; how many of them images have
   int planes;                    // of each channel in the forward
   int channels, warps;           // of a block; that share a channel
   int64_t channel_tiles, image_blocks;
   int64_t runs;  // blocks that share the image blocks of a tile of channels
-  constexpr int units() const { return images * groups * segments; }
+  constexpr int row_places() const { return (units + 3) * EIGHT; }  // a step may have three units beyond the last
   constexpr int threads() const { return 32 * channels * warps; }
   constexpr ImagesLayout of(int64_t B) const {  // for some of the call's images
     ImagesLayout part = *this;
@@ -286,10 +289,12 @@ struct Divisor {
   constexpr int divide(int n) const { return int(uint64_t(n) * inverse >> 32); }
 };
 
-// How a thread reads pixels: so many in one access.
+// How threads read pixels: so many in one access, of a run of pixels that lie in a row in memory. That is an image, or
+// all of a block's, which follow one another.
 struct Vectors {
-  int pixels;  // 1, 2 or 4
-  Divisor per_row, per_image;
+  int pixels;   // 1, 2 or 4
+  Divisor run;  // accesses; more than there are where all images are one
+  bool one_run;
 };
 
 struct ImagesPlan {
@@ -303,9 +308,9 @@ struct ImagesPlan {
 struct ImagesBackwardPlan {
   ImagesLayout forward, levels;
   Vectors vectors;
-  int64_t B, images;   // of the call; whose maps are in scratch at once
-  int64_t runs;        // of all chunks of so many images
-  int64_t map, bytes;  // elements of a map in scratch; of scratch
+  int64_t B, images;            // of the call; whose maps are in scratch at once
+  int64_t runs;                 // of all chunks of so many images
+  int64_t channel, map, bytes;  // elements from a channel of a map in scratch to the next, of a map; of scratch
 
   int64_t scratch_bytes() const { return bytes; }
   std::optional<int64_t> gate_parts() const { return levels.channel_tiles; }

@@ -263,6 +263,8 @@ IMAGES = {
     "column": ((2, 8, 9, 1), [3, 5]),
     "row": ((2, 8, 1, 20), [3]),
     "wide": ((1, 8, 3, 56), [7, 3]),
+    "odd-rows": ((20, 8, 7, 7), [3, 5, 7]),  # read by fours where images follow one another, as a layer has them
+    "twos": ((3, 8, 3, 6), [3, 5]),
 }
 
 
@@ -285,6 +287,22 @@ def test_images(cuda_on_cpu, by_images, dtype, seed):
     assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output)
     for wanted in (["ctx"], ["gates"], ["weights[0]"]):
         assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=wanted)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(3, 8, 6, 12), (3, 8, 5, 6)], ids=str)
+def test_images_anywhere_in_memory(cuda_on_cpu, shape, offset, seed):
+    """So many elements behind where accesses of 8 bytes may begin."""
+    inputs = make_context_inputs(shape, [3, 5], dtype=torch.bfloat16, seed=seed, mean=0.5)
+    grad_output = torch.randn(shape).bfloat16()
+    for name in ("ctx", "gates"):
+        inputs[name] = moved(inputs[name], offset)
+    assert_op_accurate(fk.focal_context, inputs, "cuda", moved(grad_output, offset))
+
+
+def moved(tensor, offset):
+    behind = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view_as(tensor)
+    return behind.copy_(tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)

@@ -19,10 +19,14 @@ def _wrong_index(at: Instruction) -> Instruction | None:
     return at._replace(operands=(to, index, Immediate(2 * size.value), *rest))
 
 
+_ONE_MORE = {("setp", "lt", "s32"): ("setp", "le", "s32"), ("setp", "ge", "s32"): ("setp", "gt", "s32")}
+
+
 def _mask_off_by_one(at: Instruction) -> Instruction | None:
-    if at.opcode != ("setp", "lt", "s32") or not all(isinstance(operand, Register) for operand in at.operands):
+    """A bound, or what leaves out a loop that begins beyond it."""
+    if at.opcode not in _ONE_MORE or not all(isinstance(operand, Register) for operand in at.operands):
         return None
-    return at._replace(opcode=("setp", "le", "s32"))
+    return at._replace(opcode=_ONE_MORE[at.opcode])
 
 
 def _swapped_operands(at: Instruction) -> Instruction | None:
@@ -45,16 +49,17 @@ def _product_of_another_order(at: Instruction) -> Instruction | None:
 # exactly, or padding follows
 PLANTED: dict[str, tuple[Callable[[Instruction], Instruction | None], float]] = {
     "a wrong index": (_wrong_index, 0.75),
-    "a mask off by one": (_mask_off_by_one, 0.25),
+    "a mask off by one": (_mask_off_by_one, 0.2),
     "swapped operands": (_swapped_operands, 0.75),
     "a product's operands in another order": (_product_of_another_order, 0.8),
 }
 
 
 def planted(program: Program, plant: Callable, issued: np.ndarray, most: int) -> Iterator[tuple[Instruction, Program]]:
-    """(what was replaced, the program with the fault) at some of the places that ran."""
+    """(what was replaced, the program with the fault) at some of the places that ran, from the first to the last."""
     places = [(i, plant(at)) for i, at in enumerate(program.instructions) if issued[i] and plant(at) is not None]
-    for i, faulty in places[:: max(1, len(places) // most)][:most]:
+    for at in np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)):
+        i, faulty = places[at]
         yield program.instructions[i], program.with_instruction(i, faulty)
 
 
