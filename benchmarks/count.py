@@ -1,13 +1,16 @@
 """What the GPU kernels issue, counted without a GPU: their PTX runs on a CPU (tests/ptx).
 
     python -m focalnet_kernels check --count sm_90       writes results/counted/sm_90.csv
-    python benchmarks/count.py sm_90 --op mlp_branch     only an op's rows, which take the place of those there
+    python benchmarks/count.py sm_90 --op mlp_branch     only an op's rows, which take the place of those there;
+                                                         so --backend cuda
     python benchmarks/count.py sm_90 --print             only shows the rows
 
 FocalNet-T's stages (k = 3, 5, 7), bfloat16, per op, direction and backend. Few images run, and twice as many, as a
 device of one multiprocessor cuts them, which is how a large one cuts 128; what 128 take lies on the line through both.
-(Not so for `sum_kernel` of CUDA, to which few images leave the gates' sums that 128 give to `sum_pixels_kernel`: at
-stages 2 to 4 some 250 instructions of a backward too many.)
+CUDA's chain takes each channel alike: 96 run at every stage, laid out as the layer has them, of as many images as
+fill its blocks and let the gates' sums go by the kernel that sums 128's. (Not so in the layer as a whole, where all
+channels run: there `sum_kernel` has some 250 instructions of a backward too many at stages 2 to 4, and blocks are not
+full.)
 Counts are per 128 outputs; times in microseconds are what 128 images take at least on an H100 SXM of issuing, of the
 special functions, of shared memory and of the tensor cores, and the bytes that the op cannot avoid. The largest binds,
 but for latency: on a GPU kernels took up to three times as long (ops/focal_context/README.md).
@@ -44,6 +47,7 @@ from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, mak
 RESULTS = Path(__file__).parent / "results" / "counted"
 BATCH, KERNELS, BFLOAT16 = 128, (3, 5, 7), {"dtype": torch.bfloat16}
 STAGES = {1: (96, 56, 1), 2: (192, 28, 1), 3: (384, 14, 2), 4: (768, 7, 8)}  # channels, pixels a side, images that run
+CHAIN_CHANNELS, CHAIN_IMAGES = 96, {1: 2, 2: 6, 3: 36, 4: 96}  # of CUDA's focal_context
 OPS = {  # and the inputs, of (channels, pixels a side, images)
     "focal_context": (fk.focal_context, lambda C, N, B: make_context_inputs((B, C, N, N), KERNELS, **BFLOAT16)),
     "mlp_branch": (
@@ -52,6 +56,7 @@ OPS = {  # and the inputs, of (channels, pixels a side, images)
     ),
     "focal_modulation": (fk.focal_modulation, lambda C, N, B: make_layer_inputs((B, N, N, C), KERNELS, **BFLOAT16)),
 }
+BACKENDS = ("triton", "cuda")
 KINDS = ("integer", "float", "special", "tensor", "shared", "shuffle", "barrier", "branch")
 
 
@@ -77,13 +82,21 @@ class Counted:
     warps: int  # that a multiprocessor has room for
 
 
-def measure(op: str, stage: int, backend: str, target: str, images: int) -> dict[str, dict[str, Counted]]:
-    """Of each direction, the kernels."""
+def sizes(op: str, stage: int, backend: str) -> tuple[int, int]:
+    """Channels and images that run."""
+    C, _, images = STAGES[stage]
+    return (CHAIN_CHANNELS, CHAIN_IMAGES[stage]) if (op, backend) == ("focal_context", "cuda") else (C, images)
+
+
+def measure(op: str, stage: int, backend: str, target: str, times: int) -> dict[str, dict[str, Counted]]:
+    """Of each direction, the kernels, for so many times the images."""
     function, make = OPS[op]
-    C, N, _ = STAGES[stage]
+    C, images = sizes(op, stage, backend)
     capability = int(target.removeprefix("sm_"))
     with cuda_kernels.recorded_memory():
-        inputs = make(C, N, images)
+        inputs = make(C, STAGES[stage][1], times * images)
+        if (op, backend) == ("focal_context", "cuda"):
+            inputs |= {name: inputs[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("ctx", "gates")}
         for tensor in inputs.values():
             for t in tensor if isinstance(tensor, list) else [tensor]:
                 if isinstance(t, torch.Tensor):
@@ -186,13 +199,15 @@ def least_bytes(op: str, direction: str, C: int, N: int) -> int:
     return 2 * N * N * elements[op, direction]
 
 
-def rows(target: str, ops: Sequence[str]) -> Iterator[dict[str, object]]:
-    jobs = [(op, stage, backend) for op in ops for stage in STAGES for backend in ("triton", "cuda")]
+def rows(target: str, ops: Sequence[str], backends: Sequence[str]) -> Iterator[dict[str, object]]:
+    jobs = [(op, stage, backend) for op in ops for stage in STAGES for backend in backends]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        sent = [pool.submit(measure, *job, target, times * STAGES[job[1]][2]) for job in jobs for times in (1, 2)]
+        sent = [pool.submit(measure, *job, target, times) for job in jobs for times in (1, 2)]
         for (op, stage, backend), few, twice in zip(jobs, sent[::2], sent[1::2], strict=True):
             for direction in ("forward", "backward"):
-                found = of_a_batch(few.result()[direction], twice.result()[direction], STAGES[stage][2])
+                channels, images = sizes(op, stage, backend)
+                found = of_a_batch(few.result()[direction], twice.result()[direction], images)
+                found = {name: scaled(k, k, 0, STAGES[stage][0] / channels) for name, k in found.items()}
                 about = {"target": target, "op": op, "stage": stage, "direction": direction, "backend": backend}
                 whole = Counted(sum(k.launches for k in found.values()), Cost(), 0.0, 0, 0, 0)
                 for kernel in found.values():
@@ -223,6 +238,11 @@ def row(about: dict, name: str, kernel: Counted) -> dict[str, object]:
     )
 
 
+def place_of(line: dict) -> tuple:
+    """In the file."""
+    return list(OPS).index(line["op"]), int(line["stage"]), line["direction"] == "backward", line["backend"] == "cuda"
+
+
 def show(line: dict[str, object]) -> None:
     about = f"{line['op']:17}{line['stage']} {line['direction']:9}{line['backend']:7}{str(line['kernel'])[:52]:53}"
     parts = " ".join(f"{kind} {line[kind]}" for kind in KINDS if line[kind])
@@ -232,21 +252,23 @@ def show(line: dict[str, object]) -> None:
 @click.command(help=__doc__)
 @click.argument("target", type=click.Choice(["sm_80", "sm_90"]))
 @click.option("--op", "ops", multiple=True, type=click.Choice(list(OPS)), help="Default: all.")
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Default: both.")
 @click.option("--print", "shown", is_flag=True, help="Write nothing.")
-def main(target: str, ops: tuple[str, ...], shown: bool) -> None:
+def main(target: str, ops: tuple[str, ...], backends: tuple[str, ...], shown: bool) -> None:
     if reason := cuda_kernels.missing():
         raise click.ClickException(reason)
     cuda_kernels.programs(int(target.removeprefix("sm_")))  # compiled once, before several processes want them
     os.environ |= {"FOCALNET_SHIM_PROCESSORS": "1", "FOCALNET_SHIM_SHARED": str(H100.shared - 1024)}
     lines = []
-    for line in rows(target, ops or tuple(OPS)):
+    for line in rows(target, ops or tuple(OPS), backends or BACKENDS):
         lines.append(line)
         show(line)
     if not shown:
         file = RESULTS / f"{target}.csv"
         file.parent.mkdir(exist_ok=True)
-        kept = [row for row in read(file) if ops and row["op"] not in ops] if file.exists() else []
-        write_rows(file, sorted([*kept, *lines], key=lambda row: list(OPS).index(row["op"])))
+        old = read(file) if file.exists() else []
+        kept = [r for r in old if (ops and r["op"] not in ops) or (backends and r["backend"] not in backends)]
+        write_rows(file, sorted([*kept, *lines], key=place_of))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 8, AREA = 128;
+constexpr int CHANNELS = 8, AT_ONCE = 2, AREA = 128;
 using Block = ImagesBlock<CHANNELS>;
 
 // A level: dz = (gate G + e) GELU'(z), where e comes from the level above, or for the last one from the mean.
@@ -103,36 +103,36 @@ __device__ void load_images(const LevelBackward& p, const Shared<T>& shared, con
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
     const T *const from_here = at.in(from, p.from), *const grads_here = at.in(grads, p.grad_out);
     const T *const up_here = LAST ? nullptr : at.in(up, p.up), *const gates_here = at.in(gates, chain.gates);
-    Pixels<T, N> entering[CHANNELS], gradient[CHANNELS], above[CHANNELS], last_gate;
-    Pixels<T, N> gate = load_pixels<T, N>(gates_here + l * chain.gates.c);
+    Pixels<T, N> gate = load_pixels<T, N>(gates_here + l * chain.gates.c), last_gate;
     if (LAST) last_gate = load_pixels<T, N>(gates_here + L * chain.gates.c);
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      entering[c] = load_pixels<T, N>(from_here + c * p.from.c);
-      gradient[c] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
-      if (!LAST) above[c] = load_pixels<T, N>(up_here + c * p.up.c);
-    }
     if (chain.gates_bias.data) {
       gate.set([&](int j) { return gate[j] + gate_bias; });
       if (LAST) last_gate.set([&](int j) { return last_gate[j] + last_bias; });
     }
     float of_entering[N] = {}, of_mean[N] = {};
-    float4 global[N / GROUP][CHANNELS / 4];
-    if (LAST)
+#pragma unroll 1  // registers do not suffice for all channels at once
+    for (int first = 0; first < CHANNELS; first += AT_ONCE) {
+      Pixels<T, N> entering[AT_ONCE], gradient[AT_ONCE], above[AT_ONCE];
 #pragma unroll
-      for (int j = 0; j < N / GROUP * (CHANNELS / 4); ++j)
-        global[j / 2][j % 2] = reinterpret_cast<const float4*>(shared.global)[2 * at.places[j / 2].image() + j % 2];
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      if (p.bias.data) entering[c].set([&](int j) { return entering[c][j] + shared.biases[c]; });
-      at.store(shared.from + c * shared.plane, entering[c]);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        of_entering[j] += gradient[c][j] * entering[c][j];
-        if (LAST) of_mean[j] += gradient[c][j] * (&global[j / GROUP][c / 4].x)[c % 4];
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int c = first + i;
+        entering[i] = load_pixels<T, N>(from_here + c * p.from.c);
+        gradient[i] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
+        if (!LAST) above[i] = load_pixels<T, N>(up_here + c * p.up.c);
       }
-      if (!LAST) above[c].set([&](int j) { return gate[j] * chain.scale * gradient[c][j] + above[c][j]; });
-      at.store(shared.grads + c * shared.plane, LAST ? gradient[c] : above[c]);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int c = first + i;
+        if (p.bias.data) entering[i].set([&](int j) { return entering[i][j] + shared.biases[c]; });
+        at.store(shared.from + c * shared.plane, entering[i]);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          of_entering[j] += gradient[i][j] * entering[i][j];
+          if (LAST) of_mean[j] += gradient[i][j] * shared.global[at.places[j / GROUP].image() * CHANNELS + c];
+        }
+        if (!LAST) above[i].set([&](int j) { return gate[j] * chain.scale * gradient[i][j] + above[i][j]; });
+        at.store(shared.grads + c * shared.plane, LAST ? gradient[i] : above[i]);
+      }
     }
     if (LAST) {
       at.store_tight(shared.gates, gate);
@@ -191,8 +191,7 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
     for (int u = 0; u < 4; ++u) {
       const Place row = step.row(u);
       const Gelu gelu[2] = {gelu_and_slope<T>(z[u / 2][u % 2 * 2]), gelu_and_slope<T>(z[u / 2][u % 2 * 2 + 1])};
-      T* const here = step.pixels(u, grads);
-      const uint32_t grad = load_word(here);
+      const uint32_t grad = load_word(step.pixels(u, grads));
       float above[2] = {unpack<T>(grad, 0), unpack<T>(grad, 1)};
       if constexpr (LAST) {
         const int tight = 2 * row.pair() + step.column();
@@ -207,6 +206,7 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
       for (int i = 0; i < 2; ++i) above[i] *= gelu[i].slope;
       step.mask(u, above);
       dz[u] = step.is_there(u) ? pack<T>(above[0], above[1]) : 0;
+      T* const here = step.pixels(u, grads);
       if (step.is_there(u)) store_word(here, dz[u]);
     }
     if (!p.weight_sums) return;
