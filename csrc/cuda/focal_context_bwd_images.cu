@@ -54,7 +54,7 @@ struct Shared {
     taps = level + CHANNELS * tight_plane;
     rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
     pixels = rows + layout.row_places();
-    global = reinterpret_cast<float*>(pixels + (layout.places + 3) / 4 * 4);
+    global = reinterpret_cast<float*>(rows + layout.all_places());
     mean = global + CHANNELS * layout.images;
     biases = mean + CHANNELS * (layout.images + EIGHT);
     area = biases + CHANNELS;
@@ -66,8 +66,8 @@ struct Shared {
 int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * (2 * reach_of(chain) + 1) * TAPS_ROW;
   const int64_t halves = 2 * CHANNELS * layout.plane + (CHANNELS + 2) * layout.tight_plane + taps;
-  const int64_t places = layout.row_places() + (layout.places + 3) / 4 * 4;
-  return 2 * halves + places * sizeof(Place) + 4 * CHANNELS * (2 * layout.images + EIGHT + 1 + layout.warps * AREA);
+  return 2 * halves + layout.all_places() * sizeof(Place) +
+         4 * CHANNELS * (2 * layout.images + EIGHT + 1 + layout.warps * AREA);
 }
 
 // Partial sums of a gate's gradient, of N pixels.
@@ -93,7 +93,6 @@ template <class T, int N, int GROUP, bool LAST>
 __device__ void load_images(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
   const Chain& chain = p.chain;
   const int L = chain.L, l = p.level;
-  const int64_t pixels = chain.g.pixels();
   const T *const from = block.in<const T>(p.from, block.channel), *const grads =
                                                                       block.in<const T>(p.grad_out, block.channel);
   const T *const up = LAST ? nullptr : block.in<const T>(p.up, block.channel), *const gates =

@@ -42,7 +42,7 @@ struct Shared {
     taps = gates + gate_planes(chain) * layout.tight_plane;
     rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
     pixels = rows + layout.row_places();
-    sums = reinterpret_cast<float*>(pixels + (layout.places + 3) / 4 * 4);
+    sums = reinterpret_cast<float*>(rows + layout.all_places());
     global = sums + CHANNELS * layout.units * EIGHT;
     biases = global + CHANNELS * layout.images;
   }
@@ -52,8 +52,8 @@ struct Shared {
 int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * kernel_rows(chain) * TAPS_ROW;
   const int64_t halves = layout.planes * CHANNELS * layout.plane + gate_planes(chain) * layout.tight_plane + taps;
-  const int64_t places = layout.row_places() + (layout.places + 3) / 4 * 4;
-  return 2 * halves + places * sizeof(Place) + 4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + MOST + 1);
+  return 2 * halves + layout.all_places() * sizeof(Place) +
+         4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + MOST + 1);
 }
 
 template <class T, int N, int GROUP>

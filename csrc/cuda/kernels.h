@@ -271,6 +271,7 @@ struct ImagesLayout {
   int64_t channel_tiles, image_blocks;
   int64_t runs;  // blocks that share the image blocks of a tile of channels
   constexpr int row_places() const { return (units + 3) * EIGHT; }  // a step may have three units beyond the last
+  constexpr int all_places() const { return row_places() + (places + 3) / 4 * 4; }  // whole words of 16 bytes
   constexpr int threads() const { return 32 * channels * warps; }
   constexpr ImagesLayout of(int64_t B) const {  // for some of the call's images
     ImagesLayout part = *this;
