@@ -1,6 +1,6 @@
-// focal_context on a GPU. Of whole images: one launch, in the backward one per level. Over tokens: a launch per level
-// and step. Otherwise one launch, or two where strips have to wait for each other; in the backward one, or four for as
-// many images as fit the scratch memory, and one for the sums.
+// focal_context on a GPU. Of whole images: one launch. Over tokens: a launch per level and step. Otherwise one launch,
+// or two where strips have to wait for each other; in the backward one, or four for as many images as fit the scratch
+// memory, and one for the sums.
 #include <stdexcept>
 #include <variant>
 

@@ -1,214 +1,301 @@
-// focal_context, backward, of whole images in shared memory. The forward writes again what enters each level; then a
-// launch per level, the last one first, finds z anew and follows its gradient down.
-// ops/focal_context/README.md derives the gradients.
+// focal_context, backward, of whole images in shared memory, in one launch: a block runs the levels again, each into
+// planes of its own, and follows the gradient down through them. ops/focal_context/README.md derives the gradients.
 #include "cuda/images.h"
 
 namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 8, AT_ONCE = 2, AREA = 128;
-using Block = ImagesBlock<CHANNELS>;
+// A block's channels, AT_ONCE of which have planes at a time: as many as shared memory has room for.
+constexpr int CHANNELS = 8, WIDE = 56;  // WIDE: a pitch from which on that may be 2, not 4
+constexpr int ROW = 16 * EIGHT;         // of products
+template <int AT_ONCE>
+using Block = ImagesBlock<AT_ONCE, CHANNELS>;
 
-// A level: dz = (gate G + e) GELU'(z), where e comes from the level above, or for the last one from the mean.
-struct LevelBackward {
-  Chain chain;
+struct Arguments {
+  ContextBackward call;
   ImagesLayout layout;
   Vectors vectors;
-  int level, all_taps, first_tap;  // taps of all levels, and where this one's begin
-  int64_t first_run;               // of all chunks' runs
-  int64_t B, first_image;          // of the call, and where the chain's images begin in it
-  MapView grad_out, from, up;      // from: what enters the level; up: e, of all levels but the last
-  Vector bias;                     // of what enters
-  MapView down;                    // the gradient of `from`, which it may lie over, or nothing
-  const float* mean;               // (B, C)
-  float* gate_sums;                // see ContextBackward
-  float* weight_sums;
-
-  // the partial sums of a gate's gradient, of an image of the block's
-  __device__ float* gate_sum(const Block& block, int image, int gate) const {
-    const int64_t whole = int64_t(block.tile) * B + first_image + block.first_image + image;
-    return gate_sums + (whole * (chain.L + 1) + gate) * chain.g.pixels();
-  }
+  int first_row[LEVELS + 1], first_tap[LEVELS + 1];  // of a level's kernel rows and taps; of all, behind the last
+  int parts, part_pairs;                             // of the mean's sums of an image; and of pixels in each
 };
+
+// Kernel rows whose products a warp sums at once: one where shared memory is full.
+__host__ __device__ constexpr int rows_at_once(int pitch) { return pitch > WIDE ? 1 : 2; }
+
+// A warp sums a part of an image, LANES threads of it one of the channels; and floats that all warps leave.
+template <int AT_ONCE>
+constexpr int LANES = 32 / AT_ONCE;
+__host__ __device__ constexpr int parts_of(const ImagesLayout& layout) {
+  return std::max(1, layout.warps * layout.channels / layout.images);
+}
+__host__ __device__ constexpr int area_of(const ImagesLayout& layout) {
+  return std::max(layout.threads() / 32 * rows_at_once(layout.pitch) * ROW,
+                  layout.images * parts_of(layout) * layout.channels);
+}
 
 // Where things lie in shared memory.
-template <class T>
+template <class T, int AT_ONCE>
 struct Shared {
-  T *from, *grads;   // planes of channels: what enters; what reaches z, then dz
-  T *gates, *level;  // of the last level, without zeros around: its gate and the mean's; what leaves it
-  T* taps;
-  Place *rows, *pixels;
-  float* sums;           // [rows of units][CHANNELS], where `level` comes later
-  float *global, *mean;  // [images][CHANNELS]: GELU of the mean; what the mean receives, zeros beyond the images
-  float* biases;         // of what enters
-  float* area;           // [warps][AREA]
+  T* planes;         // of channels: what enters the first level, and what leaves each; later what reaches that, and dz
+  T *grads, *gates;  // without zeros around: the result's gradient of each channel; all gates
+  T* taps;           // [CHANNELS][kernel rows][TAPS_ROW]
+  RowPlace* rows;
+  Place* pixels;
+  float* sums;           // [images][parts][AT_ONCE], in the place of `area`
+  float* area;           // [warps][kernel rows at once][ROW]
+  float *global, *mean;  // [images][AT_ONCE]: the scaled GELU of the mean; what reaches pixels through the mean
+  float* biases;         // of the tile's channels, and of the gates
+  float* tap_sums;       // [warps of a channel][CHANNELS][taps]
   int plane, tight_plane, taps_stride;
-  __device__ Shared(const ImagesLayout& layout, int k)
-      : plane(layout.plane), tight_plane(layout.tight_plane), taps_stride(k * TAPS_ROW) {
-    from = shared_memory<T>();
-    grads = from + CHANNELS * plane;
-    gates = grads + CHANNELS * plane;
-    level = gates + 2 * tight_plane;
-    sums = reinterpret_cast<float*>(level);
-    taps = level + CHANNELS * tight_plane;
-    rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
-    pixels = rows + layout.row_places();
-    global = reinterpret_cast<float*>(rows + layout.all_places());
-    mean = global + CHANNELS * layout.images;
-    biases = mean + CHANNELS * (layout.images + EIGHT);
-    area = biases + CHANNELS;
+  __device__ explicit Shared(const Arguments& p) {
+    const ImagesLayout& layout = p.layout;
+    const int L = p.call.chain.L;
+    plane = layout.plane, tight_plane = layout.tight_plane, taps_stride = p.first_row[L] * TAPS_ROW;
+    planes = shared_memory<T>();
+    grads = planes + (L + 1) * AT_ONCE * plane;
+    gates = grads + AT_ONCE * tight_plane;
+    taps = gates + (L + 1) * tight_plane;
+    rows = reinterpret_cast<RowPlace*>(taps + CHANNELS * taps_stride);
+    pixels = reinterpret_cast<Place*>(rows + layout.row_places());
+    sums = area = reinterpret_cast<float*>(rows + layout.all_places());
+    global = area + area_of(layout);
+    mean = global + AT_ONCE * layout.images;
+    biases = mean + AT_ONCE * layout.images;
+    tap_sums = biases + CHANNELS + LEVELS + 1;
   }
+  // What leaves level l - 1, of one of the channels.
+  __device__ T* at(int l, int channel) const { return planes + (l * AT_ONCE + channel) * plane; }
+  __device__ T* gate(int l) const { return gates + l * tight_plane; }
   // What images that are not there would be: nothing, which adds nothing.
-  __device__ void clear() const { fill_zeros(from, 2 * CHANNELS * plane + 2 * tight_plane); }
+  __device__ void clear() const { fill_zeros(planes, taps - planes); }
 };
 
-int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
-  const int64_t taps = CHANNELS * (2 * reach_of(chain) + 1) * TAPS_ROW;
-  const int64_t halves = 2 * CHANNELS * layout.plane + (CHANNELS + 2) * layout.tight_plane + taps;
-  return 2 * halves + layout.all_places() * sizeof(Place) +
-         4 * CHANNELS * (2 * layout.images + EIGHT + 1 + layout.warps * AREA);
+int64_t bytes_of(const Arguments& p, const ImagesLayout& layout) {
+  const int at_once = layout.channels, L = p.call.chain.L;
+  const int64_t halves =
+      (L + 1) * at_once * layout.plane + (at_once + L + 1) * layout.tight_plane + CHANNELS * p.first_row[L] * TAPS_ROW;
+  const int64_t floats =
+      area_of(layout) + 2 * at_once * layout.images + CHANNELS + LEVELS + 1 + layout.warps * CHANNELS * p.first_tap[L];
+  return 2 * halves + layout.all_places() * sizeof(Place) + 4 * floats;
 }
 
-// Partial sums of a gate's gradient, of N pixels.
-template <int N, int GROUP>
-__device__ void store_sums(const LevelBackward& p, const Block& block, const PixelsAt<N, GROUP>& at, int gate,
-                           const float (&from)[N]) {
-  const int pixels = int(p.chain.g.pixels());
+// What enters the first level, the result's gradient and, before a tile's first channels, the gates, into planes; their
+// biases are added where the product left them to us.
+template <class T, int N, int GROUP, int AT_ONCE>
+__device__ void load_images(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block,
+                            int first) {
+  const Chain& chain = p.call.chain;
+  const T* const ctx = block.template in<const T>(chain.ctx, block.channel + first);
+  const T* const grads = block.template in<const T>(p.call.grad_out, block.channel + first);
+  const T* const gates = block.template in<const T>(chain.gates, 0);
+  each_access(p.layout, block.images, N, [&](int i) {
+    const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
+    const T *const ctx_here = at.in(ctx, chain.ctx), *const grads_here = at.in(grads, p.call.grad_out);
+    Pixels<T, N> entering[AT_ONCE], gradient[AT_ONCE];
 #pragma unroll
-  for (int j = 0; j < N / GROUP; ++j) {
-    float* const to = p.gate_sum(block, at.places[j].image(), gate) + at.pixel(j, pixels);
-    if constexpr (GROUP == 4)
-      *reinterpret_cast<float4*>(to) = float4{from[0], from[1], from[2], from[3]};
-    else if constexpr (GROUP == 2)
-      *reinterpret_cast<float2*>(to) = float2{from[2 * j], from[2 * j + 1]};
-    else
-      *to = from[j];
+    for (int c = 0; c < AT_ONCE; ++c) {
+      entering[c] = load_pixels<T, N>(ctx_here + c * chain.ctx.c);
+      gradient[c] = load_pixels<T, N>(grads_here + c * p.call.grad_out.c);
+    }
+    if (first == 0) {
+      const T* const gates_here = at.in(gates, chain.gates);
+#pragma unroll
+      for (int l = 0; l <= LEVELS; ++l) {
+        if (l > chain.L) break;
+        Pixels<T, N> gate = load_pixels<T, N>(gates_here + l * chain.gates.c);
+        if (chain.gates_bias.data) gate.set([&](int j) { return gate[j] + shared.biases[CHANNELS + l]; });
+        at.store_tight(shared.gate(l), gate);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < AT_ONCE; ++c) {
+      if (chain.ctx_bias.data) entering[c].set([&](int j) { return entering[c][j] + shared.biases[first + c]; });
+      at.store(shared.at(0, c), entering[c]);
+      at.store_tight(shared.grads + c * shared.tight_plane, gradient[c]);
+    }
+  });
+}
+
+// What reaches the mean of each channel and image, gradients times its gate, in parts.
+template <class T, int AT_ONCE>
+__device__ void sum_for_mean(const Arguments& p, const Shared<T, AT_ONCE>& shared, int images) {
+  constexpr int OF_CHANNEL = LANES<AT_ONCE>;
+  const int pairs = int(p.call.chain.g.T) * p.layout.tight_pitch / 2;
+  const int lane = threadIdx.x % OF_CHANNEL, channel = threadIdx.x / OF_CHANNEL % AT_ONCE;
+  const T *const grads = shared.grads + channel * shared.tight_plane, *const gates = shared.gate(p.call.chain.L);
+  for (int i = threadIdx.x / 32; i < images * p.parts; i += int(blockDim.x) / 32) {
+    const int image = p.parts > 1 ? i / p.parts : i, first = (i - image * p.parts) * p.part_pairs;
+    const int last = first + p.part_pairs < pairs ? first + p.part_pairs : pairs;
+    float sum = 0;
+#pragma unroll 4
+    for (int pair = image * pairs + first + lane; pair < image * pairs + last; pair += OF_CHANNEL) {
+      const uint32_t grad = load_word(grads + 2 * pair), gate = load_word(gates + 2 * pair);
+      sum += unpack<T>(grad, 0) * unpack<T>(gate, 0) + unpack<T>(grad, 1) * unpack<T>(gate, 1);
+    }
+#pragma unroll
+    for (int offset = OF_CHANNEL / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane == 0) shared.sums[i * AT_ONCE + channel] = sum;
+  }
+}
+template <class T, int AT_ONCE>
+__device__ void mean_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block,
+                              int first) {
+  const Geometry& g = p.call.chain.g;
+  for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
+    const int channel = i % AT_ONCE, image = i / AT_ONCE;
+    float sum = 0;
+    for (int part = 0; part < p.parts; ++part) sum += shared.sums[(image * p.parts + part) * AT_ONCE + channel];
+    const float mean = p.call.mean[(block.first_image + image) * g.C + block.channel + first + channel];
+    shared.mean[i] = sum * p.call.chain.scale / float(p.layout.pixels) * gelu_slope<float>(mean);
   }
 }
 
-// What enters the level and what reaches z through gates and from above, into planes; the gradients of the gate of what
-// enters, and in the last level of the mean's.
-template <class T, int N, int GROUP, bool LAST>
-__device__ void load_images(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
-  const Chain& chain = p.chain;
-  const int L = chain.L, l = p.level;
-  const T *const from = block.in<const T>(p.from, block.channel), *const grads =
-                                                                      block.in<const T>(p.grad_out, block.channel);
-  const T *const up = LAST ? nullptr : block.in<const T>(p.up, block.channel), *const gates =
-                                                                                   block.in<const T>(chain.gates, 0);
-  const float gate_bias = of_vector<T>(chain.gates_bias, l), last_bias = of_vector<T>(chain.gates_bias, L);
-  each_access(chain.g, block.images, N, [&](int i) {
+// With all levels in their planes, of the last what enters its GELU: partial sums of the gates' gradients, to which a
+// tile's later channels add; the forward's result again; and dz of the last level, over z.
+template <class T, int N, int GROUP, int AT_ONCE>
+__device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block,
+                              int first) {
+  const Chain& chain = p.call.chain;
+  const int L = chain.L, pixels = p.layout.pixels;
+  float* const image_sums = p.call.gate_sums + (int64_t(block.tile) * chain.g.B + block.first_image) * (L + 1) * pixels;
+  const MapView& result = p.call.ctx_all;
+  T* const out = result.data ? block.template in<T>(result, block.channel + first) : nullptr;
+  each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    const T *const from_here = at.in(from, p.from), *const grads_here = at.in(grads, p.grad_out);
-    const T *const up_here = LAST ? nullptr : at.in(up, p.up), *const gates_here = at.in(gates, chain.gates);
-    Pixels<T, N> gate = load_pixels<T, N>(gates_here + l * chain.gates.c), last_gate;
-    if (LAST) last_gate = load_pixels<T, N>(gates_here + L * chain.gates.c);
-    if (chain.gates_bias.data) {
-      gate.set([&](int j) { return gate[j] + gate_bias; });
-      if (LAST) last_gate.set([&](int j) { return last_gate[j] + last_bias; });
-    }
-    float of_entering[N] = {}, of_mean[N] = {};
-#pragma unroll 1  // registers do not suffice for all channels at once
-    for (int first = 0; first < CHANNELS; first += AT_ONCE) {
-      Pixels<T, N> entering[AT_ONCE], gradient[AT_ONCE], above[AT_ONCE];
+    T* const out_here = at.in(out, result);
+    const auto gradient_of = [&](int c) { return at.load_tight(shared.grads + c * shared.tight_plane); };
+    const auto add = [&](int gate, float (&sums)[N], float scale) {
+      if (!p.call.gate_sums) return;
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const int c = first + i;
-        entering[i] = load_pixels<T, N>(from_here + c * p.from.c);
-        gradient[i] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
-        if (!LAST) above[i] = load_pixels<T, N>(up_here + c * p.up.c);
+      for (int j = 0; j < N; ++j) sums[j] *= scale;
+#pragma unroll
+      for (int j = 0; j < N / GROUP; ++j) {
+        float* const of_image = image_sums + (at.places[j].image() * L + gate) * pixels;
+        add_floats<GROUP>(of_image + at.first + j * GROUP, sums + j * GROUP, first > 0);
       }
+    };
+    for (int l = 0; l + 1 < L; ++l) {
+      float sums[N] = {};
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const int c = first + i;
-        if (p.bias.data) entering[i].set([&](int j) { return entering[i][j] + shared.biases[c]; });
-        at.store(shared.from + c * shared.plane, entering[i]);
+      for (int c = 0; c < AT_ONCE; ++c) {
+        const Pixels<T, N> gradient = gradient_of(c), level = at.load(shared.at(l + 1, c));
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          of_entering[j] += gradient[i][j] * entering[i][j];
-          if (LAST) of_mean[j] += gradient[i][j] * shared.global[at.places[j / GROUP].image() * CHANNELS + c];
+        for (int j = 0; j < N; ++j) sums[j] += gradient[j] * level[j];
+      }
+      add(l, sums, chain.scale);
+    }
+    const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1));
+    float sums[N] = {}, of_mean[N] = {};
+#pragma unroll(std::is_same_v<T, __half> ? 1 : AT_ONCE)  // erf takes more registers
+    for (int c = 0; c < AT_ONCE; ++c) {
+      T* const plane = shared.at(L, c);
+      const Pixels<T, N> gradient = gradient_of(c), z = at.load(plane);
+      float slopes[N], levels[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const Gelu level = gelu_and_slope<T>(z[j]);
+        slopes[j] = level.slope, levels[j] = gate[j] * level.value;
+        sums[j] += gradient[j] * level.value;
+      }
+      const auto of_image = [&](const float* values, int j) {
+        return values[at.places[j / GROUP].image() * AT_ONCE + c];
+      };
+#pragma unroll
+      for (int j = 0; j < N; ++j) of_mean[j] += gradient[j] * of_image(shared.global, j);
+      Pixels<T, N> dz;
+      dz.set([&](int j) { return (gate[j] * chain.scale * gradient[j] + of_image(shared.mean, j)) * slopes[j]; });
+      at.store(plane, dz);
+      if (result.data) {
+        for (int l = 0; l + 1 < L; ++l) {
+          const Pixels<T, N> of_level = at.load_tight(shared.gate(l)), level = at.load(shared.at(l + 1, c));
+#pragma unroll
+          for (int j = 0; j < N; ++j) levels[j] += of_level[j] * level[j];
         }
-        if (!LAST) above[i].set([&](int j) { return gate[j] * chain.scale * gradient[i][j] + above[i][j]; });
-        at.store(shared.grads + c * shared.plane, LAST ? gradient[i] : above[i]);
+        const Pixels<T, N> mean_gate = at.load_tight(shared.gate(L));
+        Pixels<T, N> sum;
+        sum.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
+        store_pixels(out_here + c * result.c, sum);
       }
     }
-    if (LAST) {
-      at.store_tight(shared.gates, gate);
-      at.store_tight(shared.gates + shared.tight_plane, last_gate);
-    }
-    if (!p.gate_sums) return;
-#pragma unroll
-    for (int j = 0; j < N; ++j) of_entering[j] *= chain.scale, of_mean[j] *= chain.scale;
-    if (l > 0) store_sums(p, block, at, l - 1, of_entering);
-    if (LAST) store_sums(p, block, at, L, of_mean);
+    add(L - 1, sums, chain.scale);
+    add(L, of_mean, 1);
   });
 }
 
-// What reaches every pixel of the last level through the mean, [images][CHANNELS].
-template <class T, int PITCH, bool WHOLE>
-__device__ void mean_gradient(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
-  const Geometry& g = p.chain.g;
-  const T* const grads = shared.grads + block.channel_here * shared.plane;
-  const T* const gates = shared.gates + shared.tight_plane + Step<PITCH, WHOLE>::column();
-  block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(g.W));
-    float values[4];
+// Adds a warp's products to its part of a level's taps' gradients: of each kernel row, the sums along diagonals of a
+// matrix of 16 x 8, of which lane 4 g + q has columns 2 q and 2 q + 1 of rows g and g + 8. `area`: AT_ONCE of them.
+template <int K, int AT_ONCE>
+__device__ void add_taps(const float (&products)[K][4], float* area, float* taps) {
+  constexpr int LANES = 32 / AT_ONCE, PARTS = K > EIGHT ? LANES / 16 : LANES / EIGHT;  // lanes of a row, of a tap
+  constexpr int COLUMNS = EIGHT / PARTS;                                               // of a lane
+  const int lane = threadIdx.x % 32, at = lane / 4 * EIGHT + lane % 4 * 2;
+  const int here = lane / LANES, tap = lane % LANES / PARTS, first = lane % PARTS * COLUMNS;
+  const float* const diagonal = area + here * ROW + (first + tap + BORDER - K / 2) * EIGHT + first;
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const uint32_t grad = load_word(step.pixels(u, grads)), gate = load_word(gates + 2 * step.row(u).pair());
-      float products[2] = {unpack<T>(grad, 0) * unpack<T>(gate, 0), unpack<T>(grad, 1) * unpack<T>(gate, 1)};
-      step.mask(u, products);
-      values[u] = products[0] + products[1];
-    }
-    sum_rows<CHANNELS>(step, values, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
-  });
-  __syncthreads();
-  each_sum<CHANNELS>(g, p.layout, block.images, shared.sums, [&](int channel, int image, float sum) {
-    const float mean = p.mean[(block.first_image + image) * g.C + block.channel + channel];
-    shared.mean[image * CHANNELS + channel] = sum * p.chain.scale / float(g.pixels()) * gelu_slope<float>(mean);
-  });
-  __syncthreads();
+  for (int row = 0; row < K; row += AT_ONCE) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (row + i < K) {
+        const float (&m)[4] = products[row + i];
+        float2* const to = reinterpret_cast<float2*>(area + i * ROW + at);
+        to[0] = float2{m[0], m[1]}, to[ROW / 4] = float2{m[2], m[3]};
+      }
+    __syncwarp();
+    const bool is_there = tap < K && row + here < K;
+    float sum = 0;
+    if (is_there)
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) sum += diagonal[j * (EIGHT + 1)];
+#pragma unroll
+    for (int offset = PARTS / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (is_there && first == 0) taps[(row + here) * K + tap] += sum;
+    __syncwarp();
+  }
 }
 
-// dz over what reaches z, and the level's taps' gradients as products over pixels: what enters, transposed, times dz
-// gives a matrix (16 columns of the window) x (8 columns) whose diagonals add up to a kernel row's taps.
-template <class T, int PITCH, bool WHOLE, int K, bool LAST>
-__device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, const Block& block,
-                               float (&products)[K][4]) {
+// dz of a level over what reaches it from above, but for the last level, which has it; and its taps' gradients as
+// products over pixels: what enters, transposed, times dz gives a matrix (16 columns of the window) x (8 columns) whose
+// diagonals add up to a kernel row's taps.
+template <class T, int PITCH, bool WHOLE, int K, bool LAST, int AT_ONCE>
+__device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block, int l,
+                               const T* taps, float* tap_sums) {
+  using Here = Step<PITCH, WHOLE>;
+  const Chain& chain = p.call.chain;
   const int c = block.channel_here;
-  const T* const from = shared.from + c * shared.plane;
-  T* const grads = shared.grads + c * shared.plane;
+  const T* const from = shared.at(l, c);
+  T* const to = shared.at(l + 1, c);
+  const T* const grads = shared.grads + c * shared.tight_plane + Here::column();
+  const T* const gates = shared.gate(l) + Here::column();
   uint2 bands[K];
-  load_bands<K, false>(shared.taps + c * shared.taps_stride, bands);
+  if (!LAST) load_bands<K, false>(taps, bands);
+  float products[K][4] = {};
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
-    float z[2][4] = {};
-    convolve_tiles<T>(from, step, bands, z);
+    const Here step(shared.rows, p.layout, first, int(chain.g.W));
     uint32_t dz[4];
+    if constexpr (LAST) {
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const Place row = step.row(u);
-      const Gelu gelu[2] = {gelu_and_slope<T>(z[u / 2][u % 2 * 2]), gelu_and_slope<T>(z[u / 2][u % 2 * 2 + 1])};
-      const uint32_t grad = load_word(step.pixels(u, grads));
-      float above[2] = {unpack<T>(grad, 0), unpack<T>(grad, 1)};
-      if constexpr (LAST) {
-        const int tight = 2 * row.pair() + step.column();
-        const uint32_t gate = load_word(shared.gates + tight);
-        const float mean = shared.mean[row.image() * CHANNELS + c];
+      for (int u = 0; u < 4; ++u) dz[u] = step.is_there(u) ? load_word(step.pixels(u, to)) : 0;
+    } else {
+      float z[2][4] = {};
+      convolve_tiles<T>(from, step, bands, z);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) above[i] = above[i] * unpack<T>(gate, i) * p.chain.scale + mean;
-        if (step.is_there(u) && step.inside(u, 0))
-          store_word(shared.level + c * shared.tight_plane + tight, pack<T>(gelu[0].value, gelu[1].value));
+      for (int u = 0; u < 4; ++u) {
+        const RowPlace row = step.row(u);
+        T* const here = row.in(to + BORDER + Here::column());
+        const uint32_t grad = load_word(row.in_tight(grads)), gate = load_word(row.in_tight(gates));
+        const uint32_t above = load_word(here);
+        float both[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(above, i)) *
+                    gelu_slope<T>(z[u / 2][u % 2 * 2 + i]);
+        step.mask(u, both);
+        dz[u] = step.is_there(u) ? pack<T>(both[0], both[1]) : 0;
+        if (step.is_there(u)) store_word(here, dz[u]);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) above[i] *= gelu[i].slope;
-      step.mask(u, above);
-      dz[u] = step.is_there(u) ? pack<T>(above[0], above[1]) : 0;
-      T* const here = step.pixels(u, grads);
-      if (step.is_there(u)) store_word(here, dz[u]);
     }
-    if (!p.weight_sums) return;
+    if (!p.call.weight_sums) return;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const uint2 b{transpose(dz[2 * t]), transpose(dz[2 * t + 1])};
@@ -220,212 +307,165 @@ __device__ void level_gradient(const LevelBackward& p, const Shared<T>& shared, 
       });
     }
   });
+  constexpr int ROWS = rows_at_once(PITCH);
+  if (p.call.weight_sums) add_taps<K, ROWS>(products, shared.area + threadIdx.x / 32 * ROWS * ROW, tap_sums);
 }
 
-// Adds to a warp's part of its channel's taps' gradients, or begins it. `area`: AREA floats of its own.
-template <int K>
-__device__ void store_taps(const float (&products)[K][4], float* area, bool begin, float* to) {
-  const int lane = threadIdx.x % 32, at = lane / 4 * EIGHT + lane % 4 * 2;
-  const int tap = lane % 16, first = lane / 16 * (EIGHT / 2);  // two lanes share a diagonal
-#pragma unroll
-  for (int row = 0; row < K; ++row) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) area[at + i / 2 * 64 + i % 2] = products[row][i];
-    __syncwarp();
-    float sum = 0;
-    if (tap < K)
-#pragma unroll
-      for (int j = 0; j < EIGHT / 2; ++j) sum += area[(first + j + tap + BORDER - K / 2) * EIGHT + first + j];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (lane < K) to[row * K + lane] = begin ? sum : to[row * K + lane] + sum;
-    __syncwarp();
-  }
-}
-
-// The transposed convolution of dz, into the plane of what enters.
-template <class T, int PITCH, bool WHOLE, int K>
-__device__ void convolve_back(const LevelBackward& p, const Shared<T>& shared, const Block& block) {
-  const int c = block.channel_here;
-  uint2 bands[K];
-  load_bands<K, true>(shared.taps + c * shared.taps_stride, bands);
-  block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
-    float acc[2][4] = {};
-    convolve_tiles<T>(shared.grads + c * shared.plane, step, bands, acc);
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
-      step.mask(u, pair);
-      step.store(shared.from + c * shared.plane, u, pair[0], pair[1]);
-    }
-  });
-}
-
-// Out of the planes: the gradient of what enters, and that of the last level's gate.
-template <class T, int N, int GROUP>
-__device__ void store_images(const LevelBackward& p, const Shared<T>& shared, const Block& block, bool of_last) {
-  const MapView& to = p.down.data ? p.down : p.from;
-  T* const down = block.in<T>(to, block.channel);
-  const T* const grads = block.in<const T>(p.grad_out, block.channel);
-  each_access(p.chain.g, block.images, N, [&](int i) {
+// Out of the planes: the gradient of what entered the first level.
+template <class T, int N, int GROUP, int AT_ONCE>
+__device__ void store_images(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block,
+                             int first) {
+  const MapView& map = p.call.grad_ctx;
+  T* const out = block.template in<T>(map, block.channel + first);
+  each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    const T* const grads_here = at.in(grads, p.grad_out);
-    T* const down_here = at.in(down, to);
-    Pixels<T, N> gradient[CHANNELS] = {};  // or compilers keep what it was
-    if (of_last)
+    T* const to = at.in(out, map);
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) gradient[c] = load_pixels<T, N>(grads_here + c * p.grad_out.c);
-    if (p.down.data)
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c)
-        store_pixels(down_here + c * p.down.c, at.load(shared.from + c * shared.plane));
-    if (!of_last) return;
-    float sums[N] = {};
-#pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) {
-      const Pixels<T, N> level = at.load_tight(shared.level + c * shared.tight_plane);
-#pragma unroll
-      for (int j = 0; j < N; ++j) sums[j] += gradient[c][j] * level[j] * p.chain.scale;
-    }
-    store_sums(p, block, at, p.level, sums);
+    for (int c = 0; c < AT_ONCE; ++c) store_pixels(to + c * map.c, at.load(shared.at(0, c)));
   });
 }
 
-template <class T, int PITCH, bool WHOLE>
-__global__ void __launch_bounds__(2 * 32 * CHANNELS, 1) images_level_bwd_kernel(LevelBackward p) {
-  const Chain& chain = p.chain;
+// What some of a tile's channels do to some images' gradients. (Inlined: its arguments would lie in memory.)
+template <class T, int PITCH, bool WHOLE, int AT_ONCE>
+__device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, AT_ONCE>& shared,
+                                           const Block<AT_ONCE>& block, int first) {
+  const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
-  const Level& size = chain.levels[p.level].size;
-  const Shared<T> shared(layout, int(size.kw));
-  const int runs = int(layout.runs), items = int(layout.image_blocks);
-  const bool last = p.level + 1 == chain.L;
+  const int L = chain.L, c = block.channel_here;
+  const auto vectors = [&](const auto& f) { with_vectors<WHOLE>(p.vectors, layout, f); };
+  const auto taps = [&](int l) { return shared.taps + (first + c) * shared.taps_stride + p.first_row[l] * TAPS_ROW; };
+
+  for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
+    const int64_t channel = block.channel + first + i % AT_ONCE;
+    shared.global[i] = gelu<float>(p.call.mean[(block.first_image + i / AT_ONCE) * g.C + channel]) * chain.scale;
+  }
+  vectors([&](auto n, auto group) { load_images<T, n, group>(p, shared, block, first); });
+  __syncthreads();
+  sum_for_mean(p, shared, block.images);
+  for (int l = 0; l < L; ++l) {
+    with_size(chain.levels[l].size, [&](auto K) {
+      const auto run = [&](auto kind) {
+        convolve<T, PITCH, WHOLE, K, kind>(layout, block, shared.rows, int(g.W), taps(l), shared.at(l, c),
+                                           shared.at(l + 1, c));
+      };
+      if (l + 1 < L)
+        run(std::integral_constant<Convolution, Convolution::LEVEL>());
+      else
+        run(std::integral_constant<Convolution, Convolution::PLAIN>());
+    });
+    __syncthreads();
+    if (l == 0) mean_gradient(p, shared, block, first);
+  }
+  if (L == 1) __syncthreads();  // for the mean's gradient
+  vectors([&](auto n, auto group) { last_gradient<T, n, group>(p, shared, block, first); });
+  __syncthreads();
+  if (!p.call.grad_ctx.data && !p.call.weight_sums) return;
+  for (int l = L - 1; l >= 0; --l) {
+    with_size(chain.levels[l].size, [&](auto K) {
+      float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
+      if (l + 1 == L)
+        level_gradient<T, PITCH, WHOLE, K, true>(p, shared, block, l, taps(l), tap_sums);
+      else
+        level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, l, taps(l), tap_sums);
+      __syncthreads();
+      if (l > 0 || p.call.grad_ctx.data)
+        convolve<T, PITCH, WHOLE, K, Convolution::TRANSPOSED>(layout, block, shared.rows, int(g.W), taps(l),
+                                                              shared.at(l + 1, c), shared.at(l, c));
+    });  // the next level takes only what this lane has written
+  }
+  if (!p.call.grad_ctx.data) return;
+  __syncthreads();
+  // no barrier after it: a thread has the same pixels when the next images are loaded
+  vectors([&](auto n, auto group) { store_images<T, n, group>(p, shared, block, first); });
+}
+
+template <class T, int PITCH, bool WHOLE, int AT_ONCE>
+__global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
+  const Chain& chain = p.call.chain;
+  const Geometry& g = chain.g;
+  const ImagesLayout& layout = p.layout;
+  const Shared<T, AT_ONCE> shared(p);
+  const int all_taps = CHANNELS * p.first_tap[chain.L];
 
   shared.clear();
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
   list_places(g, layout, shared.rows, shared.pixels);
-  for (int i = threadIdx.x; i < CHANNELS * (layout.images + EIGHT); i += blockDim.x) shared.mean[i] = 0;
-  const int channel = Block(layout, 0, g).channel;
-  for (int i = threadIdx.x; i < CHANNELS; i += blockDim.x) shared.biases[i] = of_vector<T>(p.bias, channel + i);
+  const int channel = Block<AT_ONCE>(layout, 0, g).channel;
+  for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
+    shared.biases[i] = i < CHANNELS              ? of_vector<T>(chain.ctx_bias, channel + i)
+                       : i - CHANNELS <= chain.L ? of_vector<T>(chain.gates_bias, i - CHANNELS)
+                                                 : 0.0f;
+  for (int i = threadIdx.x; i < layout.warps * all_taps; i += blockDim.x) shared.tap_sums[i] = 0;
   __syncthreads();
-  load_taps<CHANNELS>(chain.levels[p.level], channel, shared.taps, shared.taps_stride);
+  for (int l = 0; l < chain.L; ++l)
+    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + p.first_row[l] * TAPS_ROW, shared.taps_stride);
+  const int runs = int(layout.runs), items = int(layout.image_blocks);
   const int run = int(blockIdx.x) / int(layout.channel_tiles);
   for (int item = run; item < items; item += runs) {
-    const Block block(layout, item, g);
+    const Block<AT_ONCE> block(layout, item, g);
     if (block.images != layout.images) {  // the last ones
       __syncthreads();
       shared.clear();
-      for (int i = threadIdx.x; i < CHANNELS * layout.images; i += blockDim.x) shared.mean[i] = 0;
+      __syncthreads();
     }
-    for (int i = threadIdx.x; i < CHANNELS * block.images && last; i += blockDim.x)
-      shared.global[i] = gelu<float>(p.mean[(block.first_image + i / CHANNELS) * g.C + block.channel + i % CHANNELS]);
-    __syncthreads();
-    with_vectors(p.vectors, layout, [&](auto n, auto group) {
-      if (last)
-        load_images<T, n, group, true>(p, shared, block);
-      else
-        load_images<T, n, group, false>(p, shared, block);
-    });
-    __syncthreads();
-    if (last) mean_gradient<T, PITCH, WHOLE>(p, shared, block);
-    with_size(size, [&](auto K) {
-      float products[K][4] = {};
-      if (last)
-        level_gradient<T, PITCH, WHOLE, K, true>(p, shared, block, products);
-      else
-        level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, products);
-      if (p.weight_sums) {
-        const int64_t part = (p.first_run + run) * layout.warps + block.part;
-        store_taps<K>(
-            products, shared.area + threadIdx.x / 32 * AREA, item == run,
-            p.weight_sums + (part * g.C + block.channel + block.channel_here) * int64_t(p.all_taps) + p.first_tap);
-      }
-      __syncthreads();  // nothing reads what enters the level any more
-      if (p.down.data) convolve_back<T, PITCH, WHOLE, K>(p, shared, block);
-    });
-    __syncthreads();
-    const bool of_last = last && p.gate_sums;
-    if (p.down.data || of_last)
-      with_vectors(p.vectors, layout,
-                   [&](auto n, auto group) { store_images<T, n, group>(p, shared, block, of_last); });
-    // the next images come after a barrier
+    for (int first = 0; first < CHANNELS; first += AT_ONCE) run_images<T, PITCH, WHOLE>(p, shared, block, first);
+  }
+  if (!p.call.weight_sums) return;  // which the last barrier came after
+  for (int i = threadIdx.x; i < all_taps; i += blockDim.x) {
+    float sum = 0;
+    for (int warp = 0; warp < layout.warps; ++warp) sum += shared.tap_sums[warp * all_taps + i];
+    p.call.weight_sums[(int64_t(run) * g.C + channel) * p.first_tap[chain.L] + i] = sum;
   }
 }
 
-void launch_level(const LevelBackward& p, void* stream) {
-  const auto run = [&](auto zero) {
-    with_layout(p.chain.g, p.layout, [&](auto pitch, auto whole) {
-      launch(images_level_bwd_kernel<decltype(zero), pitch, whole>, p.layout.runs * p.layout.channel_tiles,
-             p.layout.threads(), bytes_of(p.chain, p.layout), stream, p);
-    });
-  };
-  p.chain.dtype == DType::bf16 ? run(__nv_bfloat16()) : run(__half());
-}
-
-MapView images_from(MapView v, int64_t first) {
-  if (v.data) v.data = static_cast<char*>(v.data) + first * v.b * 2;
-  return v;
+Arguments arguments_of(const ContextBackward& call) {
+  Arguments p{call};
+  for (int l = 0; l < call.chain.L; ++l) {
+    const Level& size = call.chain.levels[l].size;
+    p.first_row[l + 1] = p.first_row[l] + int(size.kt), p.first_tap[l + 1] = p.first_tap[l] + int(size.taps());
+  }
+  return p;
 }
 
 }  // namespace
 
-std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& p) {
-  const Chain& chain = p.chain;
+std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& call) {
+  const Chain& chain = call.chain;
   const Geometry& g = chain.g;
-  const auto forward = images_fwd_layout(chain);
-  const auto bytes = [&](const ImagesLayout& l) { return bytes_of(chain, l); };
-  ImagesBackwardPlan plan{};
-  if (!forward || !lay_out(g, reach_of(chain), CHANNELS, bytes, plan.levels)) return std::nullopt;
-  const auto vectors =
-      vectors_of(g, {forward->images, plan.levels.images}, {chain.ctx, chain.gates, p.grad_out, p.grad_ctx, p.ctx_all});
-  if (!vectors) return std::nullopt;
-  plan.forward = *forward, plan.vectors = *vectors;
-  plan.B = g.B;
-  const int64_t image = g.pixels() * g.C;
-  const int64_t at_once = current_device().scratch / 4 / (2 * std::max(1, chain.L - 1) * image);
-  plan.images = at_once >= g.B ? g.B : std::max<int64_t>(1, at_once / plan.levels.images) * plan.levels.images;
-  plan.channel = vectors->one_run ? (plan.images * g.pixels() + EIGHT - 1) / EIGHT * EIGHT : g.pixels();
-  plan.map = vectors->one_run ? g.C * plan.channel : plan.images * image;
-  plan.bytes = 2 * (chain.L - 1) * plan.map;
-  for (int64_t first = 0; first < g.B; first += plan.images)
-    plan.runs += plan.levels.of(std::min(plan.images, g.B - first)).runs;
-  return plan;
+  if (!takes_images(chain)) return std::nullopt;
+  const Arguments p = arguments_of(call);
+  const auto bytes = [&](const ImagesLayout& l) { return bytes_of(p, l); };
+  for (int at_once : {4, 2}) {
+    ImagesLayout layout{};
+    if (!lay_out(g, reach_of(chain), at_once, CHANNELS, 16 / at_once, bytes, layout)) continue;
+    if (at_once < 4 && layout.pitch < WIDE) break;
+    const auto vectors =
+        vectors_of(g, {layout.images}, {chain.ctx, chain.gates, call.grad_out, call.grad_ctx, call.ctx_all});
+    if (!vectors) return std::nullopt;
+    return ImagesBackwardPlan{layout, *vectors};
+  }
+  return std::nullopt;
 }
 
-void run_context_bwd(const ContextBackward& whole, const ImagesBackwardPlan& plan, void* stream) {
-  int64_t runs = 0;
-  for (int64_t first = 0; first < plan.B; first += plan.images) {
-    Chain chain = whole.chain;
-    Geometry& g = chain.g;
-    g.B = std::min(plan.images, plan.B - first);
-    chain.ctx = images_from(chain.ctx, first), chain.gates = images_from(chain.gates, first);
-    ImagesForward again{chain, plan.forward.of(g.B), plan.vectors, images_from(whole.ctx_all, first)};
-    for (int l = 0; l + 1 < chain.L; ++l)
-      again.levels[l] = {static_cast<char*>(whole.scratch) + 2 * l * plan.map,
-                         plan.vectors.one_run ? g.pixels() : g.C * g.pixels(),
-                         plan.channel,
-                         g.W,
-                         0,
-                         1};
-    if (chain.L > 1 || again.out.data) run_images_fwd(again, stream);
-
-    LevelBackward p{chain, plan.levels.of(g.B), plan.vectors};
-    for (int l = 0; l < chain.L; ++l) p.all_taps += int(chain.levels[l].size.taps());
-    p.first_tap = p.all_taps;
-    p.B = plan.B, p.first_image = first, p.first_run = runs;
-    runs += p.layout.runs;
-    p.grad_out = images_from(whole.grad_out, first);
-    p.mean = whole.mean + first * g.C, p.gate_sums = whole.gate_sums, p.weight_sums = whole.weight_sums;
-    const bool all_the_way = whole.grad_ctx.data || whole.weight_sums;
-    for (int l = chain.L - 1; l >= 0; --l) {
-      p.level = l, p.first_tap -= int(chain.levels[l].size.taps());
-      p.up = p.down;
-      p.from = l > 0 ? again.levels[l - 1] : chain.ctx;
-      p.bias = l > 0 ? Vector{} : chain.ctx_bias;
-      p.down = l > 0 ? p.from : images_from(whole.grad_ctx, first);
-      if (all_the_way || (whole.gate_sums && (l > 0 || chain.L == 1))) launch_level(p, stream);
-    }
-  }
+void run_context_bwd(const ContextBackward& call, const ImagesBackwardPlan& plan, void* stream) {
+  Arguments p = arguments_of(call);
+  p.layout = plan.layout, p.vectors = plan.vectors;
+  p.parts = parts_of(plan.layout);
+  p.part_pairs = (int(call.chain.g.T) * plan.layout.tight_pitch / 2 + p.parts - 1) / p.parts;
+  const auto run = [&](auto zero) {
+    with_layout(call.chain.g, p.layout, [&](auto pitch, auto whole) {
+      const auto run_at_once = [&](auto at_once) {
+        launch(images_bwd_kernel<decltype(zero), pitch, whole, at_once>, p.layout.runs * p.layout.channel_tiles,
+               p.layout.threads(), bytes_of(p, p.layout), stream, p);
+      };
+      if constexpr (pitch < WIDE)
+        run_at_once(std::integral_constant<int, 4>());
+      else
+        with_constant<4, 2>(p.layout.channels, run_at_once);
+    });
+  };
+  call.chain.dtype == DType::bf16 ? run(__nv_bfloat16()) : run(__half());
 }
 
 }  // namespace focalnet::cuda

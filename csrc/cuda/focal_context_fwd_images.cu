@@ -6,8 +6,14 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 4, MOST = 4;  // of a block; levels
+constexpr int CHANNELS = 4;  // of a block
 using Block = ImagesBlock<CHANNELS>;
+
+struct Arguments {
+  ContextForward call;
+  ImagesLayout layout;
+  Vectors vectors;
+};
 
 __host__ __device__ int kernel_rows(const Chain& chain) {
   int rows = 0;
@@ -30,7 +36,8 @@ struct Shared {
   T* planes;
   T *gates, *mean_gate;  // [pairs of pixels][four gates][2]; the mean's, in there or, as a fifth, behind
   T* taps;
-  Place *rows, *pixels;
+  RowPlace* rows;
+  Place* pixels;
   float *sums, *global;  // [rows of units][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
   float* biases;         // of the channels and of the gates, which the products left to us
   int plane, mean_step, taps_stride;  // mean_step: from a pair of its pixels to the next
@@ -40,8 +47,8 @@ struct Shared {
     gates = planes + layout.planes * CHANNELS * plane;
     mean_gate = gates + (chain.L < 4 ? 2 * chain.L : 4 * layout.tight_plane);
     taps = gates + gate_planes(chain) * layout.tight_plane;
-    rows = reinterpret_cast<Place*>(taps + CHANNELS * taps_stride);
-    pixels = rows + layout.row_places();
+    rows = reinterpret_cast<RowPlace*>(taps + CHANNELS * taps_stride);
+    pixels = reinterpret_cast<Place*>(rows + layout.row_places());
     sums = reinterpret_cast<float*>(rows + layout.all_places());
     global = sums + CHANNELS * layout.units * EIGHT;
     biases = global + CHANNELS * layout.images;
@@ -53,12 +60,12 @@ int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
   const int64_t taps = CHANNELS * kernel_rows(chain) * TAPS_ROW;
   const int64_t halves = layout.planes * CHANNELS * layout.plane + gate_planes(chain) * layout.tight_plane + taps;
   return 2 * halves + layout.all_places() * sizeof(Place) +
-         4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + MOST + 1);
+         4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + LEVELS + 1);
 }
 
 template <class T, int N, int GROUP>
 __device__ void store_gates(const Shared<T>& shared, const PixelsAt<N, GROUP>& at,
-                            const Pixels<T, N> (&gate)[MOST + 1]) {
+                            const Pixels<T, N> (&gate)[LEVELS + 1]) {
 #pragma unroll
   for (int j = 0; j < N / at.PAIR; ++j)
     if constexpr (at.PAIR == 2) {
@@ -73,18 +80,18 @@ __device__ void store_gates(const Shared<T>& shared, const PixelsAt<N, GROUP>& a
 
 // What enters the first level, and the gates, into planes; their biases are added where the product left them to us.
 template <class T, int N, int GROUP>
-__device__ void load_images(const ImagesForward& p, const Shared<T>& shared, const Block& block) {
-  const Chain& chain = p.chain;
+__device__ void load_images(const Arguments& p, const Shared<T>& shared, const Block& block) {
+  const Chain& chain = p.call.chain;
   const T* const ctx = block.in<const T>(chain.ctx, block.channel);
   const T* const gates = block.in<const T>(chain.gates, 0);
-  each_access(chain.g, block.images, N, [&](int i) {
+  each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
     const T *const ctx_here = at.in(ctx, chain.ctx), *const gates_here = at.in(gates, chain.gates);
-    Pixels<T, N> channels[CHANNELS], gate[MOST + 1] = {};
+    Pixels<T, N> channels[CHANNELS], gate[LEVELS + 1] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) channels[c] = load_pixels<T, N>(ctx_here + c * chain.ctx.c);
 #pragma unroll
-    for (int l = 0; l <= MOST; ++l)
+    for (int l = 0; l <= LEVELS; ++l)
       if (l <= chain.L) gate[l] = load_pixels<T, N>(gates_here + l * chain.gates.c);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -93,42 +100,23 @@ __device__ void load_images(const ImagesForward& p, const Shared<T>& shared, con
     }
     if (chain.gates_bias.data)
 #pragma unroll
-      for (int l = 0; l <= MOST; ++l) gate[l].set([&](int j) { return gate[l][j] + shared.biases[CHANNELS + l]; });
+      for (int l = 0; l <= LEVELS; ++l) gate[l].set([&](int j) { return gate[l][j] + shared.biases[CHANNELS + l]; });
     store_gates(shared, at, gate);
-    if (chain.L == MOST) at.store_tight(shared.mean_gate, gate[MOST]);
-  });
-}
-
-// A level of a warp's channel: GELU(conv), into the next level's plane.
-template <class T, int PITCH, bool WHOLE, int K>
-__device__ void run_level(const ImagesForward& p, const Shared<T>& shared, const Block& block, const T* taps,
-                          const T* from, T* to) {
-  uint2 bands[K];
-  load_bands<K, false>(taps, bands);
-  block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
-    float acc[2][4] = {};
-    convolve_tiles<T>(from, step, bands, acc);
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
-      step.mask(u, pair);
-      step.store(to, u, gelu<T>(pair[0]), gelu<T>(pair[1]));
-    }
+    if (chain.L == LEVELS) at.store_tight(shared.mean_gate, gate[LEVELS]);
   });
 }
 
 // Level L, the last: its sums over rows, and what gates make of all levels, into the plane `to`.
 template <class T, int PITCH, bool WHOLE, int K, int L>
-__device__ void run_last_level(const ImagesForward& p, const Shared<T>& shared, const Block& block, const T* taps,
+__device__ void run_last_level(const Arguments& p, const Shared<T>& shared, const Block& block, const T* taps,
                                const T* from, T* to) {
   uint2 bands[K];
   load_bands<K, false>(taps, bands);
-  const float scale = p.chain.scale;
+  const float scale = p.call.chain.scale;
   const T* const levels = shared.at(0, block.channel_here);
   const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.chain.g.W));
+    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.call.chain.g.W));
     float acc[2][4] = {}, sums[4];
     convolve_tiles<T>(from, step, bands, acc);
 #pragma unroll
@@ -149,40 +137,38 @@ __device__ void run_last_level(const ImagesForward& p, const Shared<T>& shared, 
         for (int i = 0; i < 2; ++i) pair[i] += unpack<T>(gate[l], i) * unpack<T>(level, i);
       }
       step.mask(u, pair);  // gates have no zeros around
-      step.store(to, u, pair[0] * scale, pair[1] * scale);
+      if (step.is_there(u)) store_word(step.pixels(u, to), pack<T>(pair[0] * scale, pair[1] * scale));
     }
     sum_rows<CHANNELS>(step, sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
   });
 }
 
-// The planes of what leaves a level, or of the result, to which the mean's part is added.
-template <class T, int N, int GROUP, bool RESULT>
-__device__ void store_images(const ImagesForward& p, const Shared<T>& shared, const Block& block, const MapView& map,
-                             int plane) {
+// Out of its plane: the result, to which the mean's part is added.
+template <class T, int N, int GROUP>
+__device__ void store_images(const Arguments& p, const Shared<T>& shared, const Block& block) {
+  const MapView& map = p.call.out;
+  const int plane = sum_plane(p.call.chain.L);
   T* const out = block.in<T>(map, block.channel);
-  each_access(p.chain.g, block.images, N, [&](int i) {
+  each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    Pixels<T, N> gate;
+    const Pixels<T, N> gate = at.load_pairs(shared.mean_gate, shared.mean_step);
     float4 global[N / GROUP];
-    if constexpr (RESULT) {
-      gate = at.load_pairs(shared.mean_gate, shared.mean_step);
 #pragma unroll
-      for (int j = 0; j < N / GROUP; ++j)
-        global[j] = reinterpret_cast<const float4*>(shared.global)[at.places[j].image()];
-    }
+    for (int j = 0; j < N / GROUP; ++j)
+      global[j] = reinterpret_cast<const float4*>(shared.global)[at.places[j].image()];
     T* const to = at.in(out, map);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       Pixels<T, N> pixels = at.load(shared.at(plane, c));
-      if constexpr (RESULT) pixels.set([&](int j) { return pixels[j] + gate[j] * (&global[j / GROUP].x)[c]; });
+      pixels.set([&](int j) { return pixels[j] + gate[j] * (&global[j / GROUP].x)[c]; });
       store_pixels(to + c * map.c, pixels);
     }
   });
 }
 
 template <class T, int PITCH, bool WHOLE>
-__global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
-  const Chain& chain = p.chain;
+__global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
+  const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
   const Shared<T> shared(chain, layout);
@@ -192,7 +178,7 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
   fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
   list_places(g, layout, shared.rows, shared.pixels);
   const int channel = Block(layout, 0, g).channel;
-  for (int i = threadIdx.x; i < CHANNELS + MOST + 1; i += blockDim.x)
+  for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
     shared.biases[i] = i < CHANNELS              ? of_vector<T>(chain.ctx_bias, channel + i)
                        : i - CHANNELS <= chain.L ? of_vector<T>(chain.gates_bias, i - CHANNELS)
                                                  : 0.0f;
@@ -203,35 +189,30 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(ImagesForward p) {
   for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
     const Block block(layout, item, g);
     const int c = block.channel_here;
-    with_vectors(p.vectors, layout, [&](auto n, auto group) { load_images<T, n, group>(p, shared, block); });
+    with_vectors<WHOLE>(p.vectors, layout, [&](auto n, auto group) { load_images<T, n, group>(p, shared, block); });
     __syncthreads();
     for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt)) {
       const T* const taps = shared.taps + c * shared.taps_stride + rows * TAPS_ROW;
       const T* const from = shared.at(plane_of(l), c);
       with_size(chain.levels[l].size, [&](auto K) {
         if (l + 1 < L)
-          run_level<T, PITCH, WHOLE, K>(p, shared, block, taps, from, shared.at(plane_of(l + 1), c));
+          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.rows, int(g.W), taps, from,
+                                                           shared.at(plane_of(l + 1), c));
         else
           with_constant<1, 2, 3, 4>(L, [&](auto levels) {
             run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, shared.at(sum_plane(L), c));
           });
       });
       __syncthreads();
-      if (l + 1 < L && p.levels[l].data)
-        with_vectors(p.vectors, layout, [&](auto n, auto group) {
-          store_images<T, n, group, false>(p, shared, block, p.levels[l], plane_of(l + 1));
-        });
     }
     each_sum<CHANNELS>(g, layout, block.images, shared.sums, [&](int channel, int image, float sum) {
-      const float mean = sum / float(g.pixels());
-      if (p.mean) p.mean[(block.first_image + image) * g.C + block.channel + channel] = mean;
+      const float mean = sum / float(layout.pixels);
+      p.call.mean[(block.first_image + image) * g.C + block.channel + channel] = mean;
       shared.global[image * CHANNELS + channel] = gelu<float>(mean) * chain.scale;
     });
     __syncthreads();
     // no barrier after it: a thread has the same pixels when the next images are loaded
-    if (p.out.data)
-      with_vectors(p.vectors, layout,
-                   [&](auto n, auto group) { store_images<T, n, group, true>(p, shared, block, p.out, sum_plane(L)); });
+    with_vectors<WHOLE>(p.vectors, layout, [&](auto n, auto group) { store_images<T, n, group>(p, shared, block); });
   }
 }
 
@@ -250,10 +231,9 @@ std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> 
     const bool blocks = std::all_of(images.begin(), images.end(), [&](int i) { return i >= g.B || whole(i); });
     return std::all_of(maps.begin(), maps.end(), fits) && (one_run ? blocks && whole(g.B) : whole(1));
   };
-  for (int n : {4, 2, 1})
+  for (int n : {4, 1})
     for (bool one_run : {true, false})
-      if ((n != 2 || g.W % 2 == 0) && in_runs(n, one_run))
-        return Vectors{n, Divisor(one_run ? 1 << 16 : pixels / n), one_run};
+      if (in_runs(n, one_run)) return Vectors{n, Divisor(one_run ? 1 << 16 : pixels / n), one_run};
   return std::nullopt;
 }
 
@@ -269,40 +249,31 @@ bool takes_images(const Chain& chain) {
     const Level& k = level.size;
     return k.kt == k.kw && k.km == 1 && k.kw >= 3 && k.kw <= 9;
   };
-  return chain.dtype != DType::f32 && chain.L >= 1 && chain.L <= MOST && g.C % EIGHT == 0 && g.M == 1 &&
+  return chain.dtype != DType::f32 && chain.L >= 1 && chain.L <= LEVELS && g.C % EIGHT == 0 && g.M == 1 &&
          g.W <= 7 * EIGHT && g.pixels() <= 49 * EIGHT * EIGHT &&
          std::all_of(chain.levels, chain.levels + chain.L, fits);
 }
 
-std::optional<ImagesLayout> images_fwd_layout(const Chain& chain) {
+std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
+  const Chain& chain = p.chain;
   ImagesLayout layout{};
   layout.planes = planes_for(chain.L);
   const auto bytes = [&](const ImagesLayout& l) { return bytes_of(chain, l); };
-  if (!takes_images(chain) || !lay_out(chain.g, reach_of(chain), CHANNELS, bytes, layout)) return std::nullopt;
-  return layout;
-}
-
-std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
-  const auto layout = images_fwd_layout(p.chain);
-  if (!layout) return std::nullopt;
-  const auto vectors = vectors_of(p.chain.g, {layout->images}, {p.chain.ctx, p.chain.gates, p.out});
+  if (!takes_images(chain) || !lay_out(chain.g, reach_of(chain), CHANNELS, CHANNELS, 2, bytes, layout))
+    return std::nullopt;
+  const auto vectors = vectors_of(chain.g, {layout.images}, {chain.ctx, chain.gates, p.out});
   if (!vectors) return std::nullopt;
-  return ImagesPlan{*layout, *vectors};
-}
-
-void run_images_fwd(const ImagesForward& p, void* stream) {
-  const auto run = [&](auto zero) {
-    with_layout(p.chain.g, p.layout, [&](auto pitch, auto whole) {
-      launch(images_fwd_kernel<decltype(zero), pitch, whole>, p.layout.runs * p.layout.channel_tiles,
-             p.layout.threads(), bytes_of(p.chain, p.layout), stream, p);
-    });
-  };
-  p.chain.dtype == DType::bf16 ? run(__nv_bfloat16()) : run(__half());
+  return ImagesPlan{layout, *vectors};
 }
 
 void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stream) {
-  const ImagesForward images{p.chain, plan.layout, plan.vectors, p.out, {}, p.mean};
-  run_images_fwd(images, stream);
+  const auto run = [&](auto zero) {
+    with_layout(p.chain.g, plan.layout, [&](auto pitch, auto whole) {
+      launch(images_fwd_kernel<decltype(zero), pitch, whole>, plan.layout.runs * plan.layout.channel_tiles,
+             plan.layout.threads(), bytes_of(p.chain, plan.layout), stream, Arguments{p, plan.layout, plan.vectors});
+    });
+  };
+  p.chain.dtype == DType::bf16 ? run(__nv_bfloat16()) : run(__half());
 }
 
 }  // namespace focalnet::cuda

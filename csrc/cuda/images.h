@@ -15,13 +15,38 @@
 
 namespace focalnet::cuda {
 
+constexpr int LEVELS = 4;  // at most
 constexpr int BORDER = 4;  // columns of zeros before a plane's rows
 // Elements of a kernel row in shared memory: a band's diagonals, tap 0 at DIAGONALS - 13 - radius, and once more from
 // the second on, so that any two neighbours are one word.
 constexpr int DIAGONALS = 24, TAPS_ROW = 2 * DIAGONALS;
 
-// Where some pixels of a row lie: in a plane with zeros around the images, and in one without; and of which of the
-// block's images they are.
+// So many bytes further on.
+template <class T>
+__device__ T* further(T* plane, int bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(plane) + bytes);
+}
+
+// Where eight neighbours of a row lie: in a plane with zeros around the images, and in one without.
+class alignas(4) RowPlace {
+  uint16_t padded_bytes, tight_bytes;
+
+ public:
+  RowPlace() = default;
+  __device__ RowPlace(int padded, int tight) : padded_bytes(uint16_t(2 * padded)), tight_bytes(uint16_t(2 * tight)) {}
+  template <class T>
+  __device__ T* in(T* plane) const {
+    return further(plane, padded_bytes);
+  }
+  template <class T>
+  __device__ T* in_tight(T* plane) const {
+    return further(plane, tight_bytes);
+  }
+  __device__ int pair() const { return tight_bytes / 4; }  // the first; rows begin at whole pairs
+};
+
+// Where some neighbours of a row lie, and of which of the block's images they are.
 class alignas(4) Place {
   uint16_t bytes, others;
   static constexpr int PAIR = 11;
@@ -32,13 +57,11 @@ class alignas(4) Place {
   __device__ Place(int padded, int image, int tight)
       : bytes(uint16_t(2 * padded)), others(uint16_t(tight / 2 | image << PAIR)) {}
   __device__ int image() const { return others >> PAIR; }
-  // the first in the plane with zeros, whose rows begin at whole eights of elements
   template <class T>
   __device__ T* in(T* plane) const {
-    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(plane) + bytes);
+    return further(plane, bytes);
   }
-  // the first in the plane without, whose rows begin at whole pairs
+  // in the plane without zeros, whose rows begin at whole pairs
   __device__ int pair() const { return others % (1 << PAIR); }
   __device__ int half() const { return bytes / 2 % 2; }
   __device__ int tight() const { return 2 * pair() + half(); }
@@ -111,10 +134,10 @@ __device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
 // `WHOLE`: rows are whole units.
 template <int PITCH, bool WHOLE>
 struct Step {
-  const Place* rows;  // of the units
-  int units, whole;   // that are left, and of those the ones with eight columns
-  bool last[2];       // whether the others have this lane's columns
-  __device__ Step(const Place* all, const ImagesLayout& layout, int first, int W)
+  const RowPlace* rows;  // of the units
+  int units, whole;      // that are left, and of those the ones with eight columns
+  bool last[2];          // whether the others have this lane's columns
+  __device__ Step(const RowPlace* all, const ImagesLayout& layout, int first, int W)
       : rows(all + first * EIGHT), units(layout.units - first), whole(layout.units - layout.groups - first) {
     const int columns = W - (layout.segments - 1) * EIGHT;
     last[0] = column() < columns, last[1] = column() + 1 < columns;
@@ -129,7 +152,7 @@ struct Step {
   }
   // Of unit u: where its row is, and where in that this lane's pixels are; whether there is such a unit, and whether
   // pixel i of these is inside the map.
-  __device__ const Place& row(int u) const { return rows[u * EIGHT + int(threadIdx.x) % 32 / 4]; }
+  __device__ const RowPlace& row(int u) const { return rows[u * EIGHT + int(threadIdx.x) % 32 / 4]; }
   static __device__ int column() { return int(threadIdx.x) % 4 * 2; }
   template <class T>
   __device__ T* pixels(int u, T* plane) const {
@@ -141,13 +164,6 @@ struct Step {
   __device__ void mask(int u, float (&pair)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) pair[i] = inside(u, i) ? pair[i] : 0.0f;
-  }
-  // Both, of which those outside are zeros, into a plane.
-  template <class T>
-  __device__ void store(T* plane, int u, float first, float second) const {
-    T* const to = pixels(u, plane);
-    const uint32_t word = pack<T>(first, second);
-    if (is_there(u)) store_word(to, word);
   }
 };
 
@@ -191,22 +207,44 @@ __device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, c
   });
 }
 
+// Of a warp's channel, into another plane: conv, conv transposed, or a level, GELU(conv).
+enum class Convolution { PLAIN, TRANSPOSED, LEVEL };
+template <class T, int PITCH, bool WHOLE, int K, Convolution KIND, class BLOCK>
+__device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const RowPlace* rows, int W, const T* taps,
+                         const T* from, T* to) {
+  uint2 bands[K];
+  load_bands<K, KIND == Convolution::TRANSPOSED>(taps, bands);
+  block.each_step(layout, [&](int first) {
+    const Step<PITCH, WHOLE> step(rows, layout, first, W);
+    float acc[2][4] = {};
+    convolve_tiles<T>(from, step, bands, acc);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
+      step.mask(u, pair);
+      if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
+      // a unit that is not there writes what the last one does
+      store_word(step.pixels(u, to), pack<T>(pair[0], pair[1]));
+    }
+  });
+}
+
 // f(std::integral_constant<int, K>()) with a level's kernel size.
 template <class F>
 __device__ void with_size(const Level& k, const F& f) {
   with_constant<3, 5, 7, 9>(k.kw, f);
 }
 
-// What a block has: CHANNELS channels, a run of a call's images, `layout.images` of them at a time. And a warp of it:
-// one of the channels, or a part of one.
-template <int CHANNELS>
+// What a block has: TILE channels, CHANNELS of them at a time, and a run of a call's images, `layout.images` of them at
+// a time. And a warp of it: one of the channels, or a part of one.
+template <int CHANNELS, int TILE = CHANNELS>
 struct ImagesBlock {
   int tile, channel;  // tile: of channels, from `channel` on
   int first_image, images;
   int channel_here, part;
   __device__ ImagesBlock(const ImagesLayout& layout, int item, const Geometry& g)
       : tile(int(blockIdx.x % unsigned(layout.channel_tiles))),
-        channel(tile * CHANNELS),
+        channel(tile * TILE),
         first_image(item * layout.images),
         images(int(g.B) - first_image < layout.images ? int(g.B) - first_image : layout.images),
         channel_here(int(threadIdx.x) / 32 % CHANNELS),
@@ -238,19 +276,22 @@ __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int
 }
 
 // The places of each row of units, and of each few neighbours of all images' pixels.
-inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, Place* rows, Place* pixels) {
+inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, RowPlace* rows, Place* pixels) {
   const int H = int(g.T), per_row = int(g.W) / layout.neighbours, listed = layout.groups * EIGHT;
-  const auto place = [&](int row, int column, int border) {
-    const int image = row / H, padded = layout.reach * layout.pitch + image * layout.image_pitch;
-    return Place(padded + (row - image * H) * layout.pitch + border + column, image, row * layout.tight_pitch + column);
+  const auto padded = [&](int row, int column) {
+    const int image = row / H;
+    return layout.reach * layout.pitch + image * layout.image_pitch + (row - image * H) * layout.pitch + column;
   };
   for (int i = threadIdx.x; i < layout.row_places(); i += blockDim.x) {
     // beyond them: those of the last, which the same warp has
     const int row = i < layout.units * EIGHT ? i : (layout.units - 1) * EIGHT + i % EIGHT, segment = row / listed;
-    rows[i] = place(row - segment * listed, segment * EIGHT, 0);
+    const int of_segment = row - segment * listed, column = segment * EIGHT;
+    rows[i] = RowPlace(padded(of_segment, column), of_segment * layout.tight_pitch + column);
   }
-  for (int i = threadIdx.x; i < layout.places; i += blockDim.x)
-    pixels[i] = place(i / per_row, i % per_row * layout.neighbours, BORDER);
+  for (int i = threadIdx.x; i < layout.places; i += blockDim.x) {
+    const int row = i / per_row, column = i % per_row * layout.neighbours;
+    pixels[i] = Place(padded(row, BORDER + column), row / H, row * layout.tight_pitch + column);
+  }
 }
 
 // Access i to N pixels of a block's images: where they lie in planes, GROUP neighbours each, and in memory.
@@ -271,8 +312,6 @@ struct PixelsAt {
       places[0] = all[first / layout.neighbours].plus(first % layout.neighbours);
     }
   }
-  // Group j's pixel in its image.
-  __device__ int pixel(int j, int pixels) const { return first + j * GROUP - places[j].image() * pixels; }
   template <class T>
   __device__ T* in(T* map, const MapView& v) const {
     return map + run * v.b + in_run;
@@ -317,15 +356,32 @@ struct PixelsAt {
 
 // f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
 template <class F>
-__device__ void each_access(const Geometry& g, int images, int pixels, const F& f) {
-  for (int i = threadIdx.x; i < images * int(g.pixels()) / pixels; i += blockDim.x) f(i);
+__device__ void each_access(const ImagesLayout& layout, int images, int pixels, const F& f) {
+  for (int i = threadIdx.x; i < images * layout.pixels / pixels; i += blockDim.x) f(i);
 }
-template <class F>
+template <bool WHOLE, class F>
 __device__ void with_vectors(const Vectors& vectors, const ImagesLayout& layout, const F& f) {
-  if (vectors.pixels < 4)
-    with_constant<1, 2>(vectors.pixels, [&](auto n) { f(n, n); });
+  constexpr std::integral_constant<int, 1> ONE;
+  constexpr std::integral_constant<int, 4> FOUR;
+  if (vectors.pixels == 1)
+    f(ONE, ONE);
+  else if constexpr (WHOLE)
+    f(FOUR, FOUR);
   else
-    with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(std::integral_constant<int, 4>(), group); });
+    with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(FOUR, group); });
+}
+
+// N neighbouring sums, or what is to be added to those.
+template <int N>
+__device__ void add_floats(float* to, const float* from, bool add) {
+  struct alignas(4 * N) Floats {
+    float values[N];
+  };
+  Floats floats{};
+  if (add) floats = *reinterpret_cast<const Floats*>(to);
+#pragma unroll
+  for (int i = 0; i < N; ++i) floats.values[i] += from[i];
+  *reinterpret_cast<Floats*>(to) = floats;
 }
 
 template <class T>
@@ -370,18 +426,19 @@ __device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int imag
     each_sum<CHANNELS, EIGHT>(g, layout, images, rows, f);
 }
 
-// A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, `warps` that
-// share a channel of one image if two such blocks do not fit a multiprocessor.
+// A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, blocks of
+// `tile` channels, `channels` at a time, of which `warps` share one if two such blocks do not fit a multiprocessor.
 template <class BYTES>
-bool lay_out(const Geometry& g, int reach, int channels, const BYTES& bytes, ImagesLayout& layout) {
+bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, const BYTES& bytes,
+             ImagesLayout& layout) {
   const Device device = current_device();
-  const int H = int(g.T), W = int(g.W), pixels = int(g.pixels());
+  const int H = int(g.T), W = int(g.W), pixels = H * W;
   layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
   layout.pitch = (layout.segments + 1 | 1) * EIGHT;  // odd: ldmatrix then finds eight rows in different banks,
   layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
-  layout.tight_pitch = W + W % 2;
+  layout.tight_pitch = W + W % 2, layout.pixels = pixels;
   layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
-  layout.channels = channels, layout.channel_tiles = g.C / channels;
+  layout.channels = channels, layout.channel_tiles = g.C / tile;
   const auto with = [&](int images, int warps) {
     ImagesLayout next = layout;
     next.images = images, next.warps = warps;
@@ -397,7 +454,7 @@ bool lay_out(const Geometry& g, int reach, int channels, const BYTES& bytes, Ima
     return next.plane <= Place::MOST_PADDED && next.tight_plane <= Place::MOST_TIGHT && bytes(next) <= most;
   };
   const int64_t most = device.shared_per_block;
-  layout = with(1, 2);
+  layout = with(1, warps);
   if (!fits(layout, most)) return false;
   // With two blocks on a multiprocessor, each warp with eight tiles at most: what takes the fewest steps, and lets
   // four pixels be read at once.
@@ -427,20 +484,9 @@ void with_layout(const Geometry& g, const ImagesLayout& layout, const F& f) {
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel
-std::optional<ImagesLayout> images_fwd_layout(const Chain& chain);
 // How pixels of all of the maps, where there is one, are read, so many images at a time; nothing where their rows do
 // not lie in a row.
 std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
                                   std::initializer_list<MapView> maps);
-
-// The forward's kernel, which the backward asks for what enters the levels.
-struct ImagesForward {
-  Chain chain;
-  ImagesLayout layout;
-  Vectors vectors;
-  MapView out, levels[MAX_LEVELS];  // written where data is not null; of the levels all but the last
-  float* mean;                      // (B, C), or null: of the last level
-};
-void run_images_fwd(const ImagesForward& p, void* stream);
 
 }  // namespace focalnet::cuda

@@ -253,13 +253,13 @@ void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, v
 
 // --------------- images (images.h): 16-bit maps that fit shared memory, pixels adjacent, square kernels of 3 to 9
 
-// On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around them: every
-// level is computed where the one before it lies. Work is dealt out in units of EIGHT x EIGHT pixels; units take up the
+// On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around them, for
+// what enters a level and what leaves it. Work is dealt out in units of EIGHT x EIGHT pixels; units take up the
 // rows of all images one after the other, so that one may have rows of two.
 constexpr int EIGHT = 8;
 
 struct ImagesLayout {
-  int images;                    // of a block, at a time
+  int images, pixels;            // of a block, at a time; of an image
   int groups, segments, units;   // of eight rows of all images, of eight columns; their product
   int pitch, image_pitch;        // elements from a row to the next, from an image to the next, in a plane with zeros
   int plane;                     // its elements
@@ -267,18 +267,12 @@ struct ImagesLayout {
   int tight_pitch, tight_plane;  // of a plane without zeros, whose rows begin at whole twos of elements
   int neighbours, places;        // 1, 2 or 4 pixels, of which a row has a whole number; how many of them images have
   int planes;                    // of each channel in the forward
-  int channels, warps;           // of a block; that share a channel
+  int channels, warps;           // of a block at a time; that share a channel
   int64_t channel_tiles, image_blocks;
   int64_t runs;  // blocks that share the image blocks of a tile of channels
   constexpr int row_places() const { return (units + 3) * EIGHT; }  // a step may have three units beyond the last
   constexpr int all_places() const { return row_places() + (places + 3) / 4 * 4; }  // whole words of 16 bytes
   constexpr int threads() const { return 32 * channels * warps; }
-  constexpr ImagesLayout of(int64_t B) const {  // for some of the call's images
-    ImagesLayout part = *this;
-    part.image_blocks = (B + images - 1) / images;
-    part.runs = runs < part.image_blocks ? runs : part.image_blocks;
-    return part;
-  }
 };
 
 // n / divisor for n < 2^16, by a product.
@@ -293,7 +287,7 @@ struct Divisor {
 // How threads read pixels: so many in one access, of a run of pixels that lie in a row in memory. That is an image, or
 // all of a block's, which follow one another.
 struct Vectors {
-  int pixels;   // 1, 2 or 4
+  int pixels;   // 1 or 4
   Divisor run;  // accesses; more than there are where all images are one
   bool one_run;
 };
@@ -305,17 +299,13 @@ struct ImagesPlan {
   int64_t scratch_bytes() const { return 0; }
 };
 
-// A pass per level, from the last to the first, after the forward has written again what enters them.
 struct ImagesBackwardPlan {
-  ImagesLayout forward, levels;
+  ImagesLayout layout;
   Vectors vectors;
-  int64_t B, images;            // of the call; whose maps are in scratch at once
-  int64_t runs;                 // of all chunks of so many images
-  int64_t channel, map, bytes;  // elements from a channel of a map in scratch to the next, of a map; of scratch
 
-  int64_t scratch_bytes() const { return bytes; }
-  std::optional<int64_t> gate_parts() const { return levels.channel_tiles; }
-  int64_t weight_parts() const { return runs * levels.warps; }
+  int64_t scratch_bytes() const { return 0; }
+  std::optional<int64_t> gate_parts() const { return layout.channel_tiles; }
+  int64_t weight_parts() const { return layout.runs; }
 };
 
 bool takes_images(const Chain& chain);  // wherever its maps lie so, and fit

@@ -6,37 +6,56 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int THREADS = 256;              // of a block that adds pixels
-constexpr int ELEMENTS = 32, LANES = 32;  // of another: elements of a result, threads that add up the parts of each
+constexpr int THREADS = 256, MOST_LANES = 32, PARTS = 8;  // PARTS: of a lane, if there are no more lanes than that
 
-int64_t blocks_of(const SumJob& job) { return (job.g.B * job.g.C * job.g.pixels() + ELEMENTS - 1) / ELEMENTS; }
+// Lanes add up the parts of an element: so many, as a power of two.
+int lanes_of(const SumJob& job) {
+  int power = 0;
+  while (1 << power < MOST_LANES && job.count > PARTS << power) ++power;
+  return power;
+}
+
+// A division of 64 bits is 90 instructions, one of 32 is 20.
+__device__ int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) >> 32 == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
 
 struct Arguments {
   SumJobs sums;
+  int lanes[MAX_SUMS];
   int64_t first_block[MAX_SUMS + 1];
 };
 
 template <class T>
-__global__ void __launch_bounds__(ELEMENTS* LANES) sum_kernel(Arguments arguments) {
+__global__ void __launch_bounds__(THREADS) sum_kernel(Arguments arguments) {
   const int64_t* first = arguments.first_block;
   int j = 0;
   while (blockIdx.x >= first[j + 1]) ++j;
   const SumJob& job = arguments.sums.jobs[j];
   const Geometry& g = job.g;
-  const int lane = threadIdx.x / ELEMENTS, x = threadIdx.x % ELEMENTS;
-  const int64_t i = (blockIdx.x - first[j]) * ELEMENTS + x;
-  const int64_t pixels = g.pixels(), pixel = i % pixels, plane = i / pixels;
+  const int power = arguments.lanes[j], lanes = 1 << power, elements = THREADS >> power;
+  const int x = threadIdx.x % elements, lane = threadIdx.x / elements;
+  const int64_t i = (blockIdx.x - first[j]) * elements + x;
+  const int64_t pixels = g.pixels(), plane = quotient(i, pixels), pixel = i - plane * pixels;
+  const bool is_there = plane < g.B * g.C;
   float sum = 0;
-  if (plane < g.B * g.C)
-    for (int64_t part = lane; part < job.count; part += LANES)
-      sum += job.parts[part * job.stride + plane * job.channel_stride + pixel];
-  float* const lanes = shared_memory<float>();
-  lanes[threadIdx.x] = sum;
-  __syncthreads();
-  if (lane > 0 || plane >= g.B * g.C) return;
-  for (int y = 1; y < LANES; ++y) sum += lanes[y * ELEMENTS + x];
-  *element<T>(job.out, plane / g.C, plane % g.C, pixel / (g.M * g.W), pixel / g.W % g.M, pixel % g.W) =
-      from_float<T>(sum);
+  if (is_there) {
+    const float* from = job.parts + lane * job.stride + plane * job.channel_stride + pixel;
+    const int parts = (int(job.count) - lane + lanes - 1) >> power;  // of this lane
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part, from += lanes * job.stride) sum += *from;
+  }
+  if (lanes > 1) {
+    float* const others = shared_memory<float>();
+    others[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane == 0)
+      for (int y = 1; y < lanes; ++y) sum += others[y * elements + x];
+  }
+  if (!is_there || lane > 0) return;
+  const int64_t b = quotient(plane, g.C), t = quotient(pixel, g.M * g.W), of_t = pixel - t * g.M * g.W;
+  const int64_t m = quotient(of_t, g.W);
+  *element<T>(job.out, b, plane - b * g.C, t, m, of_t - m * g.W) = from_float<T>(sum);
 }
 
 // Large results: a thread has four neighbouring pixels, whose parts are few.
@@ -134,11 +153,15 @@ void run_sums(const SumJobs& all, void* stream) {
     with_type(all.dtype,
               [&](auto zero) { launch(sum_pixels_kernel<decltype(zero)>, blocks, THREADS, 0, stream, job); });
   }
-  Arguments arguments{sums, {}};
-  for (int j = 0; j < sums.n; ++j) arguments.first_block[j + 1] = arguments.first_block[j] + blocks_of(sums.jobs[j]);
+  Arguments arguments{sums};
+  for (int j = 0; j < sums.n; ++j) {
+    const Geometry& g = sums.jobs[j].g;
+    const int power = lanes_of(sums.jobs[j]), elements = THREADS >> power;
+    arguments.lanes[j] = power;
+    arguments.first_block[j + 1] = arguments.first_block[j] + (g.B * g.C * g.pixels() + elements - 1) / elements;
+  }
   with_type(sums.dtype, [&](auto zero) {
-    launch(sum_kernel<decltype(zero)>, arguments.first_block[sums.n], ELEMENTS * LANES, ELEMENTS * LANES * 4, stream,
-           arguments);
+    launch(sum_kernel<decltype(zero)>, arguments.first_block[sums.n], THREADS, THREADS * 4, stream, arguments);
   });
 }
 

@@ -247,9 +247,9 @@ def test_tokens(cuda_on_cpu, by_tokens, dtype, seed):
         assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=wanted)
 
 
-# (shape, kernels, bytes of shared memory, of scratch), with pixels adjacent: whole units and others, an odd number
-# of them, one to four levels, pixels read by one, two and four, several images at a time and one after the other with a
-# rest, blocks that do not share a multiprocessor, chunks of images, rows as long as may be
+# (shape, kernels, bytes of shared memory), with pixels adjacent: whole units and others, an odd number of them, one to
+# four levels, pixels read one and four at a time, several images at a time and one after the other with a rest, blocks
+# that do not share a multiprocessor, few channels at a time, rows as long as may be
 IMAGES = {
     "whole-units": ((2, 8, 16, 8), [3, 5, 7]),
     "odd-units": ((1, 8, 24, 8), [3, 5]),
@@ -257,9 +257,9 @@ IMAGES = {
     "pairs": ((5, 8, 6, 14), [3, 5]),
     "one-level": ((3, 8, 9, 12), [9]),
     "four-levels": ((2, 8, 12, 12), [3, 5, 7, 9]),
-    "one-after-the-other": ((5, 16, 9, 11), [3, 5], 36_000),
+    "one-after-the-other": ((5, 16, 9, 11), [3, 5], 56_000),
     "a-rest": ((70, 8, 3, 4), [3]),
-    "chunks": ((7, 8, 6, 9), [3, 5, 3], None, 20_000),
+    "two-channels-at-a-time": ((3, 16, 9, 40), [3, 5, 7], 90_000),
     "column": ((2, 8, 9, 1), [3, 5]),
     "row": ((2, 8, 1, 20), [3]),
     "wide": ((1, 8, 3, 56), [7, 3]),
