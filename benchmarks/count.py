@@ -9,7 +9,7 @@ FocalNet-T's stages (k = 3, 5, 7), bfloat16, per op, direction and backend. Few 
 device of one multiprocessor cuts them, which is how a large one cuts 128; what 128 take lies on the line through both.
 CUDA's chain takes each channel alike: 96 run at every stage, laid out as the layer has them, of as many images as
 fill its blocks and let the gates' sums go by the kernel that sums 128's. (Not so in the layer as a whole, where all
-channels run: there `sum_kernel` has some 250 instructions of a backward too many at stages 2 to 4, and blocks are not
+channels run: there `sum_kernel` has some 70 instructions of a backward too many at stages 2 to 4, and blocks are not
 full.)
 Counts are per 128 outputs; times in microseconds are what 128 images take at least on an H100 SXM of issuing, of the
 special functions, of shared memory and of the tensor cores, and the bytes that the op cannot avoid. The largest binds,
