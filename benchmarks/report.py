@@ -7,7 +7,7 @@ In README, docs/*.md and ops' READMEs, what stands between `<!-- KIND ARGUMENTS 
 FILE is below benchmarks/results/, losing rows are never left out, and providers that a machine lacks are named in its
 report:
 
-    table FILE MODE COLUMN DIGITS   one row per shape and dtype, one column per provider
+    table FILE MODE COLUMN DIGITS [WORD]   one row per shape and dtype, one column per provider; of cases with that word
     slower FILE ...                 where somebody is faster than the fastest of ours
     behind FILE ...                 where one of the chart's bars is shorter than accelerate()'s
     machine FILE                    what the figures were found on
@@ -257,8 +257,8 @@ def _block(kind: str, arguments: list[str], root: str = "") -> str:
         return shares(rows)
     if kind == "counted":
         return counted(rows, arguments[1])
-    mode, column, digits = arguments[1:]
-    return table(rows, mode, column, int(digits))
+    mode, column, digits, *words = arguments[1:]
+    return table([row for row in rows if all(word in row["case"] for word in words)], mode, column, int(digits))
 
 
 def report(folder: Path) -> str:
@@ -273,10 +273,10 @@ def report(folder: Path) -> str:
             about = "Microseconds of a call that has next to nothing to compute, medians: benchmarks/overhead.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", overhead(rows), ""]
         if path.name == "host.csv":
-            about = "Microseconds of Python until a GPU's launches are with the driver, medians: benchmarks/host.py."
-            cells = [[f"{row['op']} {row['direction']}", row["launches"], row["p50_us"]] for row in rows]
+            about = "Microseconds of a CPU until a GPU's launches are with the driver, medians: benchmarks/host.py."
+            cells = [[f"{r['op']} {r['direction']}", r["backend"], r["launches"], r["p50_us"]] for r in rows]
             lines += [f"## {path.name}", "", machine(rows[0]), about, ""]
-            lines += [_markdown([["Triton", "launches", "us"], *cells]), ""]
+            lines += [_markdown([["", "backend", "launches", "us"], *cells]), ""]
         if path.name == "shares.csv":
             about = "FocalNet-T of timm, accelerated, 8 images: benchmarks/shares.py."
             lines += [f"## {path.name}", "", machine(rows[0]), about, "", shares(rows), ""]
