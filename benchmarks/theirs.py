@@ -3,6 +3,8 @@
     python benchmarks/theirs.py authors PATH    of microsoft/FocalNet: FocalNet-T LRF, 224 px
     python benchmarks/theirs.py openocr PATH    of Topdu/OpenOCR: UniRec's vision encoder, a page of 704 x 480 px
     python benchmarks/theirs.py focalcodec PATH of lucadellalib/focalcodec: encoder and decoder, 10 s of speech
+    python benchmarks/theirs.py seem PATH       of UX-Decoder/Segment-Everything-Everywhere-All-At-Once, whose backbone
+                                                X-Decoder has too: FocalNet-T as published, 512 px
 
 Both forms take turns in one process; medians and quantiles of `ROUNDS`. Into results/<machine>/theirs.csv, whose rows
 of the same network are replaced. The numbers have to agree before anything is timed.
@@ -15,6 +17,7 @@ import importlib
 import importlib.util
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,10 +65,38 @@ def focalcodec(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     return Codec(), (500, 1024)
 
 
+def seem(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """Its backbone by itself, with configs/seem/focalt_unicl_lang_v1.yaml's options. Of detectron2, which it does not
+    compute with, the names that it imports."""
+    for name in ("detectron2", "detectron2.utils", "detectron2.utils.file_io", "detectron2.modeling"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["detectron2.utils.file_io"].PathManager = object
+    base = {"BACKBONE_REGISTRY": None, "Backbone": nn.Module, "ShapeSpec": object}
+    sys.modules["detectron2.modeling"].__dict__.update(base)
+    package = types.ModuleType("seem_backbone")
+    package.__path__ = [str(path / "modeling" / "vision" / "backbone")]
+    sys.modules["seem_backbone"] = package
+    options = {"focal_levels": [3, 3, 3, 3], "focal_windows": [3, 3, 3, 3], "use_conv_embed": True, "use_postln": True}
+    backbone = importlib.import_module("seem_backbone.focal_dw").FocalNet(
+        pretrain_img_size=224, drop_path_rate=0.0, scaling_modulator=True, use_layerscale=True, **options
+    )
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, x):
+            return torch.cat([y.flatten() for y in self.backbone(x).values()])
+
+    return Maps(), (3, 512, 512)
+
+
 NETWORKS: dict[str, tuple[Callable, str, tuple[tuple[int, str], ...]]] = {
     "authors": (authors, "authors' FocalNet-T LRF", ((1, "forward"), (8, "forward"), (8, "forward+backward"))),
     "focalcodec": (focalcodec, "FocalCodec", ((1, "forward"), (4, "forward+backward"))),
     "openocr": (openocr, "UniRec's encoder", ((1, "forward"), (1, "forward+backward"))),
+    "seem": (seem, "SEEM's FocalNet-T", ((1, "forward"), (1, "forward+backward"))),
 }
 
 
