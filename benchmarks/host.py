@@ -39,9 +39,6 @@ from focalnet_kernels.testing import layer_tensors, make_context_inputs, make_la
 
 RESULTS = Path(__file__).parent / "results"
 CALLS, ROUNDS = 100, 31
-RUNNER = ctypes.CFUNCTYPE(  # a launch: kernel, blocks, threads, bytes of shared memory, parameters and their size
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
-)
 C, MAP, KERNELS = 32, (4, 8), (3, 5, 7)
 
 
@@ -88,7 +85,7 @@ def nowhere(backend: str) -> Iterator[Callable[[Callable[[], object]], int]]:
         return
     _, library = cuda_shim.load_kernels()
     numbers: list = []
-    counting = RUNNER(lambda *launch: numbers.append(launch) or 0)
+    counting = cuda_shim.RUNNER(lambda *launch: numbers.append(launch) or 0)
     nothing = ctypes.CDLL(None).sched_yield  # returns 0, as a launch that went well does
 
     def count(call):

@@ -26,6 +26,9 @@ ROOT = SHIM.parent.parent
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 GLUE = [p for p in sorted((CSRC / "cuda").glob("*.cpp")) if p.name != "register.cpp"] + [SHIM / "register.cpp"]
+RUNNER = ctypes.CFUNCTYPE(  # takes a launch: kernel, blocks, threads, bytes of shared memory, parameters, their size
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+)
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 

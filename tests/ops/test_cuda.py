@@ -271,10 +271,9 @@ IMAGES = {
 @pytest.fixture(params=IMAGES.values(), ids=list(IMAGES))
 def by_images(request, monkeypatch):
     """(shape, kernels) of whole images."""
-    shape, kernels, *limits = request.param
-    for name, limit in zip(("SHARED", "SCRATCH"), limits, strict=False):
-        if limit is not None:
-            monkeypatch.setenv(f"FOCALNET_SHIM_{name}", str(limit))
+    shape, kernels, *shared = request.param
+    if shared:
+        monkeypatch.setenv("FOCALNET_SHIM_SHARED", str(*shared))
     return shape, kernels
 
 

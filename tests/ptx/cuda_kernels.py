@@ -29,10 +29,6 @@ with contextlib.ExitStack() as stack:
     stack.callback(sys.path.remove, str(cuda_shim.ROOT / "build_tools"))
     import toolkit
 
-_Runner = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
-)
-
 
 def missing() -> str | None:
     """Why they cannot be compiled here, or None."""
@@ -89,7 +85,7 @@ def emulated(capability: int, seed: int = 0, metered: bool = False) -> Iterator[
     """
     _, library = cuda_shim.load_kernels()
     running = Running(capability, seed, metered)
-    handed = _Runner(running)
+    handed = cuda_shim.RUNNER(running)
     library.focalnet_shim_set_runner(handed)
     try:
         with cuda_shim.emulated_ops():
