@@ -154,7 +154,8 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
 
   // the global context: what it adds everywhere, and what its gradient adds to every pixel of the last level
   const vf mean = load_lanes(p.mean + b * g.C + c0, n, 1);
-  vf mean_slope, global = gelu_and_slope<T>(mean, &mean_slope), to_mean = {};
+  vf mean_slope, global = gelu_and_slope<T>(mean, &mean_slope);
+  LongSum grad_global;
   for (int64_t t = 0; t < g.T; ++t)
     for (int64_t m = 0; m < g.M; ++m) {
       const T* gate = address<T>(f.gates, b, L, t, m);
@@ -163,10 +164,10 @@ static void context_bwd_of(const ContextBackward& p, int64_t b, int64_t block, v
         vf piece = {};
         for (int64_t w = first; w < g.W && w < first + PIECE; ++w)
           piece += load_lanes(d + w * p.grad_out.w, n, p.grad_out.c) * broadcast(gate + w * f.gates.w);
-        to_mean += piece;
+        grad_global.add(piece);
       }
     }
-  to_mean = to_mean * mean_slope * (scale / float(pixels));
+  const vf to_mean = grad_global.sum * mean_slope * (scale / float(pixels));
 
   for (int64_t w = 0; w < g.W; ++w) store(global_row + w * VL, global);
 

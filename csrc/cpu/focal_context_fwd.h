@@ -224,11 +224,22 @@ struct ContextScratch {
 
 constexpr int64_t PIECE = 256;  // of a row, summed apart: a long run of additions into one float loses digits
 
+// A sum of such pieces, of a whole map perhaps; what one addition rounds away is given to the next (Kahan). The mean's
+// gradient and the mean go to every pixel again: all sums over pixels behind them would add up one and the same error.
+struct LongSum {
+  vf sum = {}, excess = {};
+  FK_INLINE void add(vf x) {
+    x -= excess;
+    const vf next = sum + x;
+    excess = (next - sum) - x;
+    sum = next;
+  }
+};
+
 // c = GELU(z) of a row: gated into `out`, and kept for the next level or, of the last, summed.
 template <class T, bool FIRST, bool LAST>
-FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64_t W, float* out, float* next,
-                       float* before) {
-  vf sum = {};
+FK_INLINE void gated_row(const float* z, const T* gate, int64_t gate_stride, int64_t W, float* out, float* next,
+                         float* before, LongSum& sum) {
   for (int64_t first = 0; first < W; first += PIECE) {
     const int64_t end = at_most(W, first + PIECE);
     vf piece = {};
@@ -238,9 +249,8 @@ FK_INLINE vf gated_row(const float* z, const T* gate, int64_t gate_stride, int64
       if (!LAST) put<PAIRS<T>>(next + w * VL, before + w * VL, c);
       if (LAST) piece += c;
     }
-    sum += piece;
+    if (LAST) sum.add(piece);
   }
-  return sum;
 }
 
 template <class T>
@@ -260,22 +270,25 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
     rings[l].clear_padding();
     reach += p.levels[l].rt();
   }
-  for (int64_t t = t0; t < t1; t += p.summed) store(sums + t / p.summed * VL, vf{});
-  const auto add_to_sum = [&](int64_t t, vf row) FK_LAMBDA {
-    float* sum = sums + t / p.summed * VL;
-    store(sum, load(sum) + row);
+  LongSum sum;  // of p.summed rows; t below rises, and so do they
+  const auto end_row = [&](int64_t t) FK_LAMBDA {
+    if ((t + 1) % p.summed && t + 1 < g.T) return;
+    store(sums + t / p.summed * VL, sum.sum);
+    sum = {};
   };
 
   if (p.L == 0) {
-    for (int64_t t = t0; t < t1; ++t)
+    for (int64_t t = t0; t < t1; ++t) {
       for (int64_t m = 0; m < g.M; ++m) {
         load_row<T>(p.ctx, g, b, c0, t, m, z);
         for (int64_t first = 0; first < g.W; first += PIECE) {
           vf piece = {};
           for (int64_t w = first; w < g.W && w < first + PIECE; ++w) piece += load(z + w * VL);
-          add_to_sum(t, piece);
+          sum.add(piece);
         }
       }
+      end_row(t);
+    }
     __builtin_memset(plane, 0, (t1 - t0) * slab * sizeof(float));
     return;
   }
@@ -304,15 +317,14 @@ static void context_fwd_levels_of(const ContextForward& p, int64_t b, int64_t bl
         }
         const T* gate = address<T>(p.gates, b, l, t, m);
         float* out = plane + ((t - t0) * g.M + m) * g.W * VL;
-        vf row;
         if (l == 0)
-          row = last ? gated_row<T, true, true>(z, gate, p.gates.w, g.W, out, next, before)
-                     : gated_row<T, true, false>(z, gate, p.gates.w, g.W, out, next, before);
+          last ? gated_row<T, true, true>(z, gate, p.gates.w, g.W, out, next, before, sum)
+               : gated_row<T, true, false>(z, gate, p.gates.w, g.W, out, next, before, sum);
         else
-          row = last ? gated_row<T, false, true>(z, gate, p.gates.w, g.W, out, next, before)
-                     : gated_row<T, false, false>(z, gate, p.gates.w, g.W, out, next, before);
-        if (last) add_to_sum(t, row);
+          last ? gated_row<T, false, true>(z, gate, p.gates.w, g.W, out, next, before, sum)
+               : gated_row<T, false, false>(z, gate, p.gates.w, g.W, out, next, before, sum);
       }
+      if (last && inside) end_row(t);
     }
   }
 }

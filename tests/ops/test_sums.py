@@ -24,6 +24,23 @@ def test_sums_of_one_sign(isa, shape, postln, seed):
     assert_op_accurate(fk.focal_modulation, inputs, "cpu", grad_output)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 200, 334), (1, 8, 66_800)], ids=["map", "sequence"])
+def test_mean_and_its_gradient_lose_nothing(isa, shape, seed):
+    """Both go to every pixel, so that any sum behind them adds one and the same error up. No level hides it here."""
+    generator = torch.Generator().manual_seed(seed)
+    ctx, gates, grad_output = (0.5 + torch.rand(1, c, *shape[2:], generator=generator) for c in (8, 1, 8))
+
+    def both(backend, dtype):
+        call = {"ctx": ctx.to(dtype), "gates": gates.to(dtype), "weights": []}
+        with fk.use_backend(backend):
+            return run(fk.focal_context, call, grad_output.to(dtype), wanted=["ctx"])
+
+    exact, result = both("reference", torch.float64), both("cpu", torch.float32)
+    for name, value in result.items():
+        error = (value.double() / exact[name] - 1).abs().max().item()
+        assert error <= 4 * torch.finfo(torch.float32).eps, f"{name}: {error:.1e} of it"
+
+
 def test_sums_of_one_sign_by_every_backend(kernels, seed):
     inputs, grad_output = one_sign((3, 25, 31, 8), seed)
     assert_op_accurate(fk.focal_modulation, inputs, kernels, grad_output)
