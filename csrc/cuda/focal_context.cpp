@@ -91,8 +91,10 @@ std::vector<Tensor> context_bwd(const Chain& chain, const MapView& grad_out, con
   Tensor gate_sums = new_floats(like, wanted.gates.data && gate_parts ? *gate_parts * gates_size : 0);
   if (wanted.gates.data && gate_parts) {
     p.gate_sums = floats_of(gate_sums);
-    const Geometry all{g.B, gates, g.T, g.M, g.W};
-    sums.jobs[sums.n++] = {p.gate_sums, *gate_parts, gates_size, g.pixels(), all, wanted.gates};
+    const Geometry all{gates, g.B, g.T, g.M, g.W};  // a gate of all images after the other
+    MapView to = wanted.gates;
+    std::swap(to.b, to.c);
+    sums.jobs[sums.n++] = {p.gate_sums, *gate_parts, gates_size, g.pixels(), all, to};
   }
   std::vector<Tensor> gradients;
   Tensor weight_sums = new_floats(like, wanted.weights ? weight_parts * g.C * taps : 0);

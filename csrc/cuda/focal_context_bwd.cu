@@ -81,7 +81,7 @@ struct State {
   bool valid;          // the channel exists
 
   __device__ float* gate_gradient(int level, const Segment& s, int r) const {
-    return p.gate_sums + ((gate_part * chain.g.B + image) * (chain.L + 1) + level) * chain.g.pixels() +
+    return p.gate_sums + ((gate_part * (chain.L + 1) + level) * chain.g.B + image) * chain.g.pixels() +
            (int64_t(s.t + r) * f.M + s.m) * f.W + s.w;
   }
   __device__ void load_grad_out(const Segment& s, int r, float (&to)[4]) const {

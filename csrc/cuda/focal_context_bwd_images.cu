@@ -8,33 +8,44 @@ namespace {
 
 // A block's channels, AT_ONCE of which have planes at a time: as many as shared memory has room for.
 constexpr int CHANNELS = 8, WIDE = 56;  // WIDE: a pitch from which on that may be 2, not 4
-constexpr int ROW = 16 * EIGHT;         // of products
+constexpr int PRODUCT = 16 * EIGHT;     // elements
 template <int AT_ONCE>
 using Block = ImagesBlock<AT_ONCE, CHANNELS>;
+
+struct Arguments;
+
+// Where things begin in shared memory, in bytes.
+struct Offsets {
+  int grads, gates, taps, rows, pixels, area, global, mean, biases, tap_sums, end;
+  Offsets() = default;
+  Offsets(const Arguments& p, const ImagesLayout& layout);
+};
 
 struct Arguments {
   ContextBackward call;
   ImagesLayout layout;
   Vectors vectors;
+  Offsets offsets;
+  int taps_stride;                                   // elements from a channel's taps to the next one's
   int first_row[LEVELS + 1], first_tap[LEVELS + 1];  // of a level's kernel rows and taps; of all, behind the last
-  int parts, part_pairs;                             // of the mean's sums of an image; and of pixels in each
+  Divisor parts;                                     // of the mean's sums of an image,
+  int part_pairs;                                    // and pairs of pixels in each
 };
 
-// Kernel rows whose products a warp sums at once: one where shared memory is full.
-__host__ __device__ constexpr int rows_at_once(int pitch) { return pitch > WIDE ? 1 : 2; }
+// Products for a kernel's taps that a warp sums at once: two kernel rows, but one where shared memory is full.
+__host__ __device__ constexpr int products_at_once(int pitch) { return pitch > WIDE ? 1 : 2 / window_rows(pitch); }
 
-// A warp sums a part of an image, LANES threads of it one of the channels; and floats that all warps leave.
-template <int AT_ONCE>
-constexpr int LANES = 32 / AT_ONCE;
+// LANES threads sum what reaches the mean of a part of an image; and floats that all threads leave.
+constexpr int LANES = 4;
 __host__ __device__ constexpr int parts_of(const ImagesLayout& layout) {
-  return std::max(1, layout.warps * layout.channels / layout.images);
+  return std::max(1, layout.warps * 32 / LANES / layout.images);
 }
 __host__ __device__ constexpr int area_of(const ImagesLayout& layout) {
-  return std::max(layout.threads() / 32 * rows_at_once(layout.pitch) * ROW,
+  return std::max(layout.threads() / 32 * products_at_once(layout.pitch) * PRODUCT,
                   layout.images * parts_of(layout) * layout.channels);
 }
 
-// Where things lie in shared memory.
+// Things in shared memory.
 template <class T, int AT_ONCE>
 struct Shared {
   T* planes;         // of channels: what enters the first level, and what leaves each; later what reaches that, and dz
@@ -42,27 +53,19 @@ struct Shared {
   T* taps;           // [CHANNELS][kernel rows][TAPS_ROW]
   RowPlace* rows;
   Place* pixels;
-  float* sums;           // [images][parts][AT_ONCE], in the place of `area`
-  float* area;           // [warps][kernel rows at once][ROW]
+  float* area;           // [warps][products at once][PRODUCT]; also [images][parts][AT_ONCE] sums for means
   float *global, *mean;  // [images][AT_ONCE]: the scaled GELU of the mean; what reaches pixels through the mean
   float* biases;         // of the tile's channels, and of the gates
   float* tap_sums;       // [warps of a channel][CHANNELS][taps]
-  int plane, tight_plane, taps_stride;
-  __device__ explicit Shared(const Arguments& p) {
-    const ImagesLayout& layout = p.layout;
-    const int L = p.call.chain.L;
-    plane = layout.plane, tight_plane = layout.tight_plane, taps_stride = p.first_row[L] * TAPS_ROW;
-    planes = shared_memory<T>();
-    grads = planes + (L + 1) * AT_ONCE * plane;
-    gates = grads + AT_ONCE * tight_plane;
-    taps = gates + (L + 1) * tight_plane;
-    rows = reinterpret_cast<RowPlace*>(taps + CHANNELS * taps_stride);
-    pixels = reinterpret_cast<Place*>(rows + layout.row_places());
-    sums = area = reinterpret_cast<float*>(rows + layout.all_places());
-    global = area + area_of(layout);
-    mean = global + AT_ONCE * layout.images;
-    biases = mean + AT_ONCE * layout.images;
-    tap_sums = biases + CHANNELS + LEVELS + 1;
+  int plane, tight_plane;
+  __device__ explicit Shared(const Arguments& p)
+      : planes(shared_memory<T>()), plane(p.layout.plane), tight_plane(p.layout.tight_plane) {
+    const auto at = [&](auto*& pointer, int bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(further(planes, bytes));
+    };
+    const Offsets& o = p.offsets;
+    at(grads, o.grads), at(gates, o.gates), at(taps, o.taps), at(rows, o.rows), at(pixels, o.pixels);
+    at(area, o.area), at(global, o.global), at(mean, o.mean), at(biases, o.biases), at(tap_sums, o.tap_sums);
   }
   // What leaves level l - 1, of one of the channels.
   __device__ T* at(int l, int channel) const { return planes + (l * AT_ONCE + channel) * plane; }
@@ -71,13 +74,21 @@ struct Shared {
   __device__ void clear() const { fill_zeros(planes, taps - planes); }
 };
 
-int64_t bytes_of(const Arguments& p, const ImagesLayout& layout) {
+Offsets::Offsets(const Arguments& p, const ImagesLayout& layout) {
   const int at_once = layout.channels, L = p.call.chain.L;
-  const int64_t halves =
-      (L + 1) * at_once * layout.plane + (at_once + L + 1) * layout.tight_plane + CHANNELS * p.first_row[L] * TAPS_ROW;
-  const int64_t floats =
-      area_of(layout) + 2 * at_once * layout.images + CHANNELS + LEVELS + 1 + layout.warps * CHANNELS * p.first_tap[L];
-  return 2 * halves + layout.all_places() * sizeof(Place) + 4 * floats;
+  SharedBytes bytes;
+  bytes.take((L + 1) * at_once * layout.plane, 2);
+  grads = bytes.take(at_once * layout.tight_plane, 2);
+  gates = bytes.take((L + 1) * layout.tight_plane, 2);
+  taps = bytes.take(CHANNELS * p.taps_stride, 2);
+  rows = bytes.take(layout.row_places(), sizeof(RowPlace));
+  pixels = bytes.take(layout.places, sizeof(Place));
+  area = bytes.take(area_of(layout), 4);
+  global = bytes.take(at_once * layout.images, 4);
+  mean = bytes.take(at_once * layout.images, 4);
+  biases = bytes.take(CHANNELS + LEVELS + 1, 4);
+  tap_sums = bytes.take(layout.warps * CHANNELS * p.first_tap[L], 4);
+  end = int(bytes.taken);
 }
 
 // What enters the first level, the result's gradient and, before a tile's first channels, the gates, into planes; their
@@ -120,22 +131,23 @@ __device__ void load_images(const Arguments& p, const Shared<T, AT_ONCE>& shared
 // What reaches the mean of each channel and image, gradients times its gate, in parts.
 template <class T, int AT_ONCE>
 __device__ void sum_for_mean(const Arguments& p, const Shared<T, AT_ONCE>& shared, int images) {
-  constexpr int OF_CHANNEL = LANES<AT_ONCE>;
-  const int pairs = int(p.call.chain.g.T) * p.layout.tight_pitch / 2;
-  const int lane = threadIdx.x % OF_CHANNEL, channel = threadIdx.x / OF_CHANNEL % AT_ONCE;
+  constexpr int OF_PART = LANES * AT_ONCE, OF_WARP = 32 / OF_PART;
+  const int pairs = int(p.call.chain.g.T) * p.layout.tight_pitch / 2, sums = images * int(p.parts.divisor);
+  const int lane = threadIdx.x % LANES, channel = threadIdx.x / LANES % AT_ONCE;
   const T *const grads = shared.grads + channel * shared.tight_plane, *const gates = shared.gate(p.call.chain.L);
-  for (int i = threadIdx.x / 32; i < images * p.parts; i += int(blockDim.x) / 32) {
-    const int image = p.parts > 1 ? i / p.parts : i, first = (i - image * p.parts) * p.part_pairs;
-    const int last = first + p.part_pairs < pairs ? first + p.part_pairs : pairs;
+  for (int i = threadIdx.x / OF_PART; i - i % OF_WARP < sums; i += int(blockDim.x) / OF_PART) {  // by whole warps
+    const int image = p.parts.divide(i), first = (i - image * int(p.parts.divisor)) * p.part_pairs;
+    const int of_part = pairs - first < p.part_pairs ? pairs - first : p.part_pairs;
+    const int begin = image * pairs + first, end = i < sums ? begin + of_part : 0;
     float sum = 0;
 #pragma unroll 4
-    for (int pair = image * pairs + first + lane; pair < image * pairs + last; pair += OF_CHANNEL) {
+    for (int pair = begin + lane; pair < end; pair += LANES) {
       const uint32_t grad = load_word(grads + 2 * pair), gate = load_word(gates + 2 * pair);
       sum += unpack<T>(grad, 0) * unpack<T>(gate, 0) + unpack<T>(grad, 1) * unpack<T>(gate, 1);
     }
 #pragma unroll
-    for (int offset = OF_CHANNEL / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane == 0) shared.sums[i * AT_ONCE + channel] = sum;
+    for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane == 0 && i < sums) shared.area[i * AT_ONCE + channel] = sum;
   }
 }
 template <class T, int AT_ONCE>
@@ -145,7 +157,8 @@ __device__ void mean_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
   for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
     const int channel = i % AT_ONCE, image = i / AT_ONCE;
     float sum = 0;
-    for (int part = 0; part < p.parts; ++part) sum += shared.sums[(image * p.parts + part) * AT_ONCE + channel];
+    const int parts = int(p.parts.divisor);
+    for (int part = 0; part < parts; ++part) sum += shared.area[(image * parts + part) * AT_ONCE + channel];
     const float mean = p.call.mean[(block.first_image + image) * g.C + block.channel + first + channel];
     shared.mean[i] = sum * p.call.chain.scale / float(p.layout.pixels) * gelu_slope<float>(mean);
   }
@@ -158,7 +171,8 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
                               int first) {
   const Chain& chain = p.call.chain;
   const int L = chain.L, pixels = p.layout.pixels;
-  float* const image_sums = p.call.gate_sums + (int64_t(block.tile) * chain.g.B + block.first_image) * (L + 1) * pixels;
+  const int64_t of_gate = chain.g.B * pixels;
+  float* const sums_here = p.call.gate_sums + block.tile * (L + 1) * of_gate + block.first_image * pixels;
   const MapView& result = p.call.ctx_all;
   T* const out = result.data ? block.template in<T>(result, block.channel + first) : nullptr;
   each_access(p.layout, block.images, N, [&](int i) {
@@ -169,11 +183,7 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
       if (!p.call.gate_sums) return;
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[j] *= scale;
-#pragma unroll
-      for (int j = 0; j < N / GROUP; ++j) {
-        float* const of_image = image_sums + (at.places[j].image() * L + gate) * pixels;
-        add_floats<GROUP>(of_image + at.first + j * GROUP, sums + j * GROUP, first > 0);
-      }
+      add_floats<N>(sums_here + gate * of_gate + at.first, sums, first > 0);
     };
     for (int l = 0; l + 1 < L; ++l) {
       float sums[N] = {};
@@ -224,39 +234,43 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
 }
 
 // Adds a warp's products to its part of a level's taps' gradients: of each kernel row, the sums along diagonals of a
-// matrix of 16 x 8, of which lane 4 g + q has columns 2 q and 2 q + 1 of rows g and g + 8. `area`: AT_ONCE of them.
-template <int K, int AT_ONCE>
-__device__ void add_taps(const float (&products)[K][4], float* area, float* taps) {
-  constexpr int LANES = 32 / AT_ONCE, PARTS = K > EIGHT ? LANES / 16 : LANES / EIGHT;  // lanes of a row, of a tap
-  constexpr int COLUMNS = EIGHT / PARTS;                                               // of a lane
+// matrix of 16 x 8, or of either half of it, of which lane 4 g + q has columns 2 q and 2 q + 1 of rows g and g + 8.
+template <int PITCH, int K>
+__device__ void add_taps(const float (&products)[WINDOWS<PITCH, K>][4], float* area, float* taps) {
+  constexpr int AT_ONCE = products_at_once(PITCH), HALVES = window_rows(PITCH), ROWS = AT_ONCE * HALVES;
+  constexpr int LANES = 32 / ROWS, PARTS = K > EIGHT ? LANES / 16 : LANES / EIGHT;  // lanes of a kernel row, of a tap
+  constexpr int COLUMNS = EIGHT / PARTS, MATRIX = PRODUCT / HALVES;                 // of a lane; of a kernel row
   const int lane = threadIdx.x % 32, at = lane / 4 * EIGHT + lane % 4 * 2;
   const int here = lane / LANES, tap = lane % LANES / PARTS, first = lane % PARTS * COLUMNS;
-  const float* const diagonal = area + here * ROW + (first + tap + BORDER - K / 2) * EIGHT + first;
+  const int first_row = first + tap + border(PITCH) - K / 2;
+  const float* const diagonal = area + here * MATRIX + first_row * EIGHT + first;
 #pragma unroll
-  for (int row = 0; row < K; row += AT_ONCE) {
+  for (int product = 0; product < WINDOWS<PITCH, K>; product += AT_ONCE) {
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
-      if (row + i < K) {
-        const float (&m)[4] = products[row + i];
-        float2* const to = reinterpret_cast<float2*>(area + i * ROW + at);
-        to[0] = float2{m[0], m[1]}, to[ROW / 4] = float2{m[2], m[3]};
+      if (product + i < WINDOWS<PITCH, K>) {
+        const float (&m)[4] = products[product + i];
+        float2* const to = reinterpret_cast<float2*>(area + i * PRODUCT + at);
+        to[0] = float2{m[0], m[1]}, to[PRODUCT / 4] = float2{m[2], m[3]};
       }
     __syncwarp();
-    const bool is_there = tap < K && row + here < K;
+    const int row = product * HALVES + here;
+    const bool is_there = tap < K && row < K;
     float sum = 0;
     if (is_there)
 #pragma unroll
-      for (int j = 0; j < COLUMNS; ++j) sum += diagonal[j * (EIGHT + 1)];
+      for (int j = 0; j < COLUMNS; ++j)  // only half a product's matrix ends before its diagonals do
+        if (HALVES == 1 || unsigned(first_row + j) < EIGHT) sum += diagonal[j * (EIGHT + 1)];
 #pragma unroll
     for (int offset = PARTS / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (is_there && first == 0) taps[(row + here) * K + tap] += sum;
+    if (is_there && first == 0) taps[row * K + tap] += sum;
     __syncwarp();
   }
 }
 
 // dz of a level over what reaches it from above, but for the last level, which has it; and its taps' gradients as
-// products over pixels: what enters, transposed, times dz gives a matrix (16 columns of the window) x (8 columns) whose
-// diagonals add up to a kernel row's taps.
+// products over pixels: what enters, transposed, times dz gives a matrix (16 elements of the window) x (8 columns)
+// whose diagonals add up to a kernel row's taps.
 template <class T, int PITCH, bool WHOLE, int K, bool LAST, int AT_ONCE>
 __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block, int l,
                                const T* taps, float* tap_sums) {
@@ -267,9 +281,9 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
   T* const to = shared.at(l + 1, c);
   const T* const grads = shared.grads + c * shared.tight_plane + Here::column();
   const T* const gates = shared.gate(l) + Here::column();
-  uint2 bands[K];
-  if (!LAST) load_bands<K, false>(taps, bands);
-  float products[K][4] = {};
+  uint2 bands[WINDOWS<PITCH, K>];
+  if (!LAST) load_bands<PITCH, K, false>(taps, bands);
+  float products[WINDOWS<PITCH, K>][4] = {};
   block.each_step(p.layout, [&](int first) {
     const Here step(shared.rows, p.layout, first, int(chain.g.W));
     uint32_t dz[4];
@@ -278,11 +292,11 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
       for (int u = 0; u < 4; ++u) dz[u] = step.is_there(u) ? load_word(step.pixels(u, to)) : 0;
     } else {
       float z[2][4] = {};
-      convolve_tiles<T>(from, step, bands, z);
+      convolve_tiles<K>(from, step, bands, z);
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const RowPlace row = step.row(u);
-        T* const here = row.in(to + BORDER + Here::column());
+        T* const here = row.in(to + border(PITCH) + Here::column());
         const uint32_t grad = load_word(row.in_tight(grads)), gate = load_word(row.in_tight(gates));
         const uint32_t above = load_word(here);
         float both[2];
@@ -290,8 +304,7 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
         for (int i = 0; i < 2; ++i)
           both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(above, i)) *
                     gelu_slope<T>(z[u / 2][u % 2 * 2 + i]);
-        step.mask(u, both);
-        dz[u] = step.is_there(u) ? pack<T>(both[0], both[1]) : 0;
+        dz[u] = step.is_there(u) ? step.template masked<T>(u, both) : 0;
         if (step.is_there(u)) store_word(here, dz[u]);
       }
     }
@@ -300,15 +313,15 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
     for (int t = 0; t < 2; ++t) {
       const uint2 b{transpose(dz[2 * t]), transpose(dz[2 * t + 1])};
       const T* const window = step.template window<true>(t, from - K / 2 * PITCH);
-      each_row<K>([&](auto row) {
+      each_constant<WINDOWS<PITCH, K>>([&](auto i) {
         uint32_t a[4];
-        load_transposed<2 * row * PITCH>(a, window);
-        multiply_add<T>(products[row], a, b);
+        load_transposed<i * WINDOW_BYTES<PITCH>>(a, window);
+        multiply_add<T>(products[i], a, b);
       });
     }
   });
-  constexpr int ROWS = rows_at_once(PITCH);
-  if (p.call.weight_sums) add_taps<K, ROWS>(products, shared.area + threadIdx.x / 32 * ROWS * ROW, tap_sums);
+  if (p.call.weight_sums)
+    add_taps<PITCH, K>(products, shared.area + threadIdx.x / 32 * products_at_once(PITCH) * PRODUCT, tap_sums);
 }
 
 // Out of the planes: the gradient of what entered the first level.
@@ -334,7 +347,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   const ImagesLayout& layout = p.layout;
   const int L = chain.L, c = block.channel_here;
   const auto vectors = [&](const auto& f) { with_vectors<WHOLE>(p.vectors, layout, f); };
-  const auto taps = [&](int l) { return shared.taps + (first + c) * shared.taps_stride + p.first_row[l] * TAPS_ROW; };
+  const auto taps = [&](int l) { return shared.taps + (first + c) * p.taps_stride + p.first_row[l] * TAPS_ROW; };
 
   for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
     const int64_t channel = block.channel + first + i % AT_ONCE;
@@ -389,7 +402,7 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
   const int all_taps = CHANNELS * p.first_tap[chain.L];
 
   shared.clear();
-  fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
+  fill_zeros(shared.taps, CHANNELS * p.taps_stride);
   list_places(g, layout, shared.rows, shared.pixels);
   const int channel = Block<AT_ONCE>(layout, 0, g).channel;
   for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
@@ -399,9 +412,9 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
   for (int i = threadIdx.x; i < layout.warps * all_taps; i += blockDim.x) shared.tap_sums[i] = 0;
   __syncthreads();
   for (int l = 0; l < chain.L; ++l)
-    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + p.first_row[l] * TAPS_ROW, shared.taps_stride);
+    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + p.first_row[l] * TAPS_ROW, p.taps_stride);
   const int runs = int(layout.runs), items = int(layout.image_blocks);
-  const int run = int(blockIdx.x) / int(layout.channel_tiles);
+  const int run = Block<AT_ONCE>::run_of(layout);
   for (int item = run; item < items; item += runs) {
     const Block<AT_ONCE> block(layout, item, g);
     if (block.images != layout.images) {  // the last ones
@@ -425,6 +438,7 @@ Arguments arguments_of(const ContextBackward& call) {
     const Level& size = call.chain.levels[l].size;
     p.first_row[l + 1] = p.first_row[l] + int(size.kt), p.first_tap[l + 1] = p.first_tap[l] + int(size.taps());
   }
+  p.taps_stride = p.first_row[call.chain.L] * TAPS_ROW;
   return p;
 }
 
@@ -435,7 +449,7 @@ std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& call) {
   const Geometry& g = chain.g;
   if (!takes_images(chain)) return std::nullopt;
   const Arguments p = arguments_of(call);
-  const auto bytes = [&](const ImagesLayout& l) { return bytes_of(p, l); };
+  const auto bytes = [&](const ImagesLayout& l) { return Offsets(p, l).end; };
   for (int at_once : {4, 2}) {
     ImagesLayout layout{};
     if (!lay_out(g, reach_of(chain), at_once, CHANNELS, 16 / at_once, bytes, layout)) continue;
@@ -450,14 +464,15 @@ std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& call) {
 
 void run_context_bwd(const ContextBackward& call, const ImagesBackwardPlan& plan, void* stream) {
   Arguments p = arguments_of(call);
-  p.layout = plan.layout, p.vectors = plan.vectors;
-  p.parts = parts_of(plan.layout);
-  p.part_pairs = (int(call.chain.g.T) * plan.layout.tight_pitch / 2 + p.parts - 1) / p.parts;
+  p.layout = plan.layout, p.vectors = plan.vectors, p.offsets = Offsets(p, plan.layout);
+  const int parts = parts_of(plan.layout);
+  p.parts = Divisor(parts);
+  p.part_pairs = (int(call.chain.g.T) * plan.layout.tight_pitch / 2 + parts - 1) / parts;
   const auto run = [&](auto zero) {
     with_layout(call.chain.g, p.layout, [&](auto pitch, auto whole) {
       const auto run_at_once = [&](auto at_once) {
         launch(images_bwd_kernel<decltype(zero), pitch, whole, at_once>, p.layout.runs * p.layout.channel_tiles,
-               p.layout.threads(), bytes_of(p, p.layout), stream, p);
+               p.layout.threads(), p.offsets.end, stream, p);
       };
       if constexpr (pitch < WIDE)
         run_at_once(std::integral_constant<int, 4>());

@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
         for (int j = 0; j < 4; ++j) sum[j] += grad[j] * value[j];
       }
       for (int j = 0; j < 4; ++j) sum[j] *= chain.scale;
-      store_quad(p.gate_sums + (((part * g.B + image) * (L + 1) + l) * g.T + t) * g.W + w, 1, n, sum);
+      store_quad(p.gate_sums + (((part * (L + 1) + l) * g.B + image) * g.T + t) * g.W + w, 1, n, sum);
     }
     for (int64_t channel = first; channel < last && p.ctx_all.data; ++channel) {
       float total[4] = {}, gate[4], value[4];

@@ -300,7 +300,7 @@ __device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int
       const Two<T> two = reinterpret_cast<const Two<T>*>(products)[i];
       sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
     }
-    float* const to = s.p.gate_sums + (((part * g.B + image) * (L + 1) + level) * g.T + row) * g.W + column;
+    float* const to = s.p.gate_sums + (((part * (L + 1) + level) * g.B + image) * g.T + row) * g.W + column;
     for (int j = 0; j < 2; ++j)
       if (column + j < g.W) to[j] = sum[j] + (first_of_part ? 0.0f : to[j]);
   }

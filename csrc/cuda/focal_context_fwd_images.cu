@@ -9,13 +9,7 @@ namespace {
 constexpr int CHANNELS = 4;  // of a block
 using Block = ImagesBlock<CHANNELS>;
 
-struct Arguments {
-  ContextForward call;
-  ImagesLayout layout;
-  Vectors vectors;
-};
-
-__host__ __device__ int kernel_rows(const Chain& chain) {
+int kernel_rows(const Chain& chain) {
   int rows = 0;
   for (int l = 0; l < chain.L; ++l) rows += int(chain.levels[l].size.kt);
   return rows;
@@ -28,54 +22,76 @@ constexpr int planes_for(int L) { return L < 4 ? 2 : L - 1; }
 // Which has what gates make of the levels: not the one that the last level reads around each pixel.
 __host__ __device__ constexpr int sum_plane(int L) { return 1 - plane_of(L - 1) % 2; }
 
-__host__ __device__ inline int gate_planes(const Chain& chain) { return chain.L < 4 ? 4 : 5; }
+// Where things begin in shared memory, in bytes.
+struct Offsets {
+  int gates, mean_gate, taps, rows, pixels, sums, global, biases, end;
+  Offsets() = default;
+  Offsets(const Chain& chain, const ImagesLayout& layout);
+};
 
-// Where things lie in shared memory.
+struct Arguments {
+  ContextForward call;
+  ImagesLayout layout;
+  Vectors vectors;
+  Offsets offsets;
+  float per_pixel;             // 1 / pixels of an image
+  int mean_step, taps_stride;  // elements from one pixel of the mean's gate to the next; from a channel's taps
+  int first_tap[LEVELS], from[LEVELS], to[LEVELS];  // elements: a level's taps; the planes that it reads and writes
+};
+
+// Things in shared memory.
 template <class T>
 struct Shared {
   T* planes;
-  T *gates, *mean_gate;  // [pairs of pixels][four gates][2]; the mean's, in there or, as a fifth, behind
+  T *gates, *mean_gate;  // [pixels][four gates]; the mean's, in there or, as a fifth, behind
   T* taps;
   RowPlace* rows;
   Place* pixels;
   float *sums, *global;  // [rows of units][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
   float* biases;         // of the channels and of the gates, which the products left to us
-  int plane, mean_step, taps_stride;  // mean_step: from a pair of its pixels to the next
-  __device__ Shared(const Chain& chain, const ImagesLayout& layout)
-      : plane(layout.plane), mean_step(chain.L < 4 ? 2 * 4 : 2), taps_stride(kernel_rows(chain) * TAPS_ROW) {
-    planes = shared_memory<T>();
-    gates = planes + layout.planes * CHANNELS * plane;
-    mean_gate = gates + (chain.L < 4 ? 2 * chain.L : 4 * layout.tight_plane);
-    taps = gates + gate_planes(chain) * layout.tight_plane;
-    rows = reinterpret_cast<RowPlace*>(taps + CHANNELS * taps_stride);
-    pixels = reinterpret_cast<Place*>(rows + layout.row_places());
-    sums = reinterpret_cast<float*>(rows + layout.all_places());
-    global = sums + CHANNELS * layout.units * EIGHT;
-    biases = global + CHANNELS * layout.images;
+  int plane;
+  __device__ explicit Shared(const Arguments& p) : planes(shared_memory<T>()), plane(p.layout.plane) {
+    const auto at = [&](auto*& pointer, int bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(further(planes, bytes));
+    };
+    const Offsets& o = p.offsets;
+    at(gates, o.gates), at(mean_gate, o.mean_gate), at(taps, o.taps), at(rows, o.rows), at(pixels, o.pixels);
+    at(sums, o.sums), at(global, o.global), at(biases, o.biases);
   }
   __device__ T* at(int plane_index, int channel) const { return planes + (plane_index * CHANNELS + channel) * plane; }
 };
 
-int64_t bytes_of(const Chain& chain, const ImagesLayout& layout) {
-  const int64_t taps = CHANNELS * kernel_rows(chain) * TAPS_ROW;
-  const int64_t halves = layout.planes * CHANNELS * layout.plane + gate_planes(chain) * layout.tight_plane + taps;
-  return 2 * halves + layout.all_places() * sizeof(Place) +
-         4 * (CHANNELS * (layout.units * EIGHT + layout.images + 1) + LEVELS + 1);
+Offsets::Offsets(const Chain& chain, const ImagesLayout& layout) {
+  SharedBytes bytes;
+  bytes.take(layout.planes * CHANNELS * layout.plane, 2);
+  gates = bytes.take(4 * layout.tight_plane, 2);
+  mean_gate = chain.L < 4 ? gates + 2 * chain.L : bytes.take(layout.tight_plane, 2);
+  taps = bytes.take(CHANNELS * kernel_rows(chain) * TAPS_ROW, 2);
+  rows = bytes.take(layout.row_places(), sizeof(RowPlace));
+  pixels = bytes.take(layout.places, sizeof(Place));
+  sums = bytes.take(CHANNELS * layout.units * EIGHT, 4);
+  global = bytes.take(CHANNELS * layout.images, 4);
+  biases = bytes.take(CHANNELS + LEVELS + 1, 4);
+  end = int(bytes.taken);
 }
 
 template <class T, int N, int GROUP>
 __device__ void store_gates(const Shared<T>& shared, const PixelsAt<N, GROUP>& at,
                             const Pixels<T, N> (&gate)[LEVELS + 1]) {
+  constexpr int TOGETHER = GROUP > 1 ? 2 : 1;  // pixels that follow one another
+  struct alignas(8 * TOGETHER) Gates {
+    uint2 of[TOGETHER];
+  };
 #pragma unroll
-  for (int j = 0; j < N / at.PAIR; ++j)
-    if constexpr (at.PAIR == 2) {
-      reinterpret_cast<uint4*>(shared.gates)[at.pair(j)] =
-          uint4{gate[0].words[j], gate[1].words[j], gate[2].words[j], gate[3].words[j]};
-    } else {
+  for (int j = 0; j < N; j += TOGETHER) {
+    Gates gates;
 #pragma unroll
-      for (int l = 0; l < 4; ++l)
-        store_pixels(shared.gates + 8 * at.pair(j) + 2 * l + at.half(j), gate[l].template part<1>(j));
+    for (int i = 0; i < TOGETHER; ++i) {
+      const auto two = [&](int l) { return halves(gate[l].words[j / 2], gate[l + 1].words[j / 2], (j + i) % 2); };
+      gates.of[i] = uint2{two(0), two(2)};
     }
+    *reinterpret_cast<Gates*>(shared.gates + 4 * at.tight(j)) = gates;
+  }
 }
 
 // What enters the first level, and the gates, into planes; their biases are added where the product left them to us.
@@ -110,34 +126,36 @@ __device__ void load_images(const Arguments& p, const Shared<T>& shared, const B
 template <class T, int PITCH, bool WHOLE, int K, int L>
 __device__ void run_last_level(const Arguments& p, const Shared<T>& shared, const Block& block, const T* taps,
                                const T* from, T* to) {
-  uint2 bands[K];
-  load_bands<K, false>(taps, bands);
+  uint2 bands[WINDOWS<PITCH, K>];
+  load_bands<PITCH, K, false>(taps, bands);
   const float scale = p.call.chain.scale;
   const T* const levels = shared.at(0, block.channel_here);
   const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
   block.each_step(p.layout, [&](int first) {
     const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.call.chain.g.W));
     float acc[2][4] = {}, sums[4];
-    convolve_tiles<T>(from, step, bands, acc);
+    convolve_tiles<K>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       const uint4 quad = gates[step.row(u).pair()];
-      const uint32_t gate[4] = {quad.x, quad.y, quad.z, quad.w};
+      const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
+      const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
       float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
       step.mask(u, pair);
 #pragma unroll
       for (int i = 0; i < 2; ++i) pair[i] = gelu<T>(pair[i]);
       sums[u] = pair[0] + pair[1];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] *= unpack<T>(gate[L - 1], i);
+      for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
 #pragma unroll
       for (int l = 0; l < L - 1; ++l) {
         const uint32_t level = load_word(step.pixels(u, levels + plane_of(l + 1) * CHANNELS * shared.plane));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] += unpack<T>(gate[l], i) * unpack<T>(level, i);
+        for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
       }
-      step.mask(u, pair);  // gates have no zeros around
-      if (step.is_there(u)) store_word(step.pixels(u, to), pack<T>(pair[0] * scale, pair[1] * scale));
+      pair[0] *= scale, pair[1] *= scale;
+      const uint32_t word = step.template masked<T>(u, pair);  // gates have no zeros around
+      if (step.is_there(u)) store_word(step.pixels(u, to), word);
     }
     sum_rows<CHANNELS>(step, sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
   });
@@ -151,7 +169,7 @@ __device__ void store_images(const Arguments& p, const Shared<T>& shared, const 
   T* const out = block.in<T>(map, block.channel);
   each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    const Pixels<T, N> gate = at.load_pairs(shared.mean_gate, shared.mean_step);
+    const Pixels<T, N> gate = at.load_tight(shared.mean_gate, p.mean_step);
     float4 global[N / GROUP];
 #pragma unroll
     for (int j = 0; j < N / GROUP; ++j)
@@ -171,11 +189,11 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
   const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
-  const Shared<T> shared(chain, layout);
+  const Shared<T> shared(p);
   const int L = chain.L;
 
   fill_zeros(shared.planes, layout.planes * CHANNELS * shared.plane);
-  fill_zeros(shared.taps, CHANNELS * shared.taps_stride);
+  fill_zeros(shared.taps, CHANNELS * p.taps_stride);
   list_places(g, layout, shared.rows, shared.pixels);
   const int channel = Block(layout, 0, g).channel;
   for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
@@ -183,30 +201,29 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
                        : i - CHANNELS <= chain.L ? of_vector<T>(chain.gates_bias, i - CHANNELS)
                                                  : 0.0f;
   __syncthreads();
-  for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt))
-    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + rows * TAPS_ROW, shared.taps_stride);
+  for (int l = 0; l < L; ++l)
+    load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + p.first_tap[l], p.taps_stride);
   const int runs = int(layout.runs), items = int(layout.image_blocks);
-  for (int item = int(blockIdx.x) / int(layout.channel_tiles); item < items; item += runs) {
+  for (int item = Block::run_of(layout); item < items; item += runs) {
     const Block block(layout, item, g);
     const int c = block.channel_here;
     with_vectors<WHOLE>(p.vectors, layout, [&](auto n, auto group) { load_images<T, n, group>(p, shared, block); });
     __syncthreads();
-    for (int l = 0, rows = 0; l < L; rows += int(chain.levels[l++].size.kt)) {
-      const T* const taps = shared.taps + c * shared.taps_stride + rows * TAPS_ROW;
-      const T* const from = shared.at(plane_of(l), c);
+    for (int l = 0; l < L; ++l) {
+      const T* const taps = shared.taps + c * p.taps_stride + p.first_tap[l];
+      const T* const from = shared.planes + c * shared.plane + p.from[l];
+      T* const to = shared.planes + c * shared.plane + p.to[l];
       with_size(chain.levels[l].size, [&](auto K) {
         if (l + 1 < L)
-          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.rows, int(g.W), taps, from,
-                                                           shared.at(plane_of(l + 1), c));
+          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.rows, int(g.W), taps, from, to);
         else
-          with_constant<1, 2, 3, 4>(L, [&](auto levels) {
-            run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, shared.at(sum_plane(L), c));
-          });
+          with_constant<1, 2, 3, 4>(
+              L, [&](auto levels) { run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, to); });
       });
       __syncthreads();
     }
     each_sum<CHANNELS>(g, layout, block.images, shared.sums, [&](int channel, int image, float sum) {
-      const float mean = sum / float(layout.pixels);
+      const float mean = sum * p.per_pixel;
       p.call.mean[(block.first_image + image) * g.C + block.channel + channel] = mean;
       shared.global[image * CHANNELS + channel] = gelu<float>(mean) * chain.scale;
     });
@@ -258,7 +275,7 @@ std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
   const Chain& chain = p.chain;
   ImagesLayout layout{};
   layout.planes = planes_for(chain.L);
-  const auto bytes = [&](const ImagesLayout& l) { return bytes_of(chain, l); };
+  const auto bytes = [&](const ImagesLayout& l) { return Offsets(chain, l).end; };
   if (!takes_images(chain) || !lay_out(chain.g, reach_of(chain), CHANNELS, CHANNELS, 2, bytes, layout))
     return std::nullopt;
   const auto vectors = vectors_of(chain.g, {layout.images}, {chain.ctx, chain.gates, p.out});
@@ -267,10 +284,19 @@ std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
 }
 
 void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stream) {
+  const int L = p.chain.L, plane = CHANNELS * plan.layout.plane;
+  Arguments arguments{p, plan.layout, plan.vectors, Offsets(p.chain, plan.layout), 1 / float(plan.layout.pixels)};
+  arguments.mean_step = L < 4 ? 4 : 1;
+  for (int l = 0; l < L; ++l) {
+    arguments.first_tap[l] = arguments.taps_stride;
+    arguments.taps_stride += int(p.chain.levels[l].size.kt) * TAPS_ROW;
+    arguments.from[l] = plane_of(l) * plane;
+    arguments.to[l] = (l + 1 < L ? plane_of(l + 1) : sum_plane(L)) * plane;
+  }
   const auto run = [&](auto zero) {
     with_layout(p.chain.g, plan.layout, [&](auto pitch, auto whole) {
       launch(images_fwd_kernel<decltype(zero), pitch, whole>, plan.layout.runs * plan.layout.channel_tiles,
-             plan.layout.threads(), bytes_of(p.chain, plan.layout), stream, Arguments{p, plan.layout, plan.vectors});
+             plan.layout.threads(), arguments.offsets.end, stream, arguments);
     });
   };
   p.chain.dtype == DType::bf16 ? run(__nv_bfloat16()) : run(__half());

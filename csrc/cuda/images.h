@@ -3,7 +3,8 @@
 // A kernel row of a depthwise convolution is a product: 16 rows of the map, each a window of 16 columns, times a band
 // matrix (16 x 8) that holds the row's taps along its diagonals, give 16 rows of 8 columns. The window begins 4 columns
 // before its result, which is on a 16-byte boundary and enough for kernels up to 9. The 16 rows are two units of
-// EIGHT x EIGHT pixels, anywhere in the plane.
+// EIGHT x EIGHT pixels, anywhere in the plane. Rows of at most EIGHT columns need no zeros beside them: there a window
+// is two rows, one below the other, and takes the bands of two kernel rows at once.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +16,19 @@
 
 namespace focalnet::cuda {
 
-constexpr int LEVELS = 4;  // at most
-constexpr int BORDER = 4;  // columns of zeros before a plane's rows
+constexpr int LEVELS = 4, MOST_IMAGES = 32;  // at most, of a block at a time
 // Elements of a kernel row in shared memory: a band's diagonals, tap 0 at DIAGONALS - 13 - radius, and once more from
 // the second on, so that any two neighbours are one word.
 constexpr int DIAGONALS = 24, TAPS_ROW = 2 * DIAGONALS;
+
+// Of a plane whose rows are `pitch` elements apart: columns of zeros before a row; how many rows a window has; and how
+// many windows, so many bytes apart, a kernel of K rows.
+__host__ __device__ constexpr int border(int pitch) { return pitch > EIGHT ? 4 : 0; }
+__host__ __device__ constexpr int window_rows(int pitch) { return pitch > EIGHT ? 1 : 2; }
+template <int PITCH, int K>
+constexpr int WINDOWS = (K + window_rows(PITCH) - 1) / window_rows(PITCH);
+template <int PITCH>
+constexpr int WINDOW_BYTES = 2 * window_rows(PITCH) * PITCH;
 
 // So many bytes further on.
 template <class T>
@@ -46,28 +55,24 @@ class alignas(4) RowPlace {
   __device__ int pair() const { return tight_bytes / 4; }  // the first; rows begin at whole pairs
 };
 
-// Where some neighbours of a row lie, and of which of the block's images they are.
-class alignas(4) Place {
-  uint16_t bytes, others;
-  static constexpr int PAIR = 11;
+// Where some neighbours of a row lie, likewise, and of which of the block's images they are.
+class alignas(8) Place {
+  uint16_t padded_bytes, tight_pixel, of_image;
 
  public:
-  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 2 << PAIR, MOST_IMAGES = 1 << (16 - PAIR);  // elements
+  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 1 << 16;  // elements
   Place() = default;
-  __device__ Place(int padded, int image, int tight)
-      : bytes(uint16_t(2 * padded)), others(uint16_t(tight / 2 | image << PAIR)) {}
-  __device__ int image() const { return others >> PAIR; }
+  __device__ Place(int padded, int tight, int image)
+      : padded_bytes(uint16_t(2 * padded)), tight_pixel(uint16_t(tight)), of_image(uint16_t(image)) {}
+  __device__ int image() const { return of_image; }
+  __device__ int tight() const { return tight_pixel; }
   template <class T>
   __device__ T* in(T* plane) const {
-    return further(plane, bytes);
+    return further(plane, padded_bytes);
   }
-  // in the plane without zeros, whose rows begin at whole pairs
-  __device__ int pair() const { return others % (1 << PAIR); }
-  __device__ int half() const { return bytes / 2 % 2; }
-  __device__ int tight() const { return 2 * pair() + half(); }
-  __device__ Place plus(int columns) const {  // from an even column on
+  __device__ Place plus(int columns) const {
     Place on = *this;
-    on.bytes += uint16_t(2 * columns), on.others += uint16_t(columns / 2);
+    on.padded_bytes += uint16_t(2 * columns), on.tight_pixel += uint16_t(columns);
     return on;
   }
 };
@@ -78,6 +83,9 @@ __device__ uint32_t pack(float low, float high) {
 }
 __device__ inline uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
 __device__ inline void store_word(void* p, uint32_t word) { *static_cast<uint32_t*>(p) = word; }
+
+// Half i of two words, in one.
+__device__ inline uint32_t halves(uint32_t a, uint32_t b, int i) { return __byte_perm(a, b, i ? 0x7632 : 0x5410); }
 
 // N neighbouring pixels: 1, 2 or 4, in one access.
 template <class T, int N>
@@ -156,53 +164,65 @@ struct Step {
   static __device__ int column() { return int(threadIdx.x) % 4 * 2; }
   template <class T>
   __device__ T* pixels(int u, T* plane) const {
-    return row(u).in(plane + BORDER + column());
+    return row(u).in(plane + border(PITCH) + column());
   }
   __device__ bool is_there(int u) const { return u < units; }
-  __device__ bool inside(int u, int i) const { return WHOLE || u < whole || last[i]; }
+  __device__ bool inside(int u, int i) const { return WHOLE || (PITCH > EIGHT && u < whole) || last[i]; }
   // zeros in place of those that are not
   __device__ void mask(int u, float (&pair)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) pair[i] = inside(u, i) ? pair[i] : 0.0f;
   }
+  template <class T>
+  __device__ uint32_t masked(int u, float (&pair)[2]) const {
+    if constexpr (PITCH > EIGHT) mask(u, pair);
+    const uint32_t word = pack<T>(pair[0], pair[1]);
+    if constexpr (PITCH > EIGHT) return word;
+    return word & ((last[0] ? 0xffffu : 0) | (last[1] ? 0xffff0000u : 0));  // the same in all units
+  }
 };
 
 // A level's band matrices as multiply_add's b, from TAPS_ROW elements for each of K rows; `FLIPPED`: of the transposed
 // convolution.
-template <int K, bool FLIPPED, class T>
-__device__ void load_bands(const T* taps, uint2 (&bands)[K]) {
-  const int lane = threadIdx.x % 32, diagonal = lane % 4 * 2 - lane / 4 + 7;
+template <int PITCH, int K, bool FLIPPED, class T>
+__device__ void load_bands(const T* taps, uint2 (&bands)[WINDOWS<PITCH, K>]) {
+  constexpr bool TWO_ROWS = window_rows(PITCH) == 2;
+  const int lane = threadIdx.x % 32, diagonal = lane % 4 * 2 - lane / 4 + DIAGONALS - 13 - border(PITCH);
   const int first = FLIPPED ? 21 - diagonal : diagonal;
   taps += first % 2 ? DIAGONALS + first - 1 : first;
 #pragma unroll
-  for (int row = 0; row < K; ++row) {
-    const T* const at = taps + (FLIPPED ? K - 1 - row : row) * TAPS_ROW;
-    const uint32_t low = load_word(at), high = load_word(FLIPPED ? at - 8 : at + 8);
-    bands[row] = FLIPPED ? uint2{low >> 16 | low << 16, high >> 16 | high << 16} : uint2{low, high};
+  for (int i = 0; i < WINDOWS<PITCH, K>; ++i) {
+    const auto half = [&](int j) -> uint32_t {
+      const int row = TWO_ROWS ? 2 * i + j : i, column = TWO_ROWS ? 0 : EIGHT * j;
+      if (row >= K) return 0;
+      const uint32_t word = load_word(taps + (FLIPPED ? K - 1 - row : row) * TAPS_ROW + (FLIPPED ? -column : column));
+      return FLIPPED ? word >> 16 | word << 16 : word;
+    };
+    bands[i] = uint2{half(0), half(1)};
   }
 }
 
-// f(std::integral_constant<int, i>()) for each row i < K of a kernel.
-template <int K, class F, int I = 0>
-__device__ void each_row(const F& f) {
-  if constexpr (I < K) {
+// f(std::integral_constant<int, i>()) for each i < N.
+template <int N, class F, int I = 0>
+__device__ void each_constant(const F& f) {
+  if constexpr (I < N) {
     f(std::integral_constant<int, I>());
-    each_row<K, F, I + 1>(f);
+    each_constant<N, F, I + 1>(f);
   }
 }
 
 // acc += a level's convolution of a step's two tiles; one's products run while the other's wait.
-template <class T, int PITCH, bool WHOLE, int K>
-__device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, const uint2 (&bands)[K],
+template <int K, class T, int PITCH, bool WHOLE>
+__device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, const uint2 (&bands)[WINDOWS<PITCH, K>],
                                float (&acc)[2][4]) {
   const T* const windows[2] = {step.template window<false>(0, plane - K / 2 * PITCH),
                                step.template window<false>(1, plane - K / 2 * PITCH)};
-  each_row<K>([&](auto row) {
+  each_constant<WINDOWS<PITCH, K>>([&](auto i) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       uint32_t a[4];
-      load_matrices<2 * row * PITCH>(a, windows[t]);
-      multiply_add<T>(acc[t], a, bands[row]);
+      load_matrices<i * WINDOW_BYTES<PITCH>>(a, windows[t]);
+      multiply_add<T>(acc[t], a, bands[i]);
     }
   });
 }
@@ -212,19 +232,18 @@ enum class Convolution { PLAIN, TRANSPOSED, LEVEL };
 template <class T, int PITCH, bool WHOLE, int K, Convolution KIND, class BLOCK>
 __device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const RowPlace* rows, int W, const T* taps,
                          const T* from, T* to) {
-  uint2 bands[K];
-  load_bands<K, KIND == Convolution::TRANSPOSED>(taps, bands);
+  uint2 bands[WINDOWS<PITCH, K>];
+  load_bands<PITCH, K, KIND == Convolution::TRANSPOSED>(taps, bands);
   block.each_step(layout, [&](int first) {
     const Step<PITCH, WHOLE> step(rows, layout, first, W);
     float acc[2][4] = {};
-    convolve_tiles<T>(from, step, bands, acc);
+    convolve_tiles<K>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
-      step.mask(u, pair);
       if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
       // a unit that is not there writes what the last one does
-      store_word(step.pixels(u, to), pack<T>(pair[0], pair[1]));
+      store_word(step.pixels(u, to), step.template masked<T>(u, pair));
     }
   });
 }
@@ -243,12 +262,14 @@ struct ImagesBlock {
   int first_image, images;
   int channel_here, part;
   __device__ ImagesBlock(const ImagesLayout& layout, int item, const Geometry& g)
-      : tile(int(blockIdx.x % unsigned(layout.channel_tiles))),
+      : tile(int(blockIdx.x) - run_of(layout) * int(layout.channel_tiles)),
         channel(tile * TILE),
         first_image(item * layout.images),
         images(int(g.B) - first_image < layout.images ? int(g.B) - first_image : layout.images),
         channel_here(int(threadIdx.x) / 32 % CHANNELS),
         part(int(threadIdx.x) / 32 / CHANNELS) {}
+  // which of the runs that share the images
+  static __device__ int run_of(const ImagesLayout& layout) { return layout.tiles.divide(int(blockIdx.x)); }
   // f(index of the first unit) of this warp's steps
   template <class F>
   __device__ void each_step(const ImagesLayout& layout, const F& f) const {
@@ -277,9 +298,9 @@ __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int
 
 // The places of each row of units, and of each few neighbours of all images' pixels.
 inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, RowPlace* rows, Place* pixels) {
-  const int H = int(g.T), per_row = int(g.W) / layout.neighbours, listed = layout.groups * EIGHT;
+  const int H = int(g.T), listed = layout.groups * EIGHT;
   const auto padded = [&](int row, int column) {
-    const int image = row / H;
+    const int image = layout.rows.divide(row);
     return layout.reach * layout.pitch + image * layout.image_pitch + (row - image * H) * layout.pitch + column;
   };
   for (int i = threadIdx.x; i < layout.row_places(); i += blockDim.x) {
@@ -289,8 +310,9 @@ inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout
     rows[i] = RowPlace(padded(of_segment, column), of_segment * layout.tight_pitch + column);
   }
   for (int i = threadIdx.x; i < layout.places; i += blockDim.x) {
-    const int row = i / per_row, column = i % per_row * layout.neighbours;
-    pixels[i] = Place(padded(row, BORDER + column), row / H, row * layout.tight_pitch + column);
+    const int row = layout.row_parts.divide(i), column = i * layout.neighbours - row * int(g.W);
+    pixels[i] =
+        Place(padded(row, border(layout.pitch) + column), row * layout.tight_pitch + column, layout.rows.divide(row));
   }
 }
 
@@ -298,11 +320,11 @@ inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout
 template <int N, int GROUP>
 struct PixelsAt {
   // of a plane without zeros; rows of an odd number of pixels do not follow one another
-  static constexpr int TIGHT_GROUP = GROUP > 1 ? N : 1, PAIR = GROUP > 1 ? 2 : 1;
+  static constexpr int TIGHT_GROUP = GROUP > 1 ? N : 1;
   Place places[N / GROUP];
-  int first, run, in_run;  // the first pixel: of all images, and where it lies in memory
-  __device__ PixelsAt(const Place* all, int i, const ImagesLayout& layout, const Vectors& vectors) : first(i * N) {
-    run = vectors.run.divide(i), in_run = (i - run * int(vectors.run.divisor)) * N;
+  int first, run, run_pixels;  // the first pixel, of all images; which run it is of, and how many one has
+  __device__ PixelsAt(const Place* all, int i, const ImagesLayout& layout, const Vectors& vectors)
+      : first(i * N), run(vectors.run.divide(i)), run_pixels(int(vectors.run.divisor) * N) {
     if constexpr (N > GROUP) {
 #pragma unroll
       for (int j = 0; j < N / GROUP; ++j) places[j] = all[i * (N / GROUP) + j];
@@ -314,7 +336,7 @@ struct PixelsAt {
   }
   template <class T>
   __device__ T* in(T* map, const MapView& v) const {
-    return map + run * v.b + in_run;
+    return map + run * (v.b - run_pixels) + first;
   }
   template <class T>
   __device__ Pixels<T, N> load(const T* plane) const {
@@ -342,16 +364,15 @@ struct PixelsAt {
     for (int j = 0; j < N / TIGHT_GROUP; ++j)
       store_pixels(plane + places[j].tight(), pixels.template part<TIGHT_GROUP>(j));
   }
-  // Of planes without zeros whose pairs of pixels are `step` elements apart.
+  // Of one whose pixels are `step` elements apart.
   template <class T>
-  __device__ Pixels<T, N> load_pairs(const T* plane, int step) const {
+  __device__ Pixels<T, N> load_tight(const T* plane, int step) const {
     Pixels<T, N> pixels;
 #pragma unroll
-    for (int j = 0; j < N / PAIR; ++j) pixels.set_part(j, load_pixels<T, PAIR>(plane + pair(j) * step + half(j)));
+    for (int j = 0; j < N; ++j) pixels.set_part(j, load_pixels<T, 1>(plane + tight(j) * step));
     return pixels;
   }
-  __device__ int pair(int j) const { return PAIR > 1 ? places[0].pair() + j : places[j].pair(); }
-  __device__ int half(int j) const { return PAIR > 1 ? 0 : places[j].half(); }
+  __device__ int tight(int j) const { return GROUP > 1 ? places[0].tight() + j : places[j].tight(); }
 };
 
 // f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
@@ -387,6 +408,7 @@ __device__ void add_floats(float* to, const float* from, bool add) {
 template <class T>
 __device__ void fill_zeros(T* to, int64_t elements) {  // whole words of 16 bytes
   uint4* const words = reinterpret_cast<uint4*>(to);
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < elements / EIGHT; i += blockDim.x) words[i] = uint4{0, 0, 0, 0};
 }
 
@@ -426,6 +448,17 @@ __device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int imag
     each_sum<CHANNELS, EIGHT>(g, layout, images, rows, f);
 }
 
+// Shared memory, dealt out in whole pieces of 16 bytes.
+struct SharedBytes {
+  int64_t taken = 0;
+  // where so many elements, of so many bytes, begin
+  int take(int64_t elements, int64_t bytes) {
+    const int64_t first = taken;
+    taken += (elements * bytes + 15) / 16 * 16;
+    return int(first);
+  }
+};
+
 // A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, blocks of
 // `tile` channels, `channels` at a time, of which `warps` share one if two such blocks do not fit a multiprocessor.
 template <class BYTES>
@@ -434,17 +467,19 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   const Device device = current_device();
   const int H = int(g.T), W = int(g.W), pixels = H * W;
   layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
-  layout.pitch = (layout.segments + 1 | 1) * EIGHT;  // odd: ldmatrix then finds eight rows in different banks,
+  layout.pitch = W > EIGHT ? (layout.segments + 1 | 1) * EIGHT : EIGHT;  // odd: ldmatrix finds rows in different banks,
   layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
   layout.tight_pitch = W + W % 2, layout.pixels = pixels;
   layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
   layout.channels = channels, layout.channel_tiles = g.C / tile;
+  layout.tiles = Divisor(layout.channel_tiles), layout.rows = Divisor(H),
+  layout.row_parts = Divisor(W / layout.neighbours);
   const auto with = [&](int images, int warps) {
     ImagesLayout next = layout;
     next.images = images, next.warps = warps;
     next.groups = (images * H + EIGHT - 1) / EIGHT, next.units = next.groups * next.segments;
     const int last = next.groups * EIGHT - 1;  // row, of the images or beyond them
-    next.plane = last / H * next.image_pitch + (last % H + 2 * reach + 1) * next.pitch;
+    next.plane = last / H * next.image_pitch + (last % H + 2 * reach + window_rows(next.pitch)) * next.pitch;
     next.tight_plane = next.groups * EIGHT * next.tight_pitch + EIGHT;
     next.places = images * pixels / next.neighbours;
     next.image_blocks = (g.B + images - 1) / images;
@@ -460,7 +495,7 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   // four pixels be read at once.
   const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
   int64_t best = 0;
-  for (int images = 1; images <= std::min<int64_t>(g.B, Place::MOST_IMAGES - EIGHT); ++images) {
+  for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
     const ImagesLayout next = with(images, least);
     const int64_t steps = (next.units + 4 * least - 1) / (4 * least);
     if (!fits(next, most / 2 - 1024) || (images > 1 && steps > 4)) break;
@@ -476,11 +511,16 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   return true;
 }
 
-// f(pitch, whole) with a layout's, as constants.
+// f(pitch, whole) with a layout's, as constants. Only of the widest rows whole units are told apart: elsewhere a few
+// selections are not worth as many kernels again.
 template <class F>
 void with_layout(const Geometry& g, const ImagesLayout& layout, const F& f) {
-  with_constant<24, 40, 56, 72>(
-      layout.pitch, [&](auto pitch) { with_constant<0, 1>(g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); }); });
+  with_constant<8, 24, 40, 56, 72>(layout.pitch, [&](auto pitch) {
+    if constexpr (pitch == 72)
+      with_constant<0, 1>(g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); });
+    else
+      f(pitch, std::integral_constant<int, 0>());
+  });
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel

@@ -46,7 +46,7 @@ struct ContextBackward {
   MapView grad_ctx;    // written where data is not null
   MapView ctx_all;     // likewise: the forward's result again
   MapView grad_gates;  // likewise, by plans that have no gate_parts()
-  float* gate_sums;    // [gate_parts()][B][L + 1][pixels], or null: partial sums of the gates' gradients
+  float* gate_sums;    // [gate_parts()][L + 1][B][pixels], or null: partial sums of the gates' gradients
   float* weight_sums;  // [weight_parts()][C][all levels' taps], or null: of the weights' gradients
   void* scratch;       // as many bytes as the plan asks for
 };
@@ -258,6 +258,15 @@ void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, v
 // rows of all images one after the other, so that one may have rows of two.
 constexpr int EIGHT = 8;
 
+// n / divisor for n < 2^16, by a product.
+struct Divisor {
+  uint32_t divisor = 1;
+  uint64_t inverse = uint64_t(1) << 32;
+  constexpr Divisor() = default;
+  constexpr explicit Divisor(int64_t d) : divisor(uint32_t(d)), inverse(((int64_t(1) << 32) + d - 1) / d) {}
+  constexpr int divide(int n) const { return int(uint64_t(n) * inverse >> 32); }
+};
+
 struct ImagesLayout {
   int images, pixels;            // of a block, at a time; of an image
   int groups, segments, units;   // of eight rows of all images, of eight columns; their product
@@ -269,19 +278,10 @@ struct ImagesLayout {
   int planes;                    // of each channel in the forward
   int channels, warps;           // of a block at a time; that share a channel
   int64_t channel_tiles, image_blocks;
-  int64_t runs;  // blocks that share the image blocks of a tile of channels
+  int64_t runs;                    // blocks that share the image blocks of a tile of channels
+  Divisor tiles, rows, row_parts;  // channel_tiles; of an image; `neighbours` of a row
   constexpr int row_places() const { return (units + 3) * EIGHT; }  // a step may have three units beyond the last
-  constexpr int all_places() const { return row_places() + (places + 3) / 4 * 4; }  // whole words of 16 bytes
   constexpr int threads() const { return 32 * channels * warps; }
-};
-
-// n / divisor for n < 2^16, by a product.
-struct Divisor {
-  uint32_t divisor = 1;
-  uint64_t inverse = uint64_t(1) << 32;
-  constexpr Divisor() = default;
-  constexpr explicit Divisor(int64_t d) : divisor(uint32_t(d)), inverse(((int64_t(1) << 32) + d - 1) / d) {}
-  constexpr int divide(int n) const { return int(uint64_t(n) * inverse >> 32); }
 };
 
 // How threads read pixels: so many in one access, of a run of pixels that lie in a row in memory. That is an image, or

@@ -7,11 +7,13 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int THREADS = 256, MOST_LANES = 32, PARTS = 8;  // PARTS: of a lane, if there are no more lanes than that
+constexpr int64_t ENOUGH = 1 << 16;                       // threads, that a lane takes more parts
 
 // Lanes add up the parts of an element: so many, as a power of two.
 int lanes_of(const SumJob& job) {
+  const int64_t elements = job.g.B * job.g.C * job.g.pixels();
   int power = 0;
-  while (1 << power < MOST_LANES && job.count > PARTS << power) ++power;
+  while (1 << power < MOST_LANES && job.count > PARTS << power && elements << power < ENOUGH) ++power;
   return power;
 }
 

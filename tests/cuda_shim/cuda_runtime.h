@@ -50,6 +50,12 @@ T __shfl_sync(unsigned, T value, int source) {
   return focalnet_shim::exchange(value, source);
 }
 
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = a | uint64_t(b) << 32;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return picked;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

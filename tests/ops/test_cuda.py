@@ -249,7 +249,7 @@ def test_tokens(cuda_on_cpu, by_tokens, dtype, seed):
 
 # (shape, kernels, bytes of shared memory), with pixels adjacent: whole units and others, an odd number of them, one to
 # four levels, pixels read one and four at a time, several images at a time and one after the other with a rest, blocks
-# that do not share a multiprocessor, few channels at a time, rows as long as may be
+# that do not share a multiprocessor, few channels at a time, rows as long as may be, those of one unit
 IMAGES = {
     "whole-units": ((2, 8, 16, 8), [3, 5, 7]),
     "odd-units": ((1, 8, 24, 8), [3, 5]),
@@ -265,6 +265,9 @@ IMAGES = {
     "wide": ((1, 8, 3, 56), [7, 3]),
     "odd-rows": ((20, 8, 7, 7), [3, 5, 7]),  # read by fours where images follow one another, as a layer has them
     "twos": ((3, 8, 3, 6), [3, 5]),
+    "narrow": ((3, 8, 10, 5), [3, 5, 7, 9]),
+    "units": ((3, 8, 5, 8), [9]),
+    "most-images": ((40, 8, 2, 3), [3]),
 }
 
 
