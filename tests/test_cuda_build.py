@@ -77,9 +77,11 @@ def check_compiled(source, architecture, folder):
 
 
 def allowed(architecture, kernel):
-    """Bytes of its stack. One kernel keeps some from image to image, read outside of its inner loops; some have a word
-    or two on sm_100 and sm_120, where none has run."""
-    return 96 if "images_bwd_kernel" in kernel else 0 if architecture in ("sm_80", "sm_90") else 16
+    """Bytes of its stack. One kernel keeps some from image to image on sm_80, read outside of its inner loops; some
+    have a word or two on sm_100 and sm_120, where none has run."""
+    if architecture == "sm_80":
+        return 40 if "images_bwd_kernel" in kernel else 0
+    return 0 if architecture == "sm_90" else 16
 
 
 def test_there_are_kernels():
