@@ -312,7 +312,7 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const uint2 b{transpose(dz[2 * t]), transpose(dz[2 * t + 1])};
-      const T* const window = step.template window<true>(t, from - K / 2 * PITCH);
+      const SharedRow window = shared_row(step.template window<true>(t, from - K / 2 * PITCH));
       each_constant<WINDOWS<PITCH, K>>([&](auto i) {
         uint32_t a[4];
         load_transposed<i * WINDOW_BYTES<PITCH>>(a, window);

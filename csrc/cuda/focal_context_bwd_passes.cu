@@ -41,14 +41,18 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_down_kernel(Argume
           rows, chain, task, pairs,
           [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
           [&](int l, int first, float (&acc)[STEP][4]) {
+            const auto level = levels.rows(first, l), slope = slopes.rows(first, l);
+            const auto gate_at = gates.rows(first), grad_at = grad_out.rows(first);
             for_pairs([&](int r, int i) {
               float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
               const bool inside = task.has(first + r) && pairs.columns[i] > 0;
-              if (inside) slopes.store(i, first + r, gelu_slope<T>(a), gelu_slope<T>(b), l);
-              a = pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, b = pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f;
-              if (inside) levels.store(i, first + r, a, b, l);
+              const Gelu left = gelu_and_slope<T>(a), right = gelu_and_slope<T>(b);
+              if (inside) slopes.store_to(slope(r, i), i, left.slope, right.slope);
+              a = pairs.columns[i] > 0 ? left.value : 0.0f, b = pairs.columns[i] > 1 ? right.value : 0.0f;
+              if (inside) levels.store_to(level(r, i), i, a, b);
               if (inside && l + 1 == L) {
-                const Two<T> gate = gates.load(i, first + r, true), grad = grad_out.load(i, first + r, true);
+                const Two<T> gate = gates.load_from(gate_at(r, i), i, true),
+                             grad = grad_out.load_from(grad_at(r, i), i, true);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) sum[i] += (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
               }
@@ -96,36 +100,43 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
       mean_gradient<T>(arguments, task, pairs, to_mean);
 
       // from the gradient of what leaves level l through other levels, that of what leaves its convolution
-      const auto through_level = [&](int l, float gate_bias, int t, int i, float& a, float& b) {
-        if (t < 0 || t >= g.T || pairs.columns[i] <= 0) {
-          a = b = 0;
-          return;
-        }
-        const Two<T> gate = gates.load(i, t, true, l), grad = grad_out.load(i, t, true),
-                     slope = slopes.load(i, t, true, l);
-        const auto entering = [&](int j) { return (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]); };
-        a = (a + entering(0) * chain.scale) * to_float(slope.values[0]);
-        b = pairs.columns[i] > 1 ? (b + entering(1) * chain.scale) * to_float(slope.values[1]) : 0.0f;
-        if (task.has(t)) grads.store(i, t, a, b, l);
+      const auto through_level = [&](int l, int first, float (&acc)[STEP][4]) {
+        const float gate_bias = of_vector<T>(chain.gates_bias, l);
+        const auto gate_at = gates.rows(first, l), grad_at = grad_out.rows(first), slope_at = slopes.rows(first, l);
+        const auto to = grads.rows(first, l);
+        for_pairs([&](int r, int i) {
+          float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
+          if (unsigned(first + r) >= unsigned(rows.map_rows) || pairs.columns[i] <= 0) {
+            a = b = 0;
+            return;
+          }
+          const Two<T> gate = gates.load_from(gate_at(r, i), i, true),
+                       grad = grad_out.load_from(grad_at(r, i), i, true),
+                       slope = slopes.load_from(slope_at(r, i), i, true);
+          const auto entering = [&](int j) {
+            return (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
+          };
+          a = (a + entering(0) * chain.scale) * to_float(slope.values[0]);
+          b = pairs.columns[i] > 1 ? (b + entering(1) * chain.scale) * to_float(slope.values[1]) : 0.0f;
+          if (task.has(first + r)) grads.store_to(to(r, i), i, a, b);
+        });
       };
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
           [&](int t, Two<T>(&to)[STEP][2]) {
-            const float gate_bias = of_vector<T>(chain.gates_bias, L - 1);
-            for_pairs([&](int r, int i) {
-              float a = to_mean[i], b = to_mean[i];
-              through_level(L - 1, gate_bias, t + r, i, a, b);
-              to[r][i] = two_of<T>(a, b);
-            });
+            float acc[STEP][4];
+            for_pairs([&](int r, int i) { acc[r][2 * i] = acc[r][2 * i + 1] = to_mean[i]; });
+            through_level(L - 1, t, acc);
+            for_pairs([&](int r, int i) { to[r][i] = two_of<T>(acc[r][2 * i], acc[r][2 * i + 1]); });
           },
           [&](int step, int first, float (&acc)[STEP][4]) {
             const int l = L - 2 - step;  // whose results entered that convolution; -1: ctx did
-            const float gate_bias = l < 0 ? 0.0f : of_vector<T>(chain.gates_bias, l);
+            if (l >= 0) return through_level(l, first, acc);
+            if (!p.grad_ctx.data) return;
+            const auto to = grad_ctx.rows(first);
             for_pairs([&](int r, int i) {
-              if (l >= 0)
-                through_level(l, gate_bias, first + r, i, acc[r][2 * i], acc[r][2 * i + 1]);
-              else if (p.grad_ctx.data && task.has(first + r) && pairs.columns[i] > 0)
-                grad_ctx.store(i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
+              if (task.has(first + r) && pairs.columns[i] > 0)
+                grad_ctx.store_to(to(r, i), i, acc[r][2 * i], acc[r][2 * i + 1]);
             });
           });
     });

@@ -84,7 +84,7 @@ struct State {
 
   // Pair i of row t in a ring that only this lane reads.
   __device__ Two<T>& own(Ring ring, int t, int i) const {
-    return *reinterpret_cast<Two<T>*>(rows.memory + ring.first + (ring_slot(t, ring.rows) * 64 + i * 32 + lane) * 2);
+    return *reinterpret_cast<Two<T>*>(rows.memory + ring.first + (ring_slot(t, ring) * 64 + i * 32 + lane) * 2);
   }
   // The gradient of the result.
   __device__ float grad_out(int t, int i, int j) const {

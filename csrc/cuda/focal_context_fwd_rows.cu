@@ -11,29 +11,35 @@ struct Arguments {
   float* strip_sums;  // [strips][B][C]: sums of the last level, where there are several strips
 };
 
-// gate * value of this lane's pair i of row t, added to two sums
+// The last level's rows and the gates: this lane's part of the result, all but the global context.
 template <class T>
-__device__ void add_gated(const Lines<const T>& gates, const Vector& biases, int i, int level, int t, float a, float b,
-                          float (&sums)[2]) {
-  const float bias = of_vector<T>(biases, level);
-  const Two<T> gate = gates.load(i, t, true, level);
-  sums[0] += (to_float(gate.values[0]) + bias) * a;
-  sums[1] += (to_float(gate.values[1]) + bias) * b;
-}
-
-// The last level's rows and the gates: adds up this lane's part of the result, all but the global context.
-template <class T>
-__device__ __forceinline__ void gate_levels(const Rows<T>& rows, const Chain& chain, const Pairs& pairs,
-                                            const Lines<const T>& gates, const Lines<T>& out, int i, int t, float a,
-                                            float b) {
+__device__ __forceinline__ void gate_levels(const Rows<T>& rows, const Chain& chain, const Task& task,
+                                            const Pairs& pairs, const Lines<const T>& gates, const Lines<T>& out,
+                                            int first, float (&acc)[STEP][4]) {
   const int last = chain.L - 1;
-  float total[2] = {};
-  add_gated<T>(gates, chain.gates_bias, i, last, t, a, b, total);
+  const auto inside = [&](int r, int i) { return task.has(first + r) && pairs.columns[i] > 0; };
+  // f(r, i, the gate's two values)
+  const auto each_gate = [&](int l, const auto& f) {
+    const float bias = of_vector<T>(chain.gates_bias, l);
+    const auto at = gates.rows(first, l);
+    for_pairs([&](int r, int i) {
+      if (!inside(r, i)) return;
+      const Two<T> gate = gates.load_from(at(r, i), i, true);
+      f(r, i, to_float(gate.values[0]) + bias, to_float(gate.values[1]) + bias);
+    });
+  };
+  each_gate(last, [&](int r, int i, float a, float b) { acc[r][2 * i] *= a, acc[r][2 * i + 1] *= b; });
   for (int l = 0; l < last; ++l) {  // those before lie in their rings still
-    const Two<T> level = rows.pair_of(rows.plan.shared.inputs[l + 1], t, pairs, i);
-    add_gated<T>(gates, chain.gates_bias, i, l, t, to_float(level.values[0]), to_float(level.values[1]), total);
+    const Ring ring = rows.plan.shared.inputs[l + 1];
+    each_gate(l, [&](int r, int i, float a, float b) {
+      const Two<T> level = rows.pair_of(ring, first + r, pairs, i);
+      acc[r][2 * i] += a * to_float(level.values[0]), acc[r][2 * i + 1] += b * to_float(level.values[1]);
+    });
   }
-  out.store(i, t, total[0], total[1]);
+  const auto at = out.rows(first);
+  for_pairs([&](int r, int i) {
+    if (inside(r, i)) out.store_to(at(r, i), i, acc[r][2 * i], acc[r][2 * i + 1]);
+  });
 }
 
 // The means from the last level's sums over the images, and the global context. A strip leaves its sums instead, for
@@ -57,11 +63,15 @@ __device__ __forceinline__ void finish_images(const Arguments& arguments, const 
     }
     const float global = gelu<T>(sum[i] / float(g.pixels()));
     if (in_strips || !inside) continue;
-    for (int t = task.begin; t < task.end; ++t) {  // what this lane wrote itself
-      const Two<T> levels = out.load(i, t, true);
-      float total[2] = {to_float(levels.values[0]), to_float(levels.values[1])};
-      add_gated<T>(gates, chain.gates_bias, i, chain.L, t, global, global, total);
-      out.store(i, t, total[0] * chain.scale, total[1] * chain.scale);
+    const float bias = of_vector<T>(chain.gates_bias, chain.L);
+    T* to = out.rows(task.begin)(0, i);
+    const T* from = gates.rows(task.begin, chain.L)(0, i);
+    for (int t = task.begin; t < task.end; ++t, to += out.v.t, from += gates.v.t) {  // what this lane wrote itself
+      const Two<T> levels = out.load_from(to, i, true), gate = gates.load_from(from, i, true);
+      const auto total = [&](int j) {
+        return (to_float(levels.values[j]) + (to_float(gate.values[j]) + bias) * global) * chain.scale;
+      };
+      out.store_to(to, i, total(0), total(1));
     }
   }
 }
@@ -89,11 +99,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Ar
             if (l + 1 < chain.L) return;
             const Lines<T> out(p.out, pairs, task.channel);
             for_pairs([&](int r, int i) {
-              if (task.has(first + r) && pairs.columns[i] > 0) {
-                sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
-                gate_levels(rows, chain, pairs, gates, out, i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
-              }
+              if (task.has(first + r)) sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
             });
+            gate_levels(rows, chain, task, pairs, gates, out, first, acc);
           });
       rows.sum_over_images(pairs, group, sum);
       finish_images(arguments, task, pairs, gates, sum);

@@ -215,8 +215,8 @@ __device__ void each_constant(const F& f) {
 template <int K, class T, int PITCH, bool WHOLE>
 __device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, const uint2 (&bands)[WINDOWS<PITCH, K>],
                                float (&acc)[2][4]) {
-  const T* const windows[2] = {step.template window<false>(0, plane - K / 2 * PITCH),
-                               step.template window<false>(1, plane - K / 2 * PITCH)};
+  const SharedRow windows[2] = {shared_row(step.template window<false>(0, plane - K / 2 * PITCH)),
+                                shared_row(step.template window<false>(1, plane - K / 2 * PITCH))};
   each_constant<WINDOWS<PITCH, K>>([&](auto i) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {

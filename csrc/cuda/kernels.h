@@ -108,15 +108,17 @@ struct RowsLayout {
 // A ring buffer of rows in shared memory. Device functions take it by value: through a reference to a kernel's
 // parameters it would be read again for every row.
 struct Ring {
-  int first;  // element
-  int rows;
+  int first;         // element
+  int rows;          // two at least
+  uint32_t inverse;  // of their number: 2^32 / rows, rounded up
 };
 // One for each level. Their numbers lie apart: read in one access of 64 bits they would cost aligned pairs of
 // registers.
 struct Rings {
   int first[MAX_LEVELS], rows[MAX_LEVELS];
-  constexpr Ring operator[](int l) const { return {first[l], rows[l]}; }
-  void set(int l, const Ring& ring) { first[l] = ring.first, rows[l] = ring.rows; }
+  uint32_t inverse[MAX_LEVELS];
+  constexpr Ring operator[](int l) const { return {first[l], rows[l], inverse[l]}; }
+  void set(int l, const Ring& ring) { first[l] = ring.first, rows[l] = ring.rows, inverse[l] = ring.inverse; }
 };
 
 // Where everything lies in the shared memory of the rows' owner, in 16-bit elements.

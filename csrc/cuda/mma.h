@@ -10,23 +10,25 @@
 
 namespace focalnet::cuda {
 
+// Where a row of 16 bytes lies in shared memory; bytes may be added.
+using SharedRow = uint32_t;
+__device__ inline SharedRow shared_row(const void* row) { return SharedRow(__cvta_generic_to_shared(row)); }
+
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lane i points to the 16 bytes of row i % 8 of matrix i
 // / 8, OFFSET bytes before it. Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each.
 template <int OFFSET = 0>
-__device__ void load_matrices(uint32_t (&a)[4], const void* row) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+__device__ void load_matrices(uint32_t (&a)[4], SharedRow row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address), "n"(OFFSET)
+               : "r"(row), "n"(OFFSET)
                : "memory");
 }
 // The same, each transposed.
 template <int OFFSET = 0>
-__device__ void load_transposed(uint32_t (&a)[4], const void* row) {
-  const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+__device__ void load_transposed(uint32_t (&a)[4], SharedRow row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address), "n"(OFFSET)
+               : "r"(row), "n"(OFFSET)
                : "memory");
 }
 

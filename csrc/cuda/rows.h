@@ -58,22 +58,36 @@ struct Lines {
     for (int i = 0; i < 2; ++i) first[i] = element<T>(v, pairs.image[i], channel, 0, 0, pairs.column[i]);
     whole = v.w == 1 && (v.b | v.c | v.t) % 2 == 0 && reinterpret_cast<uintptr_t>(v.data) % 4 == 0;
   }
-  // Pair i of row t (of `planes` further), zeros outside of the map.
-  __device__ Two<std::remove_const_t<T>> load(int i, int64_t t, bool inside, int64_t planes = 0) const {
-    const T* const from = first[i] + t * v.t + planes * v.c;
+  // Where pair i of rows t + r lies, of `planes` further: the first argument of load_from and store_to.
+  struct At {
+    T* first[2];
+    int64_t step;
+    __device__ T* operator()(int r, int i) const { return first[i] + r * step; }
+  };
+  __device__ At rows(int64_t t, int64_t planes = 0) const {
+    const int64_t further = t * v.t + planes * v.c;
+    return {{first[0] + further, first[1] + further}, v.t};
+  }
+  // Zeros outside of the map.
+  __device__ Two<std::remove_const_t<T>> load_from(const T* from, int i, bool inside) const {
     if (inside && whole && columns[i] == 2) return *reinterpret_cast<const Two<std::remove_const_t<T>>*>(from);
     const auto zero = from_float<std::remove_const_t<T>>(0.0f);
     return {inside && columns[i] > 0 ? from[0] : zero, inside && columns[i] > 1 ? from[v.w] : zero};
   }
-  __device__ void store(int i, int64_t t, float a, float b, int64_t planes = 0) const {
+  __device__ Two<std::remove_const_t<T>> load(int i, int64_t t, bool inside, int64_t planes = 0) const {
+    return load_from(rows(t, planes)(0, i), i, inside);
+  }
+  __device__ void store_to(T* to, int i, float a, float b) const {
     const Two<T> two = two_of<T>(a, b);
-    T* const to = first[i] + t * v.t + planes * v.c;
     if (whole && columns[i] == 2) {
       *reinterpret_cast<Two<T>*>(to) = two;
       return;
     }
     if (columns[i] > 0) to[0] = two.values[0];
     if (columns[i] > 1) to[v.w] = two.values[1];
+  }
+  __device__ void store(int i, int64_t t, float a, float b, int64_t planes = 0) const {
+    store_to(rows(t, planes)(0, i), i, a, b);
   }
 };
 
@@ -85,7 +99,8 @@ __device__ Two<T> with_bias(Two<T> two, float bias, int n) {
 // Rows first .. first + STEP - 1 of a map as this lane holds them; zeros outside.
 template <class T>
 __device__ void fetch(const Lines<const T>& lines, int map_rows, int first, Two<T> (&to)[STEP][2], int64_t planes = 0) {
-  for_pairs([&](int r, int i) { to[r][i] = lines.load(i, first + r, first + r >= 0 && first + r < map_rows, planes); });
+  const auto at = lines.rows(first, planes);
+  for_pairs([&](int r, int i) { to[r][i] = lines.load_from(at(r, i), i, unsigned(first + r) < unsigned(map_rows)); });
 }
 // The same of ctx, with its bias.
 template <class T>
@@ -98,8 +113,11 @@ __device__ void fetch_ctx(const Lines<const T>& lines, const Vector& biases, flo
   });
 }
 
-// Which of a ring's rows is row t of the map.
-__device__ inline int ring_slot(int t, int rows) { return (t + 64 * rows) % rows; }
+// Which of a ring's rows is row t of the map. A remainder by a product: a division takes 20 instructions.
+__device__ inline int ring_slot(int t, Ring ring) {
+  const uint32_t n = uint32_t(t + 64 * ring.rows);  // below 2^21, for which the product is exact
+  return int(n - __umulhi(n, ring.inverse) * ring.rows);
+}
 
 // What rows' owners do one after the other: a channel, rows begin .. end - 1 of it, in some groups of images.
 struct Task {
@@ -173,9 +191,7 @@ struct Rows {
       __syncwarp();
   }
 
-  __device__ T* row_of(Ring ring, int t) const {
-    return memory + ring.first + ring_slot(t, ring.rows) * plan.layout.row;
-  }
+  __device__ T* row_of(Ring ring, int t) const { return memory + ring.first + ring_slot(t, ring) * plan.layout.row; }
   // Pair i of row t as it lies in a ring.
   __device__ Two<T> pair_of(Ring ring, int t, const Pairs& pairs, int i) const {
     return *reinterpret_cast<const Two<T>*>(row_of(ring, t) + pairs.at[i]);
@@ -232,6 +248,24 @@ struct Rows {
       make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
   }
 
+  // This lane's rows for ldmatrix, one after the other, of a ring from row t on; zeros outside of the map.
+  struct WindowRows {
+    SharedRow at, begin, end, zeros;
+    int t, map_rows, bytes;
+    __device__ WindowRows(const Rows& rows, Ring ring, int t) : t(t), map_rows(rows.map_rows) {
+      const SharedRow memory = shared_row(rows.memory + rows.window_at);
+      bytes = 2 * rows.plan.layout.row;
+      begin = memory + 2 * ring.first, end = begin + ring.rows * bytes, at = begin + ring_slot(t, ring) * bytes;
+      zeros = memory + 2 * rows.plan.shared.zeros;
+    }
+    __device__ SharedRow next() {
+      const SharedRow row = unsigned(t) < unsigned(map_rows) ? at : zeros;
+      ++t, at += bytes;
+      if (at == end) at = begin;
+      return row;
+    }
+  };
+
   // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.
   template <int K, int WINDOW>
   __device__ void convolve_rows(float (&acc)[STEP][4], Ring ring, int bands, int first) const {
@@ -245,17 +279,14 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < K * HALVES; ++i)
       band[i] = *reinterpret_cast<const uint2*>(memory + bands + (i * 32 + lane) * 4);
-    int slot = ring_slot(first - K / 2, ring.rows);
+    WindowRows window(*this, ring, first - K / 2);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
-      const int t = first - K / 2 + i;
-      const T* row =
-          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
-      slot = slot + 1 == ring.rows ? 0 : slot + 1;
+      const SharedRow row = window.next();
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         uint32_t windows[4];
-        load_matrices(windows, row + 16 * half);
+        half == 0 ? load_matrices<0>(windows, row) : load_matrices<32>(windows, row);
 #pragma unroll
         for (int r = 0; r < STEP; ++r)
           if (i >= r && i - r < K) multiply_add<T>(acc[r], windows, band[(i - r) * HALVES + half]);
@@ -276,17 +307,14 @@ struct Rows {
     uint2 columns[STEP];
 #pragma unroll
     for (int r = 0; r < STEP; ++r) columns[r] = {transpose(grad[r][0]), transpose(grad[r][1])};
-    int slot = ring_slot(first - K / 2, ring.rows);
+    WindowRows window(*this, ring, first - K / 2);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
-      const int t = first - K / 2 + i;
-      const T* row =
-          memory + (t >= 0 && t < map_rows ? ring.first + slot * plan.layout.row : plan.shared.zeros) + window_at;
-      slot = slot + 1 == ring.rows ? 0 : slot + 1;
+      const SharedRow row = window.next();
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         uint32_t windows[4];
-        load_transposed(windows, row + 16 * half);
+        half == 0 ? load_transposed<0>(windows, row) : load_transposed<32>(windows, row);
         const uint32_t turned[4] = {windows[0], windows[2], windows[1], windows[3]};
 #pragma unroll
         for (int r = 0; r < STEP; ++r)
@@ -354,7 +382,10 @@ inline int take(RowsShared& shared, int n) {
   shared.elements += (n + 7) / 8 * 8;
   return first;
 }
-inline Ring take_ring(RowsShared& shared, int rows, int row) { return {take(shared, rows * row), rows}; }
+inline Ring take_ring(RowsShared& shared, int rows, int row) {
+  rows = std::max(rows, 2);
+  return {take(shared, rows * row), rows, uint32_t(((int64_t(1) << 32) + rows - 1) / rows)};
+}
 
 // How a map's rows lie in a warp; nothing where this form cannot take them.
 inline std::optional<RowsLayout> lay_out_rows(const Chain& chain) {

@@ -50,6 +50,7 @@ T __shfl_sync(unsigned, T value, int source) {
   return focalnet_shim::exchange(value, source);
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = a | uint64_t(b) << 32;
   unsigned picked = 0;

@@ -9,13 +9,16 @@
 
 namespace focalnet::cuda {
 
+using SharedRow = const char*;
+inline SharedRow shared_row(const void* row) { return static_cast<SharedRow>(row); }
+
 struct MatrixRow {
   uint16_t elements[8];
 };
 
 template <int OFFSET = 0>
-void load_matrices(uint32_t (&a)[4], const void* first) {
-  const void* const row = static_cast<const char*>(first) + OFFSET;
+void load_matrices(uint32_t (&a)[4], SharedRow first) {
+  const SharedRow row = first + OFFSET;
   MatrixRow mine;
   std::memcpy(&mine, row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix: a row is not 16-byte aligned");
@@ -27,8 +30,8 @@ void load_matrices(uint32_t (&a)[4], const void* first) {
   }
 }
 template <int OFFSET = 0>
-void load_transposed(uint32_t (&a)[4], const void* first) {
-  const void* const row = static_cast<const char*>(first) + OFFSET;
+void load_transposed(uint32_t (&a)[4], SharedRow first) {
+  const SharedRow row = first + OFFSET;
   MatrixRow mine;
   std::memcpy(&mine, row, 16);
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("ldmatrix: a row is not 16-byte aligned");
