@@ -327,8 +327,8 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
 }
 
 // Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has
-// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 154 and 188 for kernels 3, 5; 179
-// and 222 for 3, 5, 7; 206 and 242 for 5, 7, 9; 218 and 248 for 3, 5, 7, 9. None of them spills.
+// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 166 and 186 for kernels 3, 5; 176
+// and 214 for 3, 5, 7; 201 and 240 for 5, 7, 9; 212 and 245 for 3, 5, 7, 9. None of them spills.
 template <class KERNELS>
 constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
