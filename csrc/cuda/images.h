@@ -60,7 +60,7 @@ class alignas(8) Place {
   uint16_t padded_bytes, tight_pixel, of_image;
 
  public:
-  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 1 << 16;  // elements
+  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 1 << 15;  // elements; rows count them in bytes
   Place() = default;
   __device__ Place(int padded, int tight, int image)
       : padded_bytes(uint16_t(2 * padded)), tight_pixel(uint16_t(tight)), of_image(uint16_t(image)) {}
