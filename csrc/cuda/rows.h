@@ -74,9 +74,6 @@ struct Lines {
     const auto zero = from_float<std::remove_const_t<T>>(0.0f);
     return {inside && columns[i] > 0 ? from[0] : zero, inside && columns[i] > 1 ? from[v.w] : zero};
   }
-  __device__ Two<std::remove_const_t<T>> load(int i, int64_t t, bool inside, int64_t planes = 0) const {
-    return load_from(rows(t, planes)(0, i), i, inside);
-  }
   __device__ void store_to(T* to, int i, float a, float b) const {
     const Two<T> two = two_of<T>(a, b);
     if (whole && columns[i] == 2) {
@@ -86,9 +83,7 @@ struct Lines {
     if (columns[i] > 0) to[0] = two.values[0];
     if (columns[i] > 1) to[v.w] = two.values[1];
   }
-  __device__ void store(int i, int64_t t, float a, float b, int64_t planes = 0) const {
-    store_to(rows(t, planes)(0, i), i, a, b);
-  }
+  __device__ void store(int i, int64_t t, float a, float b) const { store_to(rows(t)(0, i), i, a, b); }
 };
 
 template <class T>

@@ -7,7 +7,7 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int THREADS = 256, MOST_LANES = 32, PARTS = 8;  // PARTS: of a lane, if there are no more lanes than that
-constexpr int64_t ENOUGH = 1 << 16;                       // threads, that a lane takes more parts
+constexpr int64_t ENOUGH = 1 << 16;                       // threads: from there on a lane takes more parts instead
 
 // Lanes add up the parts of an element: so many, as a power of two.
 int lanes_of(const SumJob& job) {
