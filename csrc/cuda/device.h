@@ -91,27 +91,18 @@ __device__ void store_quad(T* p, int64_t stride, int n, const float (&from)[4]) 
   }
 }
 
-// Two 16-bit elements, and as a register.
+// Two 16-bit elements in a word.
 template <class T>
-struct alignas(4) Two {
-  T values[2];
-};
-
-template <class T>
-__device__ Two<T> two_of(float a, float b);
-template <>
-__device__ inline Two<__nv_bfloat16> two_of<__nv_bfloat16>(float a, float b) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);  // one instruction
-  return {both.x, both.y};
-}
-template <>
-__device__ inline Two<__half> two_of<__half>(float a, float b) {
-  const __half2 both = __floats2half2_rn(a, b);
-  return {both.x, both.y};
-}
-template <class T>
-__device__ uint32_t packed(const Two<T>& two) {
-  return *reinterpret_cast<const uint32_t*>(&two);
+__device__ uint32_t pack(float a, float b) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);  // one instruction
+    memcpy(&word, &both, 4);
+  } else {
+    const __half2 both = __floats2half2_rn(a, b);
+    memcpy(&word, &both, 4);
+  }
+  return word;
 }
 template <class T>
 __device__ float unpack(uint32_t word, int i) {
@@ -126,6 +117,9 @@ __device__ float unpack(uint32_t word, int i) {
     return to_float(two[i]);
   }
 }
+// A word wherever elements lie on four bytes.
+__device__ inline uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
+__device__ inline void store_word(void* p, uint32_t word) { *static_cast<uint32_t*>(p) = word; }
 
 // 2^x and 1 / x as the special function unit has them: the standard functions spend as many instructions again on
 // denormal numbers.

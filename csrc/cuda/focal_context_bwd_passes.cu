@@ -3,6 +3,7 @@
 // global memory, so that each holds no more than its own rows; focal_context_bwd_rows.cu does it all at once, where it
 // can. See rows.h; ops/focal_context/README.md derives the gradients.
 #include "cuda/rows.h"
+#include "cuda/rows_plan.h"
 
 namespace focalnet::cuda {
 
@@ -38,26 +39,26 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_down_kernel(Argume
       const Lines<T> slopes(arguments.slopes, pairs, task.channel * L);
       float sum[2] = {};
       stream_rows<WINDOW>(
-          rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
-          [&](int l, int first, float (&acc)[STEP][4]) {
-            const auto level = levels.rows(first, l), slope = slopes.rows(first, l);
-            const auto gate_at = gates.rows(first), grad_at = grad_out.rows(first);
+          rows, chain, task, pairs, [&](int t, PairRows& to) { load_ctx(ctx, chain.ctx_bias, bias, rows.map, t, to); },
+          [&](int l, int first, const float (&acc)[STEP][4], PairRows& level) {
+            PairRows slope;
             for_pairs([&](int r, int i) {
-              float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
-              const bool inside = task.has(first + r) && pairs.columns[i] > 0;
-              const Gelu left = gelu_and_slope<T>(a), right = gelu_and_slope<T>(b);
-              if (inside) slopes.store_to(slope(r, i), i, left.slope, right.slope);
-              a = pairs.columns[i] > 0 ? left.value : 0.0f, b = pairs.columns[i] > 1 ? right.value : 0.0f;
-              if (inside) levels.store_to(level(r, i), i, a, b);
-              if (inside && l + 1 == L) {
-                const Two<T> gate = gates.load_from(gate_at(r, i), i, true),
-                             grad = grad_out.load_from(grad_at(r, i), i, true);
+              const Gelu left = gelu_and_slope<T>(acc[r][2 * i]), right = gelu_and_slope<T>(acc[r][2 * i + 1]);
+              level[r][i] = pack<T>(left.value, right.value), slope[r][i] = pack<T>(left.slope, right.slope);
+            });
+            levels.store(level, first, task.rows, l);
+            slopes.store(slope, first, task.rows, l);
+            if (l + 1 < L) return;
+            PairRows gate, grad;
+            gates.load(gate, first, task.rows);
+            grad_out.load(grad, first, task.rows);
+            for_pairs([&](int r, int i) {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) sum[i] += (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
-              }
+              for (int j = 0; j < 2; ++j) sum[i] += (unpack<T>(gate[r][i], j) + gate_bias) * unpack<T>(grad[r][i], j);
             });
           });
+      for (int i = 0; i < 2; ++i)
+        if (pairs.columns[i] == 0) sum[i] = 0;
       rows.sum_over_images(pairs, group, sum);
       for (int i = 0; i < 2; ++i)
         if (pairs.columns[i] > 0 && pairs.column[i] == 0)
@@ -100,44 +101,40 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
       mean_gradient<T>(arguments, task, pairs, to_mean);
 
       // from the gradient of what leaves level l through other levels, that of what leaves its convolution
-      const auto through_level = [&](int l, int first, float (&acc)[STEP][4]) {
-        const float gate_bias = of_vector<T>(chain.gates_bias, l);
-        const auto gate_at = gates.rows(first, l), grad_at = grad_out.rows(first), slope_at = slopes.rows(first, l);
-        const auto to = grads.rows(first, l);
+      const auto through_level = [&](int l, int first, const float (&through)[STEP][4], PairRows& to) {
+        if (!rows.map.has_any(first)) {
+          for_pairs([&](int r, int i) { to[r][i] = 0; });
+          return;
+        }
+        const float gate_bias = of_vector<T>(chain.gates_bias, l) * chain.scale;
+        PairRows gate, grad, slope;
+        gates.load(gate, first, rows.map, l);
+        grad_out.load(grad, first, rows.map);
+        slopes.load(slope, first, rows.map, l);
         for_pairs([&](int r, int i) {
-          float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
-          if (unsigned(first + r) >= unsigned(rows.map_rows) || pairs.columns[i] <= 0) {
-            a = b = 0;
-            return;
-          }
-          const Two<T> gate = gates.load_from(gate_at(r, i), i, true),
-                       grad = grad_out.load_from(grad_at(r, i), i, true),
-                       slope = slopes.load_from(slope_at(r, i), i, true);
-          const auto entering = [&](int j) {
-            return (to_float(gate.values[j]) + gate_bias) * to_float(grad.values[j]);
+          const auto total = [&](int j) {
+            const float scaled_gate = unpack<T>(gate[r][i], j) * chain.scale + gate_bias;
+            const float entering = scaled_gate * unpack<T>(grad[r][i], j);
+            return (through[r][2 * i + j] + entering) * unpack<T>(slope[r][i], j);
           };
-          a = (a + entering(0) * chain.scale) * to_float(slope.values[0]);
-          b = pairs.columns[i] > 1 ? (b + entering(1) * chain.scale) * to_float(slope.values[1]) : 0.0f;
-          if (task.has(first + r)) grads.store_to(to(r, i), i, a, b);
+          to[r][i] = pack<T>(total(0), total(1));
         });
+        clear_outside(to, first, rows.map);
+        grads.store(to, first, task.rows, l);
       };
       stream_rows<WINDOW>(
           rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) {
+          [&](int t, PairRows& to) {
             float acc[STEP][4];
             for_pairs([&](int r, int i) { acc[r][2 * i] = acc[r][2 * i + 1] = to_mean[i]; });
-            through_level(L - 1, t, acc);
-            for_pairs([&](int r, int i) { to[r][i] = two_of<T>(acc[r][2 * i], acc[r][2 * i + 1]); });
+            through_level(L - 1, t, acc, to);
           },
-          [&](int step, int first, float (&acc)[STEP][4]) {
+          [&](int step, int first, const float (&acc)[STEP][4], PairRows& to) {
             const int l = L - 2 - step;  // whose results entered that convolution; -1: ctx did
-            if (l >= 0) return through_level(l, first, acc);
+            if (l >= 0) return through_level(l, first, acc, to);
             if (!p.grad_ctx.data) return;
-            const auto to = grad_ctx.rows(first);
-            for_pairs([&](int r, int i) {
-              if (task.has(first + r) && pairs.columns[i] > 0)
-                grad_ctx.store_to(to(r, i), i, acc[r][2 * i], acc[r][2 * i + 1]);
-            });
+            for_pairs([&](int r, int i) { to[r][i] = pack<T>(acc[r][2 * i], acc[r][2 * i + 1]); });
+            grad_ctx.store(to, first, task.rows);
           });
     });
   });
@@ -148,26 +145,24 @@ template <int K, int WINDOW, class T>
 __device__ __forceinline__ void tap_products(const Arguments& arguments, const Rows<T>& rows, const Task& task, int l,
                                              float (&products)[K][WINDOW / 16][4]) {
   const Chain& chain = arguments.p.chain;
-  const Ring ring = rows.plan.shared.inputs[0];
+  Ring ring = rows.plan.shared.inputs[0];
+  ring.shift -= K / 2;  // rows t + K / 2 and following are put together
   const Vector biases = l == 0 ? chain.ctx_bias : Vector{};
   const float bias = of_vector<T>(biases, task.channel);
   rows.for_groups(chain.g, task, [&](int64_t, const Pairs& pairs) {
     const int64_t planes = task.channel * chain.L + l;
     const Lines<const T> grads(arguments.grads, pairs, planes);
     const Lines<const T> from(l == 0 ? chain.ctx : arguments.levels, pairs, l == 0 ? task.channel : planes - 1);
-    Two<T> next[STEP][2], grad[STEP][2];
-    int t = task.begin - (K / 2 + 1) / 2 * STEP;  // rows up to t + STEP - 1 + K / 2 are there
-    fetch_ctx(from, biases, bias, rows.map_rows, t + K / 2, next);
-    for (; t < task.end; t += STEP) {
-#pragma unroll
-      for (int r = 0; r < STEP; ++r) rows.put(ring, t + K / 2 + r, pairs, next[r]);
+    PairRows next, grad;
+    int t = task.rows.begin - (K / 2 + 1) / 2 * STEP;  // rows up to t + STEP - 1 + K / 2 are there
+    load_ctx(from, biases, bias, rows.map, t + K / 2, next);
+    for (; t < task.rows.end; t += STEP) {
+      rows.put(ring, t + K / 2, pairs, next);
       rows.sync();
-      if (t + STEP < task.end) fetch_ctx(from, biases, bias, rows.map_rows, t + STEP + K / 2, next);
-      if (t >= task.begin) {
-        fetch(grads, rows.map_rows, t, grad);
-        uint32_t both[STEP][2];
-        for_pairs([&](int r, int i) { both[r][i] = packed(grad[r][i]); });
-        rows.template add_products<K, 0>(products, ring, t, both);
+      if (t + STEP < task.rows.end) load_ctx(from, biases, bias, rows.map, t + STEP + K / 2, next);
+      if (t >= task.rows.begin) {
+        grads.load(grad, t, rows.map);
+        rows.template add_products<K, 0, Rows<T>::template NEWEST<K>>(products, ring, t, pairs, grad);
       }
       rows.sync();
     }
@@ -217,6 +212,13 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
 
 constexpr int GATES_BLOCK = 128;
 
+// Four elements, of which the first n are there, 2 or 4.
+template <class T>
+__device__ void load_pairs(const T* p, int n, float (&to)[4]) {
+  const uint32_t words[2] = {load_word(p), n > 2 ? load_word(p + 2) : 0};
+  for (int i = 0; i < 4; ++i) to[i] = unpack<T>(words[i / 2], i % 2);
+}
+
 // The gates' gradients, and the result again: four pixels a thread, through all channels of a partial sum.
 template <class T>
 __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments arguments) {
@@ -226,40 +228,55 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
   const int L = chain.L;
   const int64_t across = (g.W + 3) / 4, quads = (arguments.last_image - arguments.first_image) * g.T * across;
   const int64_t blocks = (quads + GATES_BLOCK - 1) / GATES_BLOCK;
+  const MapView& grad_out = p.grad_out;
+  // four elements are two accesses of two at least
+  const bool in_pairs = grad_out.w == 1 && (grad_out.b | grad_out.c | grad_out.t | g.W) % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(grad_out.data) % 4 == 0;
   for (int64_t task = blockIdx.x; task < blocks * arguments.gates.parts; task += gridDim.x) {
     const int64_t part = task / blocks, quad = task % blocks * GATES_BLOCK + threadIdx.x;
     if (quad >= quads) continue;
     const int64_t w = quad % across * 4, t = quad / across % g.T, image = arguments.first_image + quad / across / g.T;
     const int n = int(std::min<int64_t>(4, g.W - w));
     const int64_t first = part * arguments.gates.channels, last = std::min(g.C, first + arguments.gates.channels);
-    const auto load_level = [&](int64_t channel, int l, float (&to)[4]) {
-      if (l < L) {
-        load_quad(element<const T>(arguments.levels, image, channel * L + l, t, 0, w), 1, n, to);
-      } else {
-        const float global = gelu<T>(p.mean[image * g.C + channel]);
-        for (int j = 0; j < 4; ++j) to[j] = global;
-      }
-    };
-    for (int l = 0; l <= L && p.gate_sums; ++l) {  // the gradient is read once per level: from the cache
-      float sum[4] = {}, grad[4], value[4];
-      for (int64_t channel = first; channel < last; ++channel) {
-        load_quad(element<const T>(p.grad_out, image, channel, t, 0, w), p.grad_out.w, n, grad);
-        load_level(channel, l, value);
+    const T* grad_at = element<const T>(grad_out, image, first, t, 0, w);
+    const T* level_at = element<const T>(arguments.levels, image, first * L, t, 0, w);
+    float sum[MAX_LEVELS + 1][4] = {};
+    for (int64_t channel = first; channel < last; ++channel, grad_at += grad_out.c) {
+      float grad[4], total[4] = {};
+      if (in_pairs)
+        load_pairs(grad_at, n, grad);
+      else
+        load_quad(grad_at, grad_out.w, n, grad);
+      const auto add = [&](int l, const float (&value)[4], float (&sum)[4]) {
+#pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += grad[j] * value[j];
-      }
-      for (int j = 0; j < 4; ++j) sum[j] *= chain.scale;
-      store_quad(p.gate_sums + (((part * (L + 1) + l) * g.B + image) * g.T + t) * g.W + w, 1, n, sum);
-    }
-    for (int64_t channel = first; channel < last && p.ctx_all.data; ++channel) {
-      float total[4] = {}, gate[4], value[4];
-      for (int l = 0; l <= L; ++l) {
+        if (!p.ctx_all.data) return;
+        float gate[4];
         const float gate_bias = of_vector<T>(chain.gates_bias, l);
         load_quad(element<const T>(chain.gates, image, l, t, 0, w), chain.gates.w, n, gate);
-        load_level(channel, l, value);
         for (int j = 0; j < 4; ++j) total[j] += (gate[j] + gate_bias) * value[j];
+      };
+#pragma unroll
+      for (int l = 0; l < MAX_LEVELS; ++l) {  // not to L: sums stay in registers
+        if (l == L) break;
+        const uint2 both = *reinterpret_cast<const uint2*>(level_at);
+        const float value[4] = {unpack<T>(both.x, 0), unpack<T>(both.x, 1), unpack<T>(both.y, 0), unpack<T>(both.y, 1)};
+        add(l, value, sum[l]);
+        level_at += arguments.levels.c;
       }
+      const float global = gelu<T>(p.mean[image * g.C + channel]);
+      add(L, {global, global, global, global}, sum[MAX_LEVELS]);
+      if (!p.ctx_all.data) continue;
       for (int j = 0; j < 4; ++j) total[j] *= chain.scale;
       store_quad(element<T>(p.ctx_all, image, channel, t, 0, w), p.ctx_all.w, n, total);
+    }
+    if (!p.gate_sums) continue;
+#pragma unroll
+    for (int i = 0; i <= MAX_LEVELS; ++i) {
+      const int l = i == MAX_LEVELS ? L : i;
+      if (i >= L && i < MAX_LEVELS) continue;
+      for (int j = 0; j < 4; ++j) sum[i][j] *= chain.scale;
+      store_quad(p.gate_sums + (((part * (L + 1) + l) * g.B + image) * g.T + t) * g.W + w, 1, n, sum[i]);
     }
   }
 }
@@ -283,9 +300,8 @@ std::optional<PassesPlan> plan_passes_bwd(const Chain& chain) {
   up.shared = lay_out_rings(reversed(chain), up.layout, false);
   int ring_rows = 0;
   for (int l = 0; l < chain.L; ++l) ring_rows = std::max(ring_rows, STEP + 2 * int(chain.levels[l].size.rt()));
-  ring_rows = int(std::min<int64_t>(ring_rows, g.T));
-  weights.shared.inputs.set(0, take_ring(weights.shared, ring_rows, layout->row));
-  weights.shared.zeros = take(weights.shared, layout->row);
+  weights.shared.inputs.set(0, take_ring(weights.shared, ring_rows, layout->row, 0));
+  weights.shared.rings = weights.shared.elements;
   weights.shared.sums = take(weights.shared, 2 * layout->warps * (32 + layout->window * 8));
 
   PassesWorkspace& workspace = plan.workspace;

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cuda/rows.h"
+#include "cuda/rows_plan.h"
 
 namespace focalnet::cuda {
 
@@ -24,6 +25,12 @@ struct Kernels {
   static constexpr int before(int l) {                            // kernel rows of the levels before l
     int sum = 0;
     for (int i = 0; i < l; ++i) sum += SIZES[i];
+    return sum;
+  }
+  // Rows that level l is computed further down than the last.
+  static constexpr int ahead(int l) {
+    int sum = 0;
+    for (int i = l; i < L; ++i) sum += SIZES[i] / 2;
     return sum;
   }
   static bool are(const Chain& chain) {
@@ -75,20 +82,20 @@ struct State {
   const Pairs& pairs;  // without columns where the channel is not valid
   const Lines<const T>& gates;
   TapProducts<KERNELS>& tap_products;
-  const int lane, reach;
+  const int lane;
 
-  __device__ int ahead(int l) const { return reach - plan.rows.layout.reach[l]; }
-  __device__ bool inside(int t) const { return t >= 0 && t < rows.map_rows; }
-  // Whether any of the rows first .. first + STEP - 1 is.
-  __device__ bool any_inside(int first) const { return first + STEP > 0 && first < rows.map_rows; }
-
-  // Pair i of row t in a ring that only this lane reads.
-  __device__ Two<T>& own(Ring ring, int t, int i) const {
-    return *reinterpret_cast<Two<T>*>(rows.memory + ring.first + (ring_slot(t, ring) * 64 + i * 32 + lane) * 2);
+  // Pair i in a row of a ring that only this lane reads.
+  __device__ T* own(T* row, int i) const { return row + (i * 32 + lane) * 2; }
+  // STEP rows of such a ring from t on, wherever they begin.
+  __device__ __forceinline__ void load_own(Ring ring, int t, PairRows& to) const {
+    rows.each_row(ring, t, [&](int r, T* row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) to[r][i] = load_word(own(row, i));
+    });
   }
-  // The gradient of the result.
-  __device__ float grad_out(int t, int i, int j) const {
-    return to_float(own(plan.shared.grad_out, t, i).values[j]) * chain.scale;
+  __device__ __forceinline__ void put_own(Ring ring, int first, const PairRows& from) const {
+    T* const row = rows.row_of(ring, first);
+    for_pairs([&](int r, int i) { store_word(own(row + r * ring.row, i), from[r][i]); });
   }
 
   // Rows first .. first + STEP - 1 of level l's convolution, and of its transpose, over the gradients of what leaves
@@ -122,19 +129,20 @@ __device__ __forceinline__ Channel start_channel(const Arguments& arguments, con
 template <class T, class KERNELS>
 __device__ __forceinline__ Means mean_gradient(const State<T, KERNELS>& s) {
   const Geometry& g = s.chain.g;
-  const int map_rows = s.rows.map_rows;
   const float gate_bias = of_vector<T>(s.chain.gates_bias, KERNELS::L);
   Means means{};
-  for (int t = 0; t < map_rows; t += STEP) {
-    Two<T> grad[STEP][2], gate[STEP][2];
-    fetch(Lines<const T>(s.p.grad_out, s.pairs, s.channel.index), map_rows, t, grad);
-    fetch(s.gates, map_rows, t, gate, KERNELS::L);
+  const Lines<const T> grad_out(s.p.grad_out, s.pairs, s.channel.index);
+  for (int t = 0; t < s.rows.map.end; t += STEP) {
+    PairRows grad, gate;
+    grad_out.load(grad, t, s.rows.map);
+    s.gates.load(gate, t, s.rows.map, KERNELS::L);
     for_pairs([&](int r, int i) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        means.to_mean[i] += (to_float(gate[r][i].values[j]) + gate_bias) * to_float(grad[r][i].values[j]);
+      for (int j = 0; j < 2; ++j) means.to_mean[i] += (unpack<T>(gate[r][i], j) + gate_bias) * unpack<T>(grad[r][i], j);
     });
   }
+  for (int i = 0; i < 2; ++i)
+    if (s.pairs.columns[i] == 0) means.to_mean[i] = 0;
   s.rows.sum_over_images(s.pairs, s.group, means.to_mean);
   for (int i = 0; i < 2; ++i) {
     const float mean = s.pairs.columns[i] > 0 ? s.p.mean[s.pairs.image[i] * g.C + s.channel.index] : 0.0f;
@@ -147,45 +155,37 @@ __device__ __forceinline__ Means mean_gradient(const State<T, KERNELS>& s) {
 // Rows that a step begins with, on their way from global memory to the rings.
 template <class T>
 struct Arriving {
-  Two<T> ctx[STEP][2], grad_out[STEP][2];
+  PairRows ctx, grad_out;
 };
 template <class T, class KERNELS>
-__device__ __forceinline__ void fetch_rows(const State<T, KERNELS>& s, int t, Arriving<T>& to) {
+__device__ __forceinline__ void load_rows(const State<T, KERNELS>& s, int t, Arriving<T>& to) {
   const Lines<const T> ctx(s.chain.ctx, s.pairs, s.channel.index), grad_out(s.p.grad_out, s.pairs, s.channel.index);
-  fetch_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.map_rows, t + s.reach, to.ctx);
-  fetch(grad_out, s.rows.map_rows, t, to.grad_out);
+  load_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.map, t + KERNELS::ahead(0), to.ctx);
+  grad_out.load(to.grad_out, t, s.rows.map);
 }
 template <class T, class KERNELS>
 __device__ __forceinline__ void put_rows(const State<T, KERNELS>& s, int t, const Arriving<T>& from) {
-#pragma unroll
-  for (int r = 0; r < STEP; ++r) {
-    s.rows.put(s.plan.rows.shared.inputs[0], t + s.reach + r, s.pairs, from.ctx[r]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (s.inside(t + r)) s.own(s.plan.shared.grad_out, t + r, i) = from.grad_out[r][i];
-  }
+  s.rows.put(s.plan.rows.shared.inputs[0], t + KERNELS::ahead(0), s.pairs, from.ctx);
+  s.put_own(s.plan.shared.grad_out, t, from.grad_out);
 }
 
 // Down: a level before the last again, and GELU's slopes.
 template <int l, class T, class KERNELS>
 __device__ __forceinline__ void recompute_level(const State<T, KERNELS>& s, int t) {
-  const int first = t + s.ahead(l + 1);
-  if (s.any_inside(first)) {
+  const int first = t + KERNELS::ahead(l + 1);
+  PairRows values = {};
+  if (s.rows.map.has_any(first)) {
     float acc[STEP][4];
     s.template convolve<l>(acc, first);
-#pragma unroll
-    for (int r = 0; r < STEP; ++r) {
-      Two<T> values[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float a = acc[r][2 * i], b = acc[r][2 * i + 1];
-        values[i] = two_of<T>(s.pairs.columns[i] > 0 ? gelu<T>(a) : 0.0f, s.pairs.columns[i] > 1 ? gelu<T>(b) : 0.0f);
-        if (s.inside(first + r))
-          s.own(s.plan.shared.slopes[l], first + r, i) = two_of<T>(gelu_slope<T>(a), gelu_slope<T>(b));
-      }
-      s.rows.put(s.plan.rows.shared.inputs[l + 1], first + r, s.pairs, values);
-    }
+    PairRows slopes;
+    for_pairs([&](int r, int i) {
+      const Gelu left = gelu_and_slope<T>(acc[r][2 * i]), right = gelu_and_slope<T>(acc[r][2 * i + 1]);
+      values[r][i] = pack<T>(left.value, right.value), slopes[r][i] = pack<T>(left.slope, right.slope);
+    });
+    clear_outside(values, first, s.rows.map);
+    s.put_own(s.plan.shared.slopes[l], first, slopes);
   }
+  s.rows.put(s.plan.rows.shared.inputs[l + 1], first, s.pairs, values);
   __syncwarp();
 }
 
@@ -195,33 +195,43 @@ __device__ __forceinline__ void accumulate_gates(const State<T, KERNELS>& s, con
                                                  const float (&z)[STEP][4]) {
   constexpr int L = KERNELS::L;
   const ContextBackward& p = s.p;
-  Two<T>* const products = reinterpret_cast<Two<T>*>(s.rows.memory + s.plan.shared.products);
+  uint32_t* const products = reinterpret_cast<uint32_t*>(s.rows.memory + s.plan.shared.products);
+  PairRows grad;
+  s.load_own(s.plan.shared.grad_out, t, grad);
   float total[STEP][4] = {};
   for (int l = 0; l <= L; ++l) {
     const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
-    Two<T> gate[STEP][2];
-    if (p.ctx_all.data) fetch(s.gates, s.rows.map_rows, t, gate, l);
-    for_pairs([&](int r, int i) {
-      float value[2] = {means.global[i], means.global[i]};
-      if (l == L - 1) {
-        value[0] = gelu<T>(z[r][2 * i]), value[1] = gelu<T>(z[r][2 * i + 1]);
-      } else if (l < L && s.pairs.at[i] >= 0 && s.inside(t + r)) {
-        const Two<T> level = s.rows.pair_of(s.plan.rows.shared.inputs[l + 1], t + r, s.pairs, i);
-        value[0] = to_float(level.values[0]), value[1] = to_float(level.values[1]);
-      }
-      products[((l * STEP + r) * 2 + i) * 32 + s.lane] =
-          two_of<T>(s.grad_out(t + r, i, 0) * value[0], s.grad_out(t + r, i, 1) * value[1]);
-      if (p.ctx_all.data)
+    PairRows gate = {};
+    if (p.ctx_all.data) s.gates.load(gate, t, s.rows.map, l);
+    float value[STEP][4];
+    if (l == L - 1) {
+      for_pairs([&](int r, int i) {
+        value[r][2 * i] = gelu<T>(z[r][2 * i]), value[r][2 * i + 1] = gelu<T>(z[r][2 * i + 1]);
+      });
+    } else if (l < L) {
+      s.rows.each_row(s.plan.rows.shared.inputs[l + 1], t, [&](int r, const T* row) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) total[r][2 * i + j] += (to_float(gate[r][i].values[j]) + gate_bias) * value[j];
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t level = load_word(row + s.pairs.at[i]);
+          value[r][2 * i] = unpack<T>(level, 0), value[r][2 * i + 1] = unpack<T>(level, 1);
+        }
+      });
+    } else {
+      for_pairs([&](int r, int i) { value[r][2 * i] = value[r][2 * i + 1] = means.global[i]; });
+    }
+    for_pairs([&](int r, int i) {
+      const float *const both = &value[r][2 * i], scale = s.chain.scale;
+      products[((l * STEP + r) * 2 + i) * 32 + s.lane] =
+          pack<T>(unpack<T>(grad[r][i], 0) * scale * both[0], unpack<T>(grad[r][i], 1) * scale * both[1]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) total[r][2 * i + j] += (unpack<T>(gate[r][i], j) + gate_bias) * both[j];
     });
   }
-  if (p.ctx_all.data)
-    for_pairs([&](int r, int i) {
-      if (s.inside(t + r) && s.pairs.columns[i] > 0)
-        Lines<T>(p.ctx_all, s.pairs, s.channel.index)
-            .store(i, t + r, total[r][2 * i] * s.chain.scale, total[r][2 * i + 1] * s.chain.scale);
-    });
+  if (!p.ctx_all.data) return;
+  PairRows all;
+  for_pairs(
+      [&](int r, int i) { all[r][i] = pack<T>(total[r][2 * i] * s.chain.scale, total[r][2 * i + 1] * s.chain.scale); });
+  Lines<T>(p.ctx_all, s.pairs, s.channel.index).store(all, t, s.rows.map);
 }
 
 // Up: the gradient of what leaves level l's convolution, and what that adds to its taps' gradients.
@@ -229,56 +239,49 @@ template <int l, class T, class KERNELS>
 __device__ __forceinline__ void level_gradient(const State<T, KERNELS>& s, const Means& means, int t,
                                                const float (&z)[STEP][4]) {
   constexpr bool LAST = l == KERNELS::L - 1;
-  const int first = t - s.ahead(l + 1);
-  if (s.any_inside(first)) {
+  constexpr int START = KERNELS::ahead(l) % 2 * 2;  // 2 * ahead(l) rows are newer
+  const int first = t - KERNELS::ahead(l + 1);
+  PairRows values = {};
+  if (s.rows.map.has_any(first)) {
     float through[STEP][4];  // of what leaves the level, through the levels after it
     if constexpr (!LAST) s.template convolve_transposed<l + 1>(through, first);
-    const float gate_bias = of_vector<T>(s.chain.gates_bias, l);
-    Two<T> gate[STEP][2];
-    fetch(s.gates, s.rows.map_rows, first, gate, l);
-    uint32_t both[STEP][2];
+    const float gate_bias = of_vector<T>(s.chain.gates_bias, l) * s.chain.scale;
+    PairRows gate, grad, slope;
+    s.gates.load(gate, first, s.rows.map, l);
+    s.load_own(s.plan.shared.grad_out, first, grad);
+    if constexpr (!LAST) s.load_own(s.plan.shared.slopes[l], first, slope);
+    for_pairs([&](int r, int i) {
+      float value[2];
 #pragma unroll
-    for (int r = 0; r < STEP; ++r) {
-      Two<T> values[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float value[2] = {};
-        if (s.inside(first + r))
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-            if (j < s.pairs.columns[i]) {
-              const float grad_out = s.grad_out(first + r, i, j);
-              const float entering = (to_float(gate[r][i].values[j]) + gate_bias) * grad_out;
-              if constexpr (LAST)
-                value[j] = (entering + means.to_mean[i]) * gelu_slope<T>(z[r][2 * i + j]);
-              else
-                value[j] = (entering + through[r][2 * i + j]) *
-                           to_float(s.own(s.plan.shared.slopes[l], first + r, i).values[j]);
-            }
-        values[i] = two_of<T>(value[0], value[1]);
-        both[r][i] = packed(values[i]);
+      for (int j = 0; j < 2; ++j) {
+        const float scaled_gate = unpack<T>(gate[r][i], j) * s.chain.scale + gate_bias;
+        const float entering = scaled_gate * unpack<T>(grad[r][i], j);
+        if constexpr (LAST)
+          value[j] = (entering + means.to_mean[i]) * gelu_slope<T>(z[r][2 * i + j]);
+        else
+          value[j] = (entering + through[r][2 * i + j]) * unpack<T>(slope[r][i], j);
       }
-      s.rows.put(s.plan.shared.grads[l], first + r, s.pairs, values);
-    }
+      values[r][i] = pack<T>(value[0], value[1]);
+    });
+    clear_outside(values, first, s.rows.map);
     if (s.p.weight_sums)
-      s.rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l)>(s.tap_products, s.plan.rows.shared.inputs[l],
-                                                                          first, both);
+      s.rows.template add_products<KERNELS::SIZES[l], KERNELS::before(l), START>(
+          s.tap_products, s.plan.rows.shared.inputs[l], first, s.pairs, values);
   }
+  s.rows.put(s.plan.shared.grads[l], first, s.pairs, values);
   __syncwarp();
 }
 
 // The last step up: the gradient of what enters level 0.
 template <class T, class KERNELS>
 __device__ __forceinline__ void ctx_gradient(const State<T, KERNELS>& s, int t) {
-  const int first = t - s.reach;
-  if (s.p.grad_ctx.data && s.any_inside(first)) {
-    float acc[STEP][4];
-    s.template convolve_transposed<0>(acc, first);
-    for_pairs([&](int r, int i) {
-      if (s.inside(first + r) && s.pairs.columns[i] > 0)
-        Lines<T>(s.p.grad_ctx, s.pairs, s.channel.index).store(i, first + r, acc[r][2 * i], acc[r][2 * i + 1]);
-    });
-  }
+  const int first = t - KERNELS::ahead(0);
+  if (!s.p.grad_ctx.data || !s.rows.map.has_any(first)) return;
+  float acc[STEP][4];
+  s.template convolve_transposed<0>(acc, first);
+  PairRows grad;
+  for_pairs([&](int r, int i) { grad[r][i] = pack<T>(acc[r][2 * i], acc[r][2 * i + 1]); });
+  Lines<T>(s.p.grad_ctx, s.pairs, s.channel.index).store(grad, first, s.rows.map);
 }
 
 // Adds the sums over the block's channels to its partial sums of the gates' gradients. The whole block calls this.
@@ -293,12 +296,12 @@ __device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int
     const int segment = of_lane / 4 + 8 * half, nth = segment / plan.layout.segments;
     const int64_t image = s.group * plan.layout.images + nth;
     const int column = segment % plan.layout.segments * 8 + of_lane % 4 * 2;
-    if (nth >= plan.layout.images || image >= g.B || !s.inside(row)) continue;
+    if (nth >= plan.layout.images || image >= g.B || !s.rows.map.has(row)) continue;
     float sum[2] = {};
     for (int w = 0; w < s.plan.channels; ++w) {
       const T* const products = shared_memory<T>() + w * plan.shared.elements + s.plan.shared.products;
-      const Two<T> two = reinterpret_cast<const Two<T>*>(products)[i];
-      sum[0] += to_float(two.values[0]), sum[1] += to_float(two.values[1]);
+      const uint32_t two = load_word(products + 2 * i);
+      sum[0] += unpack<T>(two, 0), sum[1] += unpack<T>(two, 1);
     }
     float* const to = s.p.gate_sums + (((part * (L + 1) + level) * g.B + image) * g.T + row) * g.W + column;
     for (int j = 0; j < 2; ++j)
@@ -327,8 +330,8 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
 }
 
 // Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has
-// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 166 and 186 for kernels 3, 5; 176
-// and 214 for 3, 5, 7; 201 and 240 for 5, 7, 9; 212 and 245 for 3, 5, 7, 9. None of them spills.
+// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 205 and 222 for kernels 3, 5; 219
+// and 242 for 3, 5, 7; 241 and 254 for 5, 7, 9; 247 and 249 for 3, 5, 7, 9. None of them spills.
 template <class KERNELS>
 constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
@@ -339,7 +342,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
   const RowsBackwardPlan& plan = arguments.plan;
   const RowsSchedule& schedule = plan.rows.schedule;
   const Rows<T> rows(plan.rows, p.chain.g);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, reach = plan.rows.layout.reach[L];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, reach = KERNELS::ahead(0);
   for (int64_t task = blockIdx.x; task < schedule.tasks; task += gridDim.x) {
     const int64_t gate_part = task % plan.channel_runs, run = task / plan.channel_runs;
     for (int64_t step = 0; step < plan.channel_run; ++step) {
@@ -349,20 +352,20 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
       const int64_t last_group = std::min(plan.rows.layout.image_groups, (run + 1) * schedule.run);
       for (int64_t group = run * schedule.run; group < last_group; ++group) {
         Pairs pairs(plan.rows.layout, p.chain.g, group);
-        if (!channel.valid) pairs.columns[0] = pairs.columns[1] = 0;
+        if (!channel.valid) pairs.leave_out();
         const Lines<const T> gates(p.chain.gates, pairs, 0);
-        const State<T, KERNELS> s{p, plan, p.chain, rows, channel, group, pairs, gates, tap_products, lane, reach};
+        const State<T, KERNELS> s{p, plan, p.chain, rows, channel, group, pairs, gates, tap_products, lane};
         const Means means = mean_gradient(s);
         Arriving<T> next;
         int t = -(reach + 1) / 2 * STEP;
-        if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t, next);
-        for (; t < rows.map_rows + reach; t += STEP) {
-          if constexpr (!PREFETCH<KERNELS>) fetch_rows(s, t, next);
+        if constexpr (PREFETCH<KERNELS>) load_rows(s, t, next);
+        for (; t < rows.map.end + reach; t += STEP) {
+          if constexpr (!PREFETCH<KERNELS>) load_rows(s, t, next);
           put_rows(s, t, next);
           __syncwarp();
-          if constexpr (PREFETCH<KERNELS>) fetch_rows(s, t + STEP, next);
+          if constexpr (PREFETCH<KERNELS>) load_rows(s, t + STEP, next);
           for_all<L - 1>([&](auto l) { recompute_level<l>(s, t); });
-          const bool last_level = s.any_inside(t);  // the same for the whole block
+          const bool last_level = rows.map.has_any(t);  // the same for the whole block
           float z[STEP][4] = {};
           if (last_level) s.template convolve<L - 1>(z, t);
           if (last_level && (p.gate_sums || p.ctx_all.data)) accumulate_gates(s, means, t, z);
@@ -399,21 +402,18 @@ void lay_out_warp(const Chain& chain, RowsBackwardPlan& plan) {
   RowsBackwardShared& more = plan.shared;
   const int L = chain.L, PAIRS = 64 * 2;  // elements of a row that only the lane that wrote them reads
   const auto ahead = [&](int l) { return layout.reach[L] - layout.reach[l]; };
-  const auto ring = [&](int rows, int row) {  // of a whole map needs no more rows than that
-    return take_ring(shared, int(std::min<int64_t>(rows, chain.g.T)), row);
-  };
   for (int l = 0; l < L; ++l) {
-    shared.inputs.set(l, ring(2 * ahead(l) + STEP, layout.row));
-    more.grads.set(l, ring(2 * int(chain.levels[l].size.rt()) + STEP, layout.row));
+    shared.inputs.set(l, take_ring(shared, 2 * ahead(l) + STEP, layout.row, ahead(l)));
+    more.grads.set(l, take_ring(shared, 2 * int(chain.levels[l].size.rt()) + STEP, layout.row, -ahead(l + 1)));
   }
-  shared.zeros = take(shared, layout.row);
+  shared.rings = shared.elements;
   for (int l = 0; l < L; ++l) {
     const int bands = int(chain.levels[l].size.kt) * 32 * 4;
     shared.bands[l] = take(shared, bands);
     more.flipped[l] = take(shared, bands);
   }
-  for (int l = 0; l + 1 < L; ++l) more.slopes.set(l, ring(2 * ahead(l + 1) + STEP, PAIRS));
-  more.grad_out = ring(ahead(1) + STEP, PAIRS);
+  for (int l = 0; l + 1 < L; ++l) more.slopes.set(l, take_ring(shared, 2 * ahead(l + 1) + STEP, PAIRS, ahead(l + 1)));
+  more.grad_out = take_ring(shared, ahead(1) + STEP, PAIRS, 0);
   more.products = take(shared, (L + 1) * STEP * PAIRS);
   shared.sums = take(shared, 32);
 }

@@ -1,5 +1,6 @@
 // focal_context, forward, for 16-bit maps and kernels up to 13: rows stream through tensor cores. See rows.h.
 #include "cuda/rows.h"
+#include "cuda/rows_plan.h"
 
 namespace focalnet::cuda {
 
@@ -11,35 +12,34 @@ struct Arguments {
   float* strip_sums;  // [strips][B][C]: sums of the last level, where there are several strips
 };
 
-// The last level's rows and the gates: this lane's part of the result, all but the global context.
+// Rows first .. first + STEP - 1 of the result, all but the global context, from those of the last level.
 template <class T>
 __device__ __forceinline__ void gate_levels(const Rows<T>& rows, const Chain& chain, const Task& task,
                                             const Pairs& pairs, const Lines<const T>& gates, const Lines<T>& out,
                                             int first, float (&acc)[STEP][4]) {
   const int last = chain.L - 1;
-  const auto inside = [&](int r, int i) { return task.has(first + r) && pairs.columns[i] > 0; };
-  // f(r, i, the gate's two values)
-  const auto each_gate = [&](int l, const auto& f) {
-    const float bias = of_vector<T>(chain.gates_bias, l);
-    const auto at = gates.rows(first, l);
-    for_pairs([&](int r, int i) {
-      if (!inside(r, i)) return;
-      const Two<T> gate = gates.load_from(at(r, i), i, true);
-      f(r, i, to_float(gate.values[0]) + bias, to_float(gate.values[1]) + bias);
-    });
-  };
-  each_gate(last, [&](int r, int i, float a, float b) { acc[r][2 * i] *= a, acc[r][2 * i + 1] *= b; });
+  PairRows gate;
+  const float last_bias = of_vector<T>(chain.gates_bias, last);
+  gates.load(gate, first, task.rows, last);
+  for_pairs([&](int r, int i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) acc[r][2 * i + j] *= unpack<T>(gate[r][i], j) + last_bias;
+  });
   for (int l = 0; l < last; ++l) {  // those before lie in their rings still
-    const Ring ring = rows.plan.shared.inputs[l + 1];
-    each_gate(l, [&](int r, int i, float a, float b) {
-      const Two<T> level = rows.pair_of(ring, first + r, pairs, i);
-      acc[r][2 * i] += a * to_float(level.values[0]), acc[r][2 * i + 1] += b * to_float(level.values[1]);
+    const float bias = of_vector<T>(chain.gates_bias, l);
+    gates.load(gate, first, task.rows, l);
+    rows.each_row(rows.plan.shared.inputs[l + 1], first, [&](int r, const T* row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t level = load_word(row + pairs.at[i]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) acc[r][2 * i + j] += (unpack<T>(gate[r][i], j) + bias) * unpack<T>(level, j);
+      }
     });
   }
-  const auto at = out.rows(first);
-  for_pairs([&](int r, int i) {
-    if (inside(r, i)) out.store_to(at(r, i), i, acc[r][2 * i], acc[r][2 * i + 1]);
-  });
+  PairRows total;
+  for_pairs([&](int r, int i) { total[r][i] = pack<T>(acc[r][2 * i], acc[r][2 * i + 1]); });
+  out.store(total, first, task.rows);
 }
 
 // The means from the last level's sums over the images, and the global context. A strip leaves its sums instead, for
@@ -52,27 +52,30 @@ __device__ __forceinline__ void finish_images(const Arguments& arguments, const 
   const Geometry& g = chain.g;
   const bool in_strips = arguments.plan.schedule.strips > 1;
   const Lines<T> out(p.out, pairs, task.channel);
+  float global[2];
   for (int i = 0; i < 2; ++i) {
-    const bool inside = pairs.columns[i] > 0;
-    if (inside && pairs.column[i] == 0) {
+    if (pairs.columns[i] > 0 && pairs.column[i] == 0) {
       const int64_t at = pairs.image[i] * g.C + task.channel;
       if (in_strips)
         arguments.strip_sums[task.strip * g.B * g.C + at] = sum[i];
       else
         p.mean[at] = sum[i] / float(g.pixels());
     }
-    const float global = gelu<T>(sum[i] / float(g.pixels()));
-    if (in_strips || !inside) continue;
-    const float bias = of_vector<T>(chain.gates_bias, chain.L);
-    T* to = out.rows(task.begin)(0, i);
-    const T* from = gates.rows(task.begin, chain.L)(0, i);
-    for (int t = task.begin; t < task.end; ++t, to += out.v.t, from += gates.v.t) {  // what this lane wrote itself
-      const Two<T> levels = out.load_from(to, i, true), gate = gates.load_from(from, i, true);
+    global[i] = gelu<T>(sum[i] / float(g.pixels()));
+  }
+  if (in_strips || (pairs.columns[0] == 0 && pairs.columns[1] == 0)) return;
+  const float bias = of_vector<T>(chain.gates_bias, chain.L);
+  for (int t = task.rows.begin; t < task.rows.end; t += STEP) {  // what this lane wrote itself
+    PairRows levels, gate;
+    out.load(levels, t, task.rows);
+    gates.load(gate, t, task.rows, chain.L);
+    for_pairs([&](int r, int i) {
       const auto total = [&](int j) {
-        return (to_float(levels.values[j]) + (to_float(gate.values[j]) + bias) * global) * chain.scale;
+        return (unpack<T>(levels[r][i], j) + (unpack<T>(gate[r][i], j) + bias) * global[i]) * chain.scale;
       };
-      out.store_to(to, i, total(0), total(1));
-    }
+      levels[r][i] = pack<T>(total(0), total(1));
+    });
+    out.store(levels, t, task.rows);
   }
 }
 
@@ -89,20 +92,22 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_fwd_rows_kernel(Ar
       const Lines<const T> ctx(chain.ctx, pairs, task.channel), gates(chain.gates, pairs, 0);
       float sum[2] = {};
       stream_rows<WINDOW>(
-          rows, chain, task, pairs,
-          [&](int t, Two<T>(&to)[STEP][2]) { fetch_ctx(ctx, chain.ctx_bias, bias, rows.map_rows, t, to); },
-          [&](int l, int first, float (&acc)[STEP][4]) {
-#pragma unroll
-            for (int r = 0; r < STEP; ++r)
-#pragma unroll
-              for (int j = 0; j < 4; ++j) acc[r][j] = j % 2 < pairs.columns[j / 2] ? gelu<T>(acc[r][j]) : 0.0f;
-            if (l + 1 < chain.L) return;
-            const Lines<T> out(p.out, pairs, task.channel);
+          rows, chain, task, pairs, [&](int t, PairRows& to) { load_ctx(ctx, chain.ctx_bias, bias, rows.map, t, to); },
+          [&](int l, int first, float (&acc)[STEP][4], PairRows& level) {
             for_pairs([&](int r, int i) {
-              if (task.has(first + r)) sum[i] += acc[r][2 * i] + acc[r][2 * i + 1];
+              float &a = acc[r][2 * i], &b = acc[r][2 * i + 1];
+              a = gelu<T>(a), b = gelu<T>(b);
+              level[r][i] = pack<T>(a, b);
             });
+            if (l + 1 < chain.L) return;
+            for_pairs([&](int r, int i) {
+              if (task.rows.has(first + r)) sum[i] += acc[r][2 * i] + (pairs.columns[i] > 1 ? acc[r][2 * i + 1] : 0.0f);
+            });
+            const Lines<T> out(p.out, pairs, task.channel);
             gate_levels(rows, chain, task, pairs, gates, out, first, acc);
           });
+      for (int i = 0; i < 2; ++i)
+        if (pairs.columns[i] == 0) sum[i] = 0;
       rows.sum_over_images(pairs, group, sum);
       finish_images(arguments, task, pairs, gates, sum);
     });

@@ -77,13 +77,6 @@ class alignas(8) Place {
   }
 };
 
-template <class T>
-__device__ uint32_t pack(float low, float high) {
-  return packed(two_of<T>(low, high));
-}
-__device__ inline uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
-__device__ inline void store_word(void* p, uint32_t word) { *static_cast<uint32_t*>(p) = word; }
-
 // Half i of two words, in one.
 __device__ inline uint32_t halves(uint32_t a, uint32_t b, int i) { return __byte_perm(a, b, i ? 0x7632 : 0x5410); }
 

@@ -105,27 +105,31 @@ struct RowsLayout {
   int64_t image_groups;       // of `images` images each
 };
 
-// A ring buffer of rows in shared memory. Device functions take it by value: through a reference to a kernel's
-// parameters it would be read again for every row.
+// A ring buffer of rows in shared memory. Rows are put there STEP at a time, side by side: `rows` is a multiple of
+// that, and `shift` brings the first of them to one. Device functions take it by value: through a reference to a
+// kernel's parameters it would be read again for every row.
 struct Ring {
-  int first;         // element
-  int rows;          // two at least
-  uint32_t inverse;  // of their number: 2^32 / rows, rounded up
+  int first, row;    // elements: where it begins, and of a row
+  int rows;          // in it
+  int shift;         // row t of the map is in place (t + shift) % rows
+  uint32_t inverse;  // of `rows`: 2^32 / rows, rounded up
 };
 // One for each level. Their numbers lie apart: read in one access of 64 bits they would cost aligned pairs of
 // registers.
 struct Rings {
-  int first[MAX_LEVELS], rows[MAX_LEVELS];
+  int first[MAX_LEVELS], row[MAX_LEVELS], rows[MAX_LEVELS], shift[MAX_LEVELS];
   uint32_t inverse[MAX_LEVELS];
-  constexpr Ring operator[](int l) const { return {first[l], rows[l], inverse[l]}; }
-  void set(int l, const Ring& ring) { first[l] = ring.first, rows[l] = ring.rows, inverse[l] = ring.inverse; }
+  constexpr Ring operator[](int l) const { return {first[l], row[l], rows[l], shift[l], inverse[l]}; }
+  void set(int l, const Ring& ring) {
+    first[l] = ring.first, row[l] = ring.row, rows[l] = ring.rows, shift[l] = ring.shift, inverse[l] = ring.inverse;
+  }
 };
 
 // Where everything lies in the shared memory of the rows' owner, in 16-bit elements.
 struct RowsShared {
   Rings inputs;           // of what enters level l
+  int rings;              // elements of rings of whole rows, which lie before all else
   int bands[MAX_LEVELS];  // of level l's kernel rows
-  int zeros;              // a row of them
   int sums;               // of the images
   int elements;           // in all
 };

@@ -30,6 +30,7 @@ RUNNER = ctypes.CFUNCTYPE(  # takes a launch: kernel, blocks, threads, bytes of 
     ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
 )
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += ["-fno-strict-aliasing"]  # nvcc takes pairs of elements for words wherever that is written
 
 
 def missing() -> str | None:
@@ -40,7 +41,7 @@ def missing() -> str | None:
 def build(name: str, sources: list[Path]) -> Path:
     """Compiles and links `sources` unless that was done for the same files before. Returns the library."""
     headers = [*SHIM.rglob("*.h"), *CSRC.rglob("*.h")]
-    key = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
+    key = hashlib.sha256(f"{torch.__version__} {sys.version} {FLAGS}".encode())
     for path in sorted([*headers, *sources]):
         key.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / key.hexdigest()[:16]
