@@ -1,6 +1,7 @@
 // focal_context, backward, of whole images in shared memory, in one launch: a block runs the levels again, each into
 // planes of its own, and follows the gradient down through them. ops/focal_context/README.md derives the gradients.
 #include "cuda/images.h"
+#include "cuda/images_plan.h"
 
 namespace focalnet::cuda {
 

@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
           };
           to[r][i] = pack<T>(total(0), total(1));
         });
-        clear_outside(to, first, rows.map);
         grads.store(to, first, task.rows, l);
       };
       stream_rows<WINDOW>(
@@ -128,6 +127,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_up_kernel(Argument
             float acc[STEP][4];
             for_pairs([&](int r, int i) { acc[r][2 * i] = acc[r][2 * i + 1] = to_mean[i]; });
             through_level(L - 1, t, acc, to);
+            clear_outside(to, t, rows.map);
           },
           [&](int step, int first, const float (&acc)[STEP][4], PairRows& to) {
             const int l = L - 2 - step;  // whose results entered that convolution; -1: ctx did
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_weights_kernel(Arg
 
 constexpr int GATES_BLOCK = 128;
 
-// Four elements, of which the first n are there, 2 or 4.
+// Four elements, of which the first n are there, 2 or 4, on four bytes.
 template <class T>
-__device__ void load_pairs(const T* p, int n, float (&to)[4]) {
+__device__ void load_words(const T* p, int n, float (&to)[4]) {
   const uint32_t words[2] = {load_word(p), n > 2 ? load_word(p + 2) : 0};
   for (int i = 0; i < 4; ++i) to[i] = unpack<T>(words[i / 2], i % 2);
 }
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(GATES_BLOCK) context_gates_kernel(Arguments ar
     for (int64_t channel = first; channel < last; ++channel, grad_at += grad_out.c) {
       float grad[4], total[4] = {};
       if (in_pairs)
-        load_pairs(grad_at, n, grad);
+        load_words(grad_at, n, grad);
       else
         load_quad(grad_at, grad_out.w, n, grad);
       const auto add = [&](int l, const float (&value)[4], float (&sum)[4]) {

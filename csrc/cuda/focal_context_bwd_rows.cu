@@ -27,7 +27,7 @@ struct Kernels {
     for (int i = 0; i < l; ++i) sum += SIZES[i];
     return sum;
   }
-  // Rows that level l is computed further down than the last.
+  // Rows that what enters level l is further down than what leaves the last.
   static constexpr int ahead(int l) {
     int sum = 0;
     for (int i = l; i < L; ++i) sum += SIZES[i] / 2;
@@ -68,9 +68,9 @@ struct Means {
   float to_mean[2];  // what every pixel of the last level receives through them
 };
 
-// What a warp works on: a channel of a group of images. In a step the last level's rows begin at `t`; level l's are
-// ahead(l) further down, the gradients of what leaves its convolution as many further up. Numbers and references alone:
-// with an array in it that loops go through, compilers keep the whole struct, and all it refers to, in local memory.
+// What a warp works on: a channel of a group of images. In a step the last level's rows begin at `t`; what leaves level
+// l is ahead(l + 1) further down, the gradients there as many further up. Numbers and references alone: with an array
+// in it that loops go through, compilers keep the whole struct, and all it refers to, in local memory.
 template <class T, class KERNELS>
 struct State {
   const ContextBackward& p;
@@ -153,18 +153,17 @@ __device__ __forceinline__ Means mean_gradient(const State<T, KERNELS>& s) {
 }
 
 // Rows that a step begins with, on their way from global memory to the rings.
-template <class T>
 struct Arriving {
   PairRows ctx, grad_out;
 };
 template <class T, class KERNELS>
-__device__ __forceinline__ void load_rows(const State<T, KERNELS>& s, int t, Arriving<T>& to) {
+__device__ __forceinline__ void load_rows(const State<T, KERNELS>& s, int t, Arriving& to) {
   const Lines<const T> ctx(s.chain.ctx, s.pairs, s.channel.index), grad_out(s.p.grad_out, s.pairs, s.channel.index);
   load_ctx(ctx, s.chain.ctx_bias, s.channel.ctx_bias, s.rows.map, t + KERNELS::ahead(0), to.ctx);
   grad_out.load(to.grad_out, t, s.rows.map);
 }
 template <class T, class KERNELS>
-__device__ __forceinline__ void put_rows(const State<T, KERNELS>& s, int t, const Arriving<T>& from) {
+__device__ __forceinline__ void put_rows(const State<T, KERNELS>& s, int t, const Arriving& from) {
   s.rows.put(s.plan.rows.shared.inputs[0], t + KERNELS::ahead(0), s.pairs, from.ctx);
   s.put_own(s.plan.shared.grad_out, t, from.grad_out);
 }
@@ -284,9 +283,11 @@ __device__ __forceinline__ void ctx_gradient(const State<T, KERNELS>& s, int t) 
   Lines<T>(s.p.grad_ctx, s.pairs, s.channel.index).store(grad, first, s.rows.map);
 }
 
-// Adds the sums over the block's channels to its partial sums of the gates' gradients. The whole block calls this.
+// Adds the sums over the block's channels, so many, to its partial sums of the gates' gradients. The whole block calls
+// this.
 template <class T, class KERNELS>
-__device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int64_t part, bool first_of_part) {
+__device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int channels, int64_t part,
+                                          bool first_of_part) {
   constexpr int L = KERNELS::L;
   const Geometry& g = s.chain.g;
   const RowsPlan& plan = s.plan.rows;
@@ -298,7 +299,7 @@ __device__ __forceinline__ void sum_gates(const State<T, KERNELS>& s, int t, int
     const int column = segment % plan.layout.segments * 8 + of_lane % 4 * 2;
     if (nth >= plan.layout.images || image >= g.B || !s.rows.map.has(row)) continue;
     float sum[2] = {};
-    for (int w = 0; w < s.plan.channels; ++w) {
+    for (int w = 0; w < channels; ++w) {
       const T* const products = shared_memory<T>() + w * plan.shared.elements + s.plan.shared.products;
       const uint32_t two = load_word(products + 2 * i);
       sum[0] += unpack<T>(two, 0), sum[1] += unpack<T>(two, 1);
@@ -330,8 +331,8 @@ __device__ __forceinline__ void store_tap_gradients(const Arguments& arguments, 
 }
 
 // Whether rows are fetched from global memory a step before they are needed: where registers allow it. A thread has
-// 255; it takes, without fetching early and with it (-Xptxas -v, sm_90, bfloat16): 205 and 222 for kernels 3, 5; 219
-// and 242 for 3, 5, 7; 241 and 254 for 5, 7, 9; 247 and 249 for 3, 5, 7, 9. None of them spills.
+// 255; it takes (-Xptxas -v, sm_90, bfloat16), with it, 217 for kernels 3, 5 and 224 for 3, 5, 7; without it 248 for 5,
+// 7, 9 and 254 for 3, 5, 7, 9.
 template <class KERNELS>
 constexpr bool PREFETCH = KERNELS::ROWS <= 15;
 
@@ -347,7 +348,9 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
     const int64_t gate_part = task % plan.channel_runs, run = task / plan.channel_runs;
     for (int64_t step = 0; step < plan.channel_run; ++step) {
       const int64_t channel_block = gate_part * plan.channel_run + step;
-      const Channel channel = start_channel<KERNELS>(arguments, rows, channel_block * plan.channels + warp);
+      const int64_t first_channel = channel_block * plan.channels;
+      const int channels = int(std::min<int64_t>(plan.channels, p.chain.g.C - first_channel));
+      const Channel channel = start_channel<KERNELS>(arguments, rows, first_channel + warp);
       TapProducts<KERNELS> tap_products = {};
       const int64_t last_group = std::min(plan.rows.layout.image_groups, (run + 1) * schedule.run);
       for (int64_t group = run * schedule.run; group < last_group; ++group) {
@@ -356,7 +359,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
         const Lines<const T> gates(p.chain.gates, pairs, 0);
         const State<T, KERNELS> s{p, plan, p.chain, rows, channel, group, pairs, gates, tap_products, lane};
         const Means means = mean_gradient(s);
-        Arriving<T> next;
+        Arriving next;
         int t = -(reach + 1) / 2 * STEP;
         if constexpr (PREFETCH<KERNELS>) load_rows(s, t, next);
         for (; t < rows.map.end + reach; t += STEP) {
@@ -371,7 +374,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 1) context_bwd_rows_kernel(Ar
           if (last_level && (p.gate_sums || p.ctx_all.data)) accumulate_gates(s, means, t, z);
           for_all<L>([&](auto i) { level_gradient<L - 1 - i>(s, means, t, z); });
           ctx_gradient(s, t);
-          if (last_level && p.gate_sums) sum_gates(s, t, gate_part, step == 0);
+          if (last_level && p.gate_sums) sum_gates(s, t, channels, gate_part, step == 0);
         }
       }
       if (p.weight_sums) store_tap_gradients<KERNELS>(arguments, rows, channel, tap_products, run);

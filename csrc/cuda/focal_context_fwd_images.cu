@@ -1,6 +1,7 @@
 // focal_context, forward, of whole images in shared memory: all levels, the mean, and what gates make of them in one
 // launch.
 #include "cuda/images.h"
+#include "cuda/images_plan.h"
 
 namespace focalnet::cuda {
 

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 
 #include "cuda/device.h"
 #include "cuda/mma.h"
@@ -440,86 +439,5 @@ __device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int imag
   else
     each_sum<CHANNELS, EIGHT>(g, layout, images, rows, f);
 }
-
-// Shared memory, dealt out in whole pieces of 16 bytes.
-struct SharedBytes {
-  int64_t taken = 0;
-  // where so many elements, of so many bytes, begin
-  int take(int64_t elements, int64_t bytes) {
-    const int64_t first = taken;
-    taken += (elements * bytes + 15) / 16 * 16;
-    return int(first);
-  }
-};
-
-// A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, blocks of
-// `tile` channels, `channels` at a time, of which `warps` share one if two such blocks do not fit a multiprocessor.
-template <class BYTES>
-bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, const BYTES& bytes,
-             ImagesLayout& layout) {
-  const Device device = current_device();
-  const int H = int(g.T), W = int(g.W), pixels = H * W;
-  layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
-  layout.pitch = W > EIGHT ? (layout.segments + 1 | 1) * EIGHT : EIGHT;  // odd: ldmatrix finds rows in different banks,
-  layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
-  layout.tight_pitch = W + W % 2, layout.pixels = pixels;
-  layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
-  layout.channels = channels, layout.channel_tiles = g.C / tile;
-  layout.tiles = Divisor(layout.channel_tiles), layout.rows = Divisor(H),
-  layout.row_parts = Divisor(W / layout.neighbours);
-  const auto with = [&](int images, int warps) {
-    ImagesLayout next = layout;
-    next.images = images, next.warps = warps;
-    next.groups = (images * H + EIGHT - 1) / EIGHT, next.units = next.groups * next.segments;
-    const int last = next.groups * EIGHT - 1;  // row, of the images or beyond them
-    next.plane = last / H * next.image_pitch + (last % H + 2 * reach + window_rows(next.pitch)) * next.pitch;
-    next.tight_plane = next.groups * EIGHT * next.tight_pitch + EIGHT;
-    next.places = images * pixels / next.neighbours;
-    next.image_blocks = (g.B + images - 1) / images;
-    return next;
-  };
-  const auto fits = [&](const ImagesLayout& next, int64_t most) {
-    return next.plane <= Place::MOST_PADDED && next.tight_plane <= Place::MOST_TIGHT && bytes(next) <= most;
-  };
-  const int64_t most = device.shared_per_block;
-  layout = with(1, warps);
-  if (!fits(layout, most)) return false;
-  // With two blocks on a multiprocessor, each warp with eight tiles at most: what takes the fewest steps, and lets
-  // four pixels be read at once.
-  const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
-  int64_t best = 0;
-  for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
-    const ImagesLayout next = with(images, least);
-    const int64_t steps = (next.units + 4 * least - 1) / (4 * least);
-    if (!fits(next, most / 2 - 1024) || (images > 1 && steps > 4)) break;
-    const int64_t all_steps = steps * next.image_blocks;
-    if ((best > 0 && all_steps > best) || (images > whole && images % whole != 0)) continue;
-    layout = next, best = all_steps;
-  }
-  const int64_t at_once = (best > 0 ? 2 : 1) * device.processors;
-  const int64_t all = std::max<int64_t>(1, layout.image_blocks);
-  layout.runs = std::min(all, std::max<int64_t>(1, at_once / layout.channel_tiles));
-  const int64_t longest = (all + layout.runs - 1) / layout.runs;
-  layout.runs = (all + longest - 1) / longest;
-  return true;
-}
-
-// f(pitch, whole) with a layout's, as constants. Only of the widest rows whole units are told apart: elsewhere a few
-// selections are not worth as many kernels again.
-template <class F>
-void with_layout(const Geometry& g, const ImagesLayout& layout, const F& f) {
-  with_constant<8, 24, 40, 56, 72>(layout.pitch, [&](auto pitch) {
-    if constexpr (pitch == 72)
-      with_constant<0, 1>(g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); });
-    else
-      f(pitch, std::integral_constant<int, 0>());
-  });
-}
-
-int reach_of(const Chain& chain);  // rows, of the largest kernel
-// How pixels of all of the maps, where there is one, are read, so many images at a time; nothing where their rows do
-// not lie in a row.
-std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
-                                  std::initializer_list<MapView> maps);
 
 }  // namespace focalnet::cuda

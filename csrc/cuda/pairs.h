@@ -23,8 +23,8 @@ struct Pairs {
   int64_t image[2];
   int column[2], columns[2];  // the first of two, and how many are inside the map
   uint32_t inside[2];         // the bits of those that are
-  int at[2];                  // in a ring's row,
-  bool in_row[2];             // which has it; where not, a place that may be read
+  int at[2];                  // in a ring's row; where that has it not, a place that may be read
+  bool in_row[2];             // whether it has
   bool whole;                 // there is no pair that only half is inside
 
   __device__ Pairs(const RowsLayout& layout, const Geometry& g, int64_t group) {
@@ -109,7 +109,7 @@ struct Lines {
     for_pairs([&](int r, int i) {
       if (!range.has(t + r)) return;
       const auto of = [&](int n) { return pairs.columns[i] > n ? to_float(at(r, i)[n * v.w]) : 0.0f; };
-      to[r][i] = pack<Element>(of(0), of(1));
+      to[r][i] = adjacent && pairs.columns[i] == 2 ? load_word(at(r, i)) : pack<Element>(of(0), of(1));
     });
   }
   __device__ __forceinline__ void store(const PairRows& from, int t, const RowRange& range, int64_t planes = 0) const {
@@ -126,6 +126,10 @@ struct Lines {
 #pragma unroll
       for (int r = 0; r < STEP; ++r) {
         if (!range.has(t + r)) continue;
+        if (adjacent && pairs.columns[i] == 2) {
+          store_word(at(r, i), from[r][i]);
+          continue;
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n)
           if (n < pairs.columns[i]) at(r, i)[n * v.w] = from_float<T>(unpack<T>(from[r][i], n));

@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_ctx(const Lines<const T>& lines, const Vect
 }
 
 // Which of a ring's rows is row t of the map. A remainder by a product: a division takes 20 instructions.
-__device__ inline int ring_slot(int t, const Ring& ring) {
+__device__ inline int ring_slot(int t, Ring ring) {
   const uint32_t n = uint32_t(t + ring.shift);  // below 2^21, for which the product is exact
   return int(n - __umulhi(n, ring.inverse) * ring.rows);
 }
@@ -156,8 +156,7 @@ struct Rows {
     const MapView& v = level.weights;
     for (int half = 0; half < halves; ++half) {
       const T* from = element<const T>(v, 0, channel, flipped ? kt - 1 : 0, 0, 0);
-      const int first =
-          half * 16 + lane % 4 * 2 - lane / 4 - shift;  // tap of element 0; 1, 8 and 9 taps further: others
+      const int first = half * 16 + lane % 4 * 2 - lane / 4 - shift;  // tap; others are 1, 8 and 9 further
       bool inside[4];
       int64_t column[4];
 #pragma unroll

@@ -214,6 +214,22 @@ def test_plans(cuda_on_cpu, plan, dtype, seed):
     assert_op_accurate(fk.focal_context, inputs, "cuda", torch.randn(shape).to(dtype))
 
 
+def test_a_warp_without_a_channel_adds_nothing(cuda_on_cpu, monkeypatch, seed):
+    """Seven channels are two blocks of four warps: what the one left over could read must not count, be it infinite."""
+    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "80000")
+    inputs = make_context_inputs((1, 7, 8, 100), [3, 5], dtype=torch.bfloat16, seed=seed)
+    grad_output = torch.randn(1, 7, 8, 100).to(torch.bfloat16)
+    grad_output[0, 6, 1, 2] = torch.inf
+    grads = {}
+    for backend in ("cuda", "reference"):
+        gates = inputs["gates"].clone().requires_grad_()
+        fk.focal_context(**inputs | {"gates": gates}, backend=backend).backward(grad_output)
+        grads[backend] = gates.grad
+    assert grads["reference"].isinf().any()
+    assert torch.equal(grads["cuda"].isinf(), grads["reference"].isinf())
+    assert not grads["cuda"].isnan().any()
+
+
 # (shape, kernels, bytes of scratch), with channels adjacent: one tile of channels and a part of one, few lanes on small
 # maps, several blocks to an image, chunks of images and a rest, several parts of the weights' gradients
 TOKENS = {
