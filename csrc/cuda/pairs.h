@@ -39,8 +39,8 @@ struct Pairs {
       columns[i] = present ? int(std::min<int64_t>(2, std::max<int64_t>(0, g.W - column[i]))) : 0;
       inside[i] = columns[i] == 2 ? 0xffffffffu : columns[i] == 1 ? 0x0000ffffu : 0;
     }
-    for (int i = 0; i < 2;
-         ++i) {  // what is outside may be read all the same: as the other pair, or as the first pixels
+    // what is outside may be read all the same: as the other pair, or as the first pixels
+    for (int i = 0; i < 2; ++i) {
       if (columns[i] > 0) continue;
       const bool other = columns[1 - i] > 0;
       image[i] = other ? image[1 - i] : group * layout.images, column[i] = other ? column[1 - i] : 0;

@@ -16,8 +16,7 @@ inline int take(RowsShared& shared, int n) {
   shared.elements += (n + 7) / 8 * 8;
   return first;
 }
-// A ring of `rows` rows at least, `row` elements each; `ahead`: how far from a multiple of STEP the first of a group
-// is.
+// A ring of `rows` rows at least, `row` elements each; `ahead`: how far a group's first row is from a multiple of STEP.
 inline Ring take_ring(RowsShared& shared, int rows, int row, int ahead) {
   rows = (rows + STEP - 1) / STEP * STEP;
   const uint32_t inverse = uint32_t(((int64_t(1) << 32) + rows - 1) / rows);
