@@ -49,44 +49,53 @@ def norm_bwd_kernel(
 ):  # fmt: skip
     """The backward of drop_path * gamma * norm?(rows), plus `residual`.
 
-    sums: each program's sums over its tokens of the gradients of norm_weight, norm_bias, gamma, and of `rows`.
+    sums: each program's sums over its tokens of the gradients of norm_weight, norm_bias, gamma, and, where nothing is
+    added, of `rows`. Each thread sums up its own elements until the last tile: nothing crosses threads before.
     """
     c = tl.arange(0, BC)
-    for_weight = tl.zeros([BC], tl.float32)
-    for_bias = tl.zeros([BC], tl.float32)
-    for_gamma = tl.zeros([BC], tl.float32)
-    for_rows = tl.zeros([BC], tl.float32)
+    in_row = (c < C)[None, :]
+    scale = tl.full([1, BC], 1.0, tl.float32)
+    if GAMMA:
+        scale = channels(gamma, c, C)
+    if NORM:
+        weight = channels(norm_weight, c, C)
+    total = tl.zeros([BN, BC], tl.float32)  # of d
+    along = tl.zeros([BN, BC], tl.float32)  # of d times what comes in, normalized
+    for_rows = tl.zeros([BN, BC], tl.float32)
     start = tl.program_id(0) * BN
     while start < tokens:
         i = start + tl.arange(0, BN)
         at = i.to(tl.int64)[:, None] * C + c[None, :]
-        mask = (i < tokens)[:, None] & (c < C)[None, :]
+        mask = (i < tokens)[:, None] & in_row
         d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         if DROP_PATH:
             d *= tl.load(drop_path + i // pixels, mask=i < tokens, other=0.0).to(tl.float32)[:, None]
         if NORM or GAMMA:
             u = tl.load(rows + at, mask=mask, other=0.0).to(tl.float32)
         if NORM:
-            normal, rstd = normalized_rows(u, c, C, norm_eps)
-            weight = channels(norm_weight, c, C)
-            u = normal * weight + channels(norm_bias, c, C)
+            u, rstd = normalized_rows(u, c, C, norm_eps)
+            total += d
+        if NORM or GAMMA:
+            along += d * u
         if GAMMA:
-            for_gamma += tl.sum(d * u, 0)
-            d *= channels(gamma, c, C)
+            d *= scale
         if NORM:
-            for_weight += tl.sum(d * normal, 0)
-            for_bias += tl.sum(d, 0)
-            d = norm_bwd(d * weight, normal, rstd, C)
-        for_rows += tl.sum(d, 0)
+            d = norm_bwd(d * weight, u, rstd, C)
         if RESIDUAL:
             d += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            for_rows += d
         tl.store(grad_rows + at, d.to(grad_rows.dtype.element_ty), mask=mask)
         start += programs * BN
-    to = sums + tl.program_id(0) * (4 * C) + c
-    tl.store(to, for_weight, mask=c < C)
-    tl.store(to + C, for_bias, mask=c < C)
-    tl.store(to + 2 * C, for_gamma, mask=c < C)
-    tl.store(to + 3 * C, for_rows, mask=c < C)
+    to = sums + tl.program_id(0) * (4 * C) + c[None, :]
+    along = tl.sum(along, 0)[None, :]
+    total = tl.sum(total, 0)[None, :]
+    tl.store(to, along * scale, mask=in_row)
+    tl.store(to + C, total * scale, mask=in_row)
+    if NORM:  # gamma multiplies normal * weight + bias
+        along = along * weight + total * channels(norm_bias, c, C)
+    tl.store(to + 2 * C, along, mask=in_row)
+    tl.store(to + 3 * C, tl.sum(for_rows, 0)[None, :], mask=in_row)
 
 
 @triton.jit

@@ -9,12 +9,11 @@ from ..residual import Residual
 from ..token_rows import Norm, RowKernels, torch_norm_fwd
 from .launch import cdiv, exact_gelu, launch, multiprocessors, next_power_of_2
 
-ELEMENTS = 4096  # of a program's tile
 
 
-def _tile(C: int) -> dict:
+def _tile(C: int, elements: int) -> dict:
     columns = next_power_of_2(C)
-    return {"BN": max(1, ELEMENTS // columns), "BC": columns, "num_warps": 8 if columns > 2048 else 4}
+    return {"BN": max(1, elements // columns), "BC": columns, "num_warps": 8 if columns > 2048 else 4}
 
 
 def or_other(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def residual_fwd(
     from .rows import residual_fwd_kernel
 
     tokens, C = x.shape
-    tile = _tile(C)
+    tile = _tile(C, 4096)
     r = residual
     n = Norm(x, x, 0.0, y.dtype) if following is None else following
     z = y if following is None else torch.empty_like(y, dtype=n.dtype)
@@ -50,7 +49,7 @@ def norm_bwd(
     from .rows import norm_bwd_kernel
 
     tokens, C = grad.shape
-    tile = _tile(C)
+    tile = _tile(C, 1024)  # a thread keeps three sums of each of its elements
     programs = max(1, min(cdiv(tokens, tile["BN"]), 4 * multiprocessors(grad.device)))
     sums = grad.new_empty((programs, 4, C), dtype=torch.float32)
     r = residual
