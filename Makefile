@@ -25,30 +25,30 @@ demo: install
 # a process per core, of two threads each, for kernels share their work out; who waits sleeps, or it would take the others'
 # time
 JOBS ?= auto
-PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 test: install
-	$(PYTEST) -m 'not slow' $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m 'not slow' tests/ops tests/benchmarks/test_learning.py
+	$(call PYTEST,$(BIN)) -m 'not slow' $(ARGS)
+	TRITON_INTERPRET=1 $(call PYTEST,$(BIN)) -m 'not slow' tests/ops tests/benchmarks/test_learning.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/ops
 
 # the CPU kernels' tests, dispatch's and torch.compile's over the same binary under an older torch, which is installed
-# beside. One thread: waiting ones spin, and this is to be quick on busy machines too
+# beside
 OLD_TORCH ?= 2.10
 OLD = build/torch-$(OLD_TORCH)
 $(OLD)/.installed: Makefile
 	$(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install $(QUIET) 'torch==$(OLD_TORCH).*' numpy 'safetensors>=0.4' 'click>=8.1' 'rich>=13' 'pytest>=8' 'hypothesis>=6.100'
+	$(OLD)/bin/python -m pip install $(QUIET) 'torch==$(OLD_TORCH).*' numpy 'safetensors>=0.4' 'click>=8.1' 'rich>=13' 'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
 	@touch $@
 
 test-old-torch: install $(OLD)/.installed
 	PYTHONPATH=. $(BIN)/python tests/loaded.py > $(OLD)/new
 	PYTHONPATH=. $(OLD)/bin/python tests/loaded.py > $(OLD)/old
 	cmp $(OLD)/new $(OLD)/old
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(OLD)/bin/python -m pytest -m 'not slow' -k 'not cuda' -p no:cacheprovider \
+	PYTHONPATH=. $(call PYTEST,$(OLD)/bin) -m 'not slow' -k 'not cuda' -p no:cacheprovider \
 		tests/ops tests/test_registration.py tests/test_dispatch.py tests/test_functional.py $(ARGS)
 
 # the CPU kernels on machines that are emulated: aarch64, and x86-64 without AVX-512 and AVX2 (apt: g++-aarch64-linux-gnu,

@@ -42,14 +42,12 @@ def in_one_kernel(p: MlpBranchParameters, keep_hidden: bool) -> bool:
 # next_power_of_2(C) -> BN, BM, warps, stages, forward and backward; those of 128 in bfloat16 were measured on an H200
 _FORWARD = {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)}
 _BACKWARD = {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)}
-# the exact GELU and rows of float32 take registers that these tiles have not got
-_FORWARD_SPARING = _FORWARD | {128: (64, 32, 4, 3)}
-_BACKWARD_SPARING = _BACKWARD | {128: (32, 32, 4, 2)}
+_BACKWARD_SPARING = _BACKWARD | {128: (32, 16, 4, 2)}  # of registers: for the exact GELU and rows of float32
 
 
-def _tile(tiles: dict[int, tuple], sparing: dict[int, tuple], rows: Tensor, exact: bool) -> dict:
-    columns = max(16, next_power_of_2(rows.shape[1]))
-    BN, BM, warps, stages = (sparing if exact or rows.dtype == torch.float32 else tiles)[columns]
+def _tile(tiles: dict[int, tuple], C: int) -> dict:
+    columns = max(16, next_power_of_2(C))
+    BN, BM, warps, stages = tiles[columns]
     return {"BN": BN, "BC": columns, "BM": BM, "num_warps": warps, "num_stages": stages}
 
 
@@ -63,8 +61,7 @@ def mlp_branch_fwd_impl(x, parameters, norm_eps, post, keep_hidden, save):
     tokens, C = rows.shape
     y, keep = torch.empty_like(rows), save and post
     u = rows.new_empty(tokens, C, dtype=dtype) if keep else y
-    exact = exact_gelu(dtype)
-    tile = _tile(_FORWARD, _FORWARD_SPARING, rows, exact)
+    tile = _tile(_FORWARD, C)
     launch(
         mlp_fwd_kernel, cdiv(tokens, tile["BN"]), x.device,
         rows, or_other(r.norm_weight, rows), or_other(r.norm_bias, rows), norm_eps,
@@ -72,7 +69,7 @@ def mlp_branch_fwd_impl(x, parameters, norm_eps, post, keep_hidden, save):
         or_other(r.gamma, rows), or_other(r.drop_path, rows), y, u,
         tokens, max(1, tokens // max(1, x.shape[0])), C, len(p.fc1_weight),
         NORM=r.norm_weight is not None, POST=post, BIAS1=p.fc1_bias is not None, BIAS2=p.fc2_bias is not None,
-        GAMMA=r.gamma is not None, DROP_PATH=r.drop_path is not None, SAVE=keep, EXACT=exact, **tile,
+        GAMMA=r.gamma is not None, DROP_PATH=r.drop_path is not None, SAVE=keep, EXACT=exact_gelu(dtype), **tile,
     )  # fmt: skip
     return like(x, y), [u] if keep else []
 
@@ -87,7 +84,7 @@ def mlp_branch_bwd_impl(grad_y, x, parameters, saved, norm_eps, post, keep_hidde
     wants = around.wanted(p, x, needed)
     du, found = around.body_gradient(TRITON, p, rows, dy, saved, norm_eps, post, wants)
     (tokens, C), M, exact = rows.shape, len(p.fc1_weight), exact_gelu(p.fc1_weight.dtype)
-    tile = _tile(_BACKWARD, _BACKWARD_SPARING, rows, exact)
+    tile = _tile(_BACKWARD_SPARING if exact or rows.dtype == torch.float32 else _BACKWARD, C)
     programs, pre = cdiv(tokens, tile["BN"]), not post and r.norm_weight is not None
     dx, z = torch.empty_like(rows), torch.empty_like(du)
     hidden, grad_hidden = du.new_empty(tokens, M), du.new_empty(tokens, M)

@@ -20,9 +20,13 @@ def mlp_fwd_kernel(
 ):  # fmt: skip
     """y = x + drop_path * gamma * post_norm?(fc2(GELU(fc1(pre_norm?(x))))); SAVE: fc2's result into u."""
     DTYPE: tl.constexpr = fc1_weight.dtype.element_ty
-    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    pid = tl.program_id(0)
+    n = tl.arange(0, BN)
+    i = pid * BN + n
     c = tl.arange(0, BC)
-    at = i.to(tl.int64)[:, None] * C + c[None, :]
+    at = n[:, None] * C + c[None, :]  # within the program's rows: 32 bits, half the registers
+    first = pid.to(tl.int64) * BN * C
+    x += first
     mask = (i < tokens)[:, None] & (c < C)[None, :]
     z = tl.load(x + at, mask=mask, other=0.0)
     if NORM and not POST:
@@ -41,7 +45,7 @@ def mlp_fwd_kernel(
     if BIAS2:
         out += channels(fc2_bias, c, C)
     if SAVE:
-        tl.store(u + at, out.to(DTYPE), mask=mask)
+        tl.store(u + first + at, out.to(DTYPE), mask=mask)
     if NORM and POST:
         normal, _ = normalized_rows(out, c, C, norm_eps)
         out = normal * channels(norm_weight, c, C) + channels(norm_bias, c, C)
@@ -49,8 +53,9 @@ def mlp_fwd_kernel(
         out *= channels(gamma, c, C)
     if DROP_PATH:
         out *= tl.load(drop_path + i // pixels, mask=i < tokens, other=0.0).to(tl.float32)[:, None]
-    out += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
+    # x again: saying how it is cached, as it is anyway, makes it another load: or the first's registers would be kept
+    out += tl.load(x + at, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+    tl.store(y + first + at, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -70,39 +75,44 @@ def mlp_bwd_kernel(
     """
     DTYPE: tl.constexpr = fc1_weight.dtype.element_ty
     pid = tl.program_id(0)
-    i = pid * BN + tl.arange(0, BN)
+    n = tl.arange(0, BN)
+    i = pid * BN + n
     c = tl.arange(0, BC)
-    at = i.to(tl.int64)[:, None] * C + c[None, :]
+    at = n[:, None] * C + c[None, :]
+    first = pid.to(tl.int64) * BN * C
+    x += first
+    hidden += pid.to(tl.int64) * BN * M
+    grad_hidden += pid.to(tl.int64) * BN * M
     mask = (i < tokens)[:, None] & (c < C)[None, :]
     rows = tl.load(x + at, mask=mask, other=0.0)
     if NORM:
         normal, _ = normalized_rows(rows.to(tl.float32), c, C, norm_eps)
         rows = normal * channels(norm_weight, c, C) + channels(norm_bias, c, C)
     rows = rows.to(DTYPE)
-    tl.store(z + at, rows, mask=mask)
-    d = tl.load(grad_u + at, mask=mask, other=0.0)
+    tl.store(z + first + at, rows, mask=mask)
+    d = tl.load(grad_u + first + at, mask=mask, other=0.0)
     grad_z = tl.zeros([BN, BC], tl.float32)
     for start in range(0, M, BM):
         m = start + tl.arange(0, BM)
         in_weights = (c < C)[:, None] & (m < M)[None, :]
-        w = tl.load(fc2_weight + c[:, None] * M + m[None, :], mask=in_weights, other=0.0)
-        grad = tl.dot(d, w)
         w = tl.load(fc1_weight + m[None, :] * C + c[:, None], mask=in_weights, other=0.0)
         p = tl.dot(rows, w)
         if BIAS1:
             p += channels(fc1_bias, m, M)
-        grad *= gelu_slope(p, EXACT)
-        tl.store(hidden_sums + pid * M + m, tl.sum(grad, 0), mask=m < M)
-        to = i.to(tl.int64)[:, None] * M + m[None, :]
+        to = n[:, None] * M + m[None, :]
         in_hidden = (i < tokens)[:, None] & (m < M)[None, :]
         tl.store(hidden + to, gelu(p, EXACT).to(DTYPE), mask=in_hidden)
-        tl.store(grad_hidden + to, grad.to(DTYPE), mask=in_hidden)
-        grad_z = tl.dot(grad.to(DTYPE), tl.trans(w), grad_z)
+        v = tl.load(fc2_weight + c[:, None] * M + m[None, :], mask=in_weights, other=0.0)
+        grad = tl.dot(d, v) * gelu_slope(p, EXACT)
+        tl.store(hidden_sums + pid * M + m, tl.sum(grad, 0), mask=m < M)
+        grad = grad.to(DTYPE)
+        tl.store(grad_hidden + to, grad, mask=in_hidden)
+        grad_z = tl.dot(grad, tl.trans(w), grad_z)
     if NORM:
         normal, rstd = normalized_rows(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), c, C, norm_eps)
         to = sums + pid * (2 * C) + c
         tl.store(to, tl.sum(grad_z * normal, 0), mask=c < C)
         tl.store(to + C, tl.sum(grad_z, 0), mask=c < C)
         grad_z = norm_bwd(grad_z * channels(norm_weight, c, C), normal, rstd, C)
-    grad_z += tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_x + at, grad_z.to(grad_x.dtype.element_ty), mask=mask)
+    grad_z += tl.load(grad_y + first + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_x + first + at, grad_z.to(grad_x.dtype.element_ty), mask=mask)
