@@ -21,8 +21,9 @@ class Toolkit:
     version: str
 
     def architectures(self) -> str:
-        """TORCH_CUDA_ARCH_LIST, unless it is set: newer GPUs compile the PTX when they load it."""
-        return "8.0;9.0;10.0;12.0+PTX" if self._number() >= COMPRESSED else "8.0;9.0+PTX"
+        """TORCH_CUDA_ARCH_LIST, unless it is set. Newer GPUs go to Triton, but where the toolkit does not know Blackwell:
+        there they compile the PTX, which takes a quarter of the library, when they load it."""
+        return "8.0;9.0;10.0;12.0" if self._number() >= COMPRESSED else "8.0;9.0+PTX"
 
     def flags(self) -> list[str]:
         """nvcc's."""

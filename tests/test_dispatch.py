@@ -467,4 +467,26 @@ def test_old_gpus_are_left_to_the_reference(monkeypatch):
     for reason in (launch.why_not_triton(call), why_not_native("cuda", call)):
         assert reason == "it needs compute capability 8.0, cuda has 7.5"
     monkeypatch.setattr(_limits, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.ops.focalnet_kernels, "cuda_build", lambda: "8.0, CUDA 13.0", raising=False)
     assert launch.why_not_triton(call) is why_not_native("cuda", call) is None
+
+
+@pytest.mark.parametrize(
+    "build, runs, does_not",
+    [
+        ("8.0 9.0 10.0 12.0, CUDA 13.0", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1)], [(11, 0), (13, 0)]),
+        ("8.6 9.0+PTX, CUDA 12.6", [(8, 9), (9, 0), (10, 0), (12, 0)], [(8, 0)]),
+        ("9.0a 10.0f, CUDA 13.0", [(9, 0), (10, 0), (10, 3)], [(8, 0), (9, 1), (12, 0)]),
+        ("Hopper, CUDA 13.0", [(8, 0), (9, 0)], []),  # what cannot be told is tried
+    ],
+)
+def test_gpus_without_code_are_left_to_other_backends(build, runs, does_not, monkeypatch):
+    call = _calls.Call("focal_context", torch.device("cuda"), torch.float16, 8, ((3, 3),), (1, 4, 4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_libraries, "cuda_missing", None)
+    monkeypatch.setattr(torch.ops.focalnet_kernels, "cuda_build", lambda: build, raising=False)
+    for gpu in runs + does_not:
+        monkeypatch.setattr(_limits, "_capability", lambda device, gpu=gpu: gpu)
+        here = ".".join(map(str, gpu))
+        said = f"it was built for {build}; cuda has compute capability {here}: build with TORCH_CUDA_ARCH_LIST={here}"
+        assert why_not_native("cuda", call) == (said if gpu in does_not else None)

@@ -31,11 +31,17 @@ def why_biased(call: Call) -> str | None:
 
 def why_too_old(device: torch.device) -> str | None:
     """Why a GPU cannot run our kernels; None where it can."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
-        return None
-    if (found := _capability(device)) < OLDEST_CUDA:
+    found = capability(device)
+    if found is not None and found < OLDEST_CUDA:
         return f"it needs compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}, {device} has {found[0]}.{found[1]}"
     return None
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability; None of another device, and in a trace, which cannot ask."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
+        return None
+    return _capability(device)
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import prod
+
+import torch
 
 from .. import _libraries
 from .._calls import Call
 from .._namespace import OPS
-from ._limits import why_biased, why_no_kernel, why_too_old
+from ._limits import capability, why_biased, why_no_kernel, why_too_old
 
 LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
 
@@ -27,7 +30,34 @@ def why_not_native(backend: str, call: Call) -> str | None:
         return reason
     if backend == "cpu":
         return _libraries.cpu_missing
-    return why_biased(call) or _why_too_large(call) or _libraries.cuda_missing or why_too_old(call.device)
+    return (
+        why_biased(call)
+        or _why_too_large(call)
+        or _libraries.cuda_missing
+        or why_too_old(call.device)
+        or _why_not_built_for(call.device)
+    )
+
+
+def _why_not_built_for(device: torch.device) -> str | None:
+    """Why the library has no code for a GPU: it goes for GPUs of the same major compute capability from the minor one
+    on, as PTX for all newer ones."""
+    found = capability(device)
+    if found is None:
+        return None
+    build = OPS.cuda_build()
+    built = [
+        ((int(major), int(minor)), exact, ptx)
+        for major, minor, exact, ptx in re.findall(r"\b(\d+)\.(\d)(a?)(?:f?)(\+PTX)?", build.partition(",")[0])
+    ]  # none where GPUs were named otherwise ("Hopper")
+
+    def runs(capability, exact, ptx):
+        return found == capability or not exact and found > capability and (ptx or found[0] == capability[0])
+
+    if not built or any(runs(*each) for each in built):
+        return None
+    here = ".".join(map(str, found))
+    return f"it was built for {build}; {device} has compute capability {here}: build with TORCH_CUDA_ARCH_LIST={here}"
 
 
 def _why_too_large(call: Call) -> str | None:
