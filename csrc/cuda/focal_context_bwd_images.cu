@@ -363,7 +363,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
         convolve<T, PITCH, WHOLE, K, kind>(layout, block, shared.rows, int(g.W), taps(l), shared.at(l, c),
                                            shared.at(l + 1, c));
       };
-      if (l + 1 < L)
+      if (K < LARGEST && l + 1 < L)
         run(std::integral_constant<Convolution, Convolution::LEVEL>());
       else
         run(std::integral_constant<Convolution, Convolution::PLAIN>());
@@ -378,7 +378,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   for (int l = L - 1; l >= 0; --l) {
     with_size(chain.levels[l].size, [&](auto K) {
       float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
-      if (l + 1 == L)
+      if (K == LARGEST || l + 1 == L)
         level_gradient<T, PITCH, WHOLE, K, true>(p, shared, block, l, taps(l), tap_sums);
       else
         level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, l, taps(l), tap_sums);
@@ -470,7 +470,7 @@ void run_context_bwd(const ContextBackward& call, const ImagesBackwardPlan& plan
   p.parts = Divisor(parts);
   p.part_pairs = (int(call.chain.g.T) * plan.layout.tight_pitch / 2 + parts - 1) / parts;
   const auto run = [&](auto zero) {
-    with_layout(call.chain.g, p.layout, [&](auto pitch, auto whole) {
+    with_layout(p.layout, [&](auto pitch, auto whole) {
       const auto run_at_once = [&](auto at_once) {
         launch(images_bwd_kernel<decltype(zero), pitch, whole, at_once>, p.layout.runs * p.layout.channel_tiles,
                p.layout.threads(), p.offsets.end, stream, p);

@@ -215,11 +215,13 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
       const T* const from = shared.planes + c * shared.plane + p.from[l];
       T* const to = shared.planes + c * shared.plane + p.to[l];
       with_size(chain.levels[l].size, [&](auto K) {
-        if (l + 1 < L)
+        if (l + 1 == L)
+          with_constant<1, 2, 3, 4>(L, [&](auto levels) {
+            if constexpr (K >= least_size(levels))
+              run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, to);
+          });
+        else if constexpr (K < LARGEST)
           convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.rows, int(g.W), taps, from, to);
-        else
-          with_constant<1, 2, 3, 4>(
-              L, [&](auto levels) { run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, to); });
       });
       __syncthreads();
     }
@@ -263,13 +265,15 @@ int reach_of(const Chain& chain) {
 
 bool takes_images(const Chain& chain) {
   const Geometry& g = chain.g;
-  const auto fits = [](const LevelWeights& level) {
+  const auto square = [](const LevelWeights& level) {
     const Level& k = level.size;
-    return k.kt == k.kw && k.km == 1 && k.kw >= 3 && k.kw <= 9;
+    return k.kt == k.kw && k.km == 1 && k.kw >= least_size(1) && k.kw <= LARGEST;
   };
+  const auto no_larger = [](const LevelWeights& a, const LevelWeights& b) { return a.size.kw >= b.size.kw; };
+  const LevelWeights *const first = chain.levels, *const end = first + chain.L;
   return chain.dtype != DType::f32 && chain.L >= 1 && chain.L <= LEVELS && g.C % EIGHT == 0 && g.M == 1 &&
-         g.W <= 7 * EIGHT && g.pixels() <= 49 * EIGHT * EIGHT &&
-         std::all_of(chain.levels, chain.levels + chain.L, fits);
+         (g.W <= 6 * EIGHT || g.W == 7 * EIGHT) && g.pixels() <= 49 * EIGHT * EIGHT &&
+         std::all_of(first, end, square) && std::adjacent_find(first, end, no_larger) == end;
 }
 
 std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
@@ -295,7 +299,7 @@ void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stre
     arguments.to[l] = (l + 1 < L ? plane_of(l + 1) : sum_plane(L)) * plane;
   }
   const auto run = [&](auto zero) {
-    with_layout(p.chain.g, plan.layout, [&](auto pitch, auto whole) {
+    with_layout(plan.layout, [&](auto pitch, auto whole) {
       launch(images_fwd_kernel<decltype(zero), pitch, whole>, plan.layout.runs * plan.layout.channel_tiles,
              plan.layout.threads(), arguments.offsets.end, stream, arguments);
     });

@@ -240,10 +240,15 @@ __device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const R
   });
 }
 
+// Kernels grow from level to level, as `focal_factor` has them: only a last level's is the largest, and of so many
+// levels the last one's is this at least. (All other pairs of sizes were two fifths of the machine code.)
+constexpr int LARGEST = 9;
+__host__ __device__ constexpr int least_size(int levels) { return 2 * levels + 1; }
+
 // f(std::integral_constant<int, K>()) with a level's kernel size.
 template <class F>
 __device__ void with_size(const Level& k, const F& f) {
-  with_constant<3, 5, 7, 9>(k.kw, f);
+  with_constant<3, 5, 7, LARGEST>(k.kw, f);
 }
 
 // What a block has: TILE channels, CHANNELS of them at a time, and a run of a call's images, `layout.images` of them at

@@ -71,16 +71,12 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   return true;
 }
 
-// f(pitch, whole) with a layout's, as constants. Only of the widest rows whole units are told apart: elsewhere a few
-// selections are not worth as many kernels again.
+// f(pitch, whole) with a layout's, as constants. The widest rows are of whole units; elsewhere a few selections are not
+// worth as many kernels again.
 template <class F>
-void with_layout(const Geometry& g, const ImagesLayout& layout, const F& f) {
-  with_constant<8, 24, 40, 56, 72>(layout.pitch, [&](auto pitch) {
-    if constexpr (pitch == 72)
-      with_constant<0, 1>(g.W % EIGHT == 0, [&](auto whole) { f(pitch, whole); });
-    else
-      f(pitch, std::integral_constant<int, 0>());
-  });
+void with_layout(const ImagesLayout& layout, const F& f) {
+  with_constant<8, 24, 40, 56, 72>(layout.pitch,
+                                   [&](auto pitch) { f(pitch, std::integral_constant<int, pitch == 72>()); });
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel

@@ -129,7 +129,8 @@ void run_norm_fwd(const NormForward& p, void* stream) {
         Arguments a{p, 1};
         while (groups > 4 * a.lanes) a.lanes *= 2;
         const int64_t blocks = (p.tokens * a.lanes + THREADS - 1) / THREADS, most = 16 * current_device().processors;
-        with_constant<1, 2, 3, 4>((groups + a.lanes - 1) / a.lanes, [&](auto n) {
+        const int least = 3;  // which more lanes than one have anyway
+        with_constant<least, 4>(std::max(least, (groups + a.lanes - 1) / a.lanes), [&](auto n) {
           if (p.sum.data)
             launch(norm_rows_kernel<X, Y, n, true>, std::min(blocks, most), THREADS, 0, stream, a);
           else

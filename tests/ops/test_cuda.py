@@ -278,7 +278,7 @@ IMAGES = {
     "two-channels-at-a-time": ((3, 16, 9, 40), [3, 5, 7], 90_000),
     "column": ((2, 8, 9, 1), [3, 5]),
     "row": ((2, 8, 1, 20), [3]),
-    "wide": ((1, 8, 3, 56), [7, 3]),
+    "wide": ((1, 8, 3, 56), [3, 7]),
     "odd-rows": ((20, 8, 7, 7), [3, 5, 7]),  # read by fours where images follow one another, as a layer has them
     "twos": ((3, 8, 3, 6), [3, 5]),
     "narrow": ((3, 8, 10, 5), [3, 5, 7, 9]),
