@@ -170,7 +170,9 @@ def with_program(launch, capability, program, seed=0):
         triton_kernels._compiled[key] = kept
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")]
+)
 def test_every_barrier_counts(capability, seed):
     """Removed one at a time from a forward: a race, or else another barrier stands beside it."""
     inputs = make_context_inputs((3, 14, 14, 14), (3, 5, 7), dtype=torch.bfloat16, seed=seed)

@@ -107,6 +107,8 @@ def mlp_bwd_kernel(
         tl.store(hidden_sums + pid * M + m, tl.sum(grad, 0), mask=m < M)
         grad = grad.to(DTYPE)
         tl.store(grad_hidden + to, grad, mask=in_hidden)
+        # again, as another load: where both products had one buffer Triton 3.8's code for sm_90 gave wrong gradients
+        w = tl.load(fc1_weight + m[None, :] * C + c[:, None], mask=in_weights, other=0.0, cache_modifier=".ca")
         grad_z = tl.dot(grad, tl.trans(w), grad_z)
     if NORM:
         normal, rstd = normalized_rows(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), c, C, norm_eps)
