@@ -21,8 +21,8 @@ class Toolkit:
     version: str
 
     def architectures(self) -> str:
-        """TORCH_CUDA_ARCH_LIST, unless it is set. Newer GPUs go to Triton, but where the toolkit does not know Blackwell:
-        there they compile the PTX, which takes a quarter of the library, when they load it."""
+        """TORCH_CUDA_ARCH_LIST, unless it is set. Newer GPUs go to Triton: PTX is a quarter of the library. But
+        where the toolkit does not know Blackwell they compile the PTX when they load it."""
         return "8.0;9.0;10.0;12.0" if self._number() >= COMPRESSED else "8.0;9.0+PTX"
 
     def flags(self) -> list[str]:
