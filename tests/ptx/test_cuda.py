@@ -156,7 +156,7 @@ def what_is_reported(run, right, name, program, orders=1):
 @pytest.mark.parametrize("kernels", [(3,), (3, 5), (3, 5, 7), (3, 5, 7, 9)], ids=len)
 def test_images_one_after_the_other(kernels, seed, monkeypatch):
     """A block goes on to further images without a barrier of its own."""
-    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "64000")
+    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "64000" if len(kernels) < 4 else "80000")
     monkeypatch.setenv("FOCALNET_SHIM_PROCESSORS", "1")
     case = (*CONTEXT, ((9, 8, 7, 9), kernels), {}, None, "images_fwd images_bwd")
     check(80, case, torch.bfloat16, seed, monkeypatch)
