@@ -42,7 +42,7 @@ def in_processes(
             sender.close()
             answer = None
             while len(found) < len(todo) and not isinstance(answer, Fault):
-                answer = _receive(receiver, process, seconds, until)
+                answer = receive(receiver, process, seconds, until)
                 found.append((todo[len(found)], answer))
             process.kill()
             process.join()
@@ -65,7 +65,8 @@ def _serve(function, todo, sender) -> None:
             return
 
 
-def _receive(receiver, process, seconds: float, until: float):
+def receive(receiver, process, seconds: float, until: float):
+    """What the process sends; a `Fault` where it ended or takes longer than `seconds`, None where the time was over."""
     left = max(0.0, until - time.monotonic())
     if not receiver.poll(min(seconds, left)):
         return Fault(f"no answer within {seconds:.0f} seconds") if seconds < left else None

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import branches
+import compiled
 import correctness
 import counters
 import measure
@@ -47,10 +48,10 @@ SHOWN = (
     "result", "kernel", "us", "per_128_outputs", "issue_active_percent",
 )  # fmt: skip
 PARTS = (
-    "correct", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
+    "correct", "compiled", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
     "experiments", "convolutions", "tiles", "branches", "branch_tiles", "networks",
 )  # fmt: skip
-LONGEST = {"correct": 200.0, "dispatch": 150.0}  # seconds of a part, where others wait
+LONGEST = {"correct": 200.0, "compiled": 90.0, "dispatch": 150.0}  # seconds of a part, where others wait
 
 
 def main() -> None:
@@ -85,7 +86,11 @@ def report(options: argparse.Namespace) -> None:
     absent = {backend: _reason_against(backend, options) for backend in options.backends.split(",")}
     backends = [backend for backend, reason in absent.items() if reason is None]
     print(f"{machine['device']}, torch {machine['torch']}: backends {', '.join(backends) or 'none'}", flush=True)
-    for part in options.parts.split(","):
+    parts = options.parts.split(",")
+    beside = None
+    if "compiled" in parts:  # it does so while others check
+        beside = compiled.Compiled(("networks", "layers"), backends, options.device, options.tiny)
+    for part in parts:
         begun = time.monotonic()
         until = started + options.seconds
         if begun > until:
@@ -95,7 +100,7 @@ def report(options: argparse.Namespace) -> None:
         until = min(until, begun + LONGEST.get(part, options.seconds)) if options.parts != part else until
         path = output / f"gpu_{part}.csv"
         columns = counters.FIELDS if part == "counters" else (*MEASURED, "result")
-        for i, row in enumerate(_rows(part, backends, absent, options, until)):
+        for i, row in enumerate(_rows(part, backends, absent, beside, options, until)):
             with path.open("a" if i else "w", newline="") as file:
                 writer = csv.DictWriter(file, ["part", *columns, *machine])
                 if i == 0:
@@ -115,11 +120,14 @@ def _reason_against(backend: str, options) -> str | None:
     return found.reasons.get(backend)
 
 
-def _rows(part: str, backends: list[str], absent: dict[str, str | None], options, until: float):
+def _rows(part: str, backends: list[str], absent: dict[str, str | None], beside, options, until: float):
     device, tiny = options.device, options.tiny
     dtypes = [torch.float16] if tiny else [getattr(torch, name) for name in options.dtypes.split(",")]
     if part == "correct":
         yield from _correct(backends, absent, options, until)
+    elif part == "compiled":
+        with beside:
+            yield from beside.rows(until)
     elif part == "ceilings":
         yield from measure.ceilings(device, dtypes, tiny)
     elif part in measure.BLOCKS:
