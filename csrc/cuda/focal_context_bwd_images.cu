@@ -17,7 +17,7 @@ struct Arguments;
 
 // Where things begin in shared memory, in bytes.
 struct Offsets {
-  int grads, gates, taps, rows, pixels, area, global, mean, biases, tap_sums, end;
+  int grads, gates, taps, stretches, pixels, area, global, mean, biases, tap_sums, end;
   Offsets() = default;
   Offsets(const Arguments& p, const ImagesLayout& layout);
 };
@@ -52,7 +52,7 @@ struct Shared {
   T* planes;         // of channels: what enters the first level, and what leaves each; later what reaches that, and dz
   T *grads, *gates;  // without zeros around: the result's gradient of each channel; all gates
   T* taps;           // [CHANNELS][kernel rows][TAPS_ROW]
-  RowPlace* rows;
+  Stretch* stretches;
   Place* pixels;
   float* area;           // [warps][products at once][PRODUCT]; also [images][parts][AT_ONCE] sums for means
   float *global, *mean;  // [images][AT_ONCE]: the scaled GELU of the mean; what reaches pixels through the mean
@@ -65,8 +65,9 @@ struct Shared {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(further(planes, bytes));
     };
     const Offsets& o = p.offsets;
-    at(grads, o.grads), at(gates, o.gates), at(taps, o.taps), at(rows, o.rows), at(pixels, o.pixels);
-    at(area, o.area), at(global, o.global), at(mean, o.mean), at(biases, o.biases), at(tap_sums, o.tap_sums);
+    at(grads, o.grads), at(gates, o.gates), at(taps, o.taps), at(stretches, o.stretches);
+    at(pixels, o.pixels), at(area, o.area), at(global, o.global), at(mean, o.mean), at(biases, o.biases),
+        at(tap_sums, o.tap_sums);
   }
   // What leaves level l - 1, of one of the channels.
   __device__ T* at(int l, int channel) const { return planes + (l * AT_ONCE + channel) * plane; }
@@ -82,7 +83,7 @@ Offsets::Offsets(const Arguments& p, const ImagesLayout& layout) {
   grads = bytes.take(at_once * layout.tight_plane, 2);
   gates = bytes.take((L + 1) * layout.tight_plane, 2);
   taps = bytes.take(CHANNELS * p.taps_stride, 2);
-  rows = bytes.take(layout.row_places(), sizeof(RowPlace));
+  stretches = bytes.take(layout.all_listed(), sizeof(Stretch));
   pixels = bytes.take(layout.places, sizeof(Place));
   area = bytes.take(area_of(layout), 4);
   global = bytes.take(at_once * layout.images, 4);
@@ -282,44 +283,52 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
   T* const to = shared.at(l + 1, c);
   const T* const grads = shared.grads + c * shared.tight_plane + Here::column();
   const T* const gates = shared.gate(l) + Here::column();
+  const int tight_pitch = p.layout.tight_pitch;
   uint2 bands[WINDOWS<PITCH, K>];
   if (!LAST) load_bands<PITCH, K, false>(taps, bands);
   float products[WINDOWS<PITCH, K>][4] = {};
   block.each_step(p.layout, [&](int first) {
-    const Here step(shared.rows, p.layout, first, int(chain.g.W));
-    uint32_t dz[4];
-    if constexpr (LAST) {
+    const Here step(shared.stretches, first);
+    uint32_t dz[STRETCH<PITCH>][2];
+    float z[STRETCH<PITCH>][4] = {};
+    if constexpr (!LAST) convolve_stretches<K>(from, step, bands, z);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) dz[u] = step.is_there(u) ? load_word(step.pixels(u, to)) : 0;
-    } else {
-      float z[2][4] = {};
-      convolve_tiles<K>(from, step, bands, z);
+    for (int u = 0; u < 2; ++u) {
+      T* const here = step.pixels(u, to);
+      const T *grads_here = step.stretch(u).in_tight(grads), *gates_here = step.stretch(u).in_tight(gates);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const RowPlace row = step.row(u);
-        T* const here = row.in(to + border(PITCH) + Here::column());
-        const uint32_t grad = load_word(row.in_tight(grads)), gate = load_word(row.in_tight(gates));
-        const uint32_t above = load_word(here);
-        float both[2];
+      for (int e = 0; e < STRETCH<PITCH>; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
+        uint32_t word = step.is_there(u, e) ? load_word(here + e * PITCH) : 0;
+        if constexpr (!LAST) {
+          const uint32_t grad = load_word(grads_here), gate = load_word(gates_here);
+          float both[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(above, i)) *
-                    gelu_slope<T>(z[u / 2][u % 2 * 2 + i]);
-        dz[u] = step.is_there(u) ? step.template masked<T>(u, both) : 0;
-        if (step.is_there(u)) store_word(here, dz[u]);
+          for (int i = 0; i < 2; ++i)
+            both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(word, i)) *
+                      gelu_slope<T>(z[e][2 * u + i]);
+          word = step.template masked<T>(u, both);
+          if (step.is_there(u, e))
+            store_word(here + e * PITCH, word);
+          else
+            word = 0;
+        }
+        dz[e][u] = word;
       }
     }
     if (!p.call.weight_sums) return;
+    uint2 b[STRETCH<PITCH>];
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const uint2 b{transpose(dz[2 * t]), transpose(dz[2 * t + 1])};
-      const SharedRow window = shared_row(step.template window<true>(t, from - K / 2 * PITCH));
-      each_constant<WINDOWS<PITCH, K>>([&](auto i) {
-        uint32_t a[4];
-        load_transposed<i * WINDOW_BYTES<PITCH>>(a, window);
-        multiply_add<T>(products[i], a, b);
-      });
-    }
+    for (int e = 0; e < STRETCH<PITCH>; ++e) b[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
+    const SharedRow windows = shared_row(step.template window<true>(from - K / 2 * PITCH));
+    each_constant<WINDOW_ROWS<PITCH, K>>([&](auto row) {
+      uint32_t a[4];
+      load_transposed<2 * PITCH * row>(a, windows);
+#pragma unroll
+      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+        const int i = window_of<PITCH, K>(row, e);
+        if (i >= 0) multiply_add<T>(products[i], a, b[e]);
+      }
+    });
   });
   if (p.call.weight_sums)
     add_taps<PITCH, K>(products, shared.area + threadIdx.x / 32 * products_at_once(PITCH) * PRODUCT, tap_sums);
@@ -360,7 +369,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   for (int l = 0; l < L; ++l) {
     with_size(chain.levels[l].size, [&](auto K) {
       const auto run = [&](auto kind) {
-        convolve<T, PITCH, WHOLE, K, kind>(layout, block, shared.rows, int(g.W), taps(l), shared.at(l, c),
+        convolve<T, PITCH, WHOLE, K, kind>(layout, block, shared.stretches, taps(l), shared.at(l, c),
                                            shared.at(l + 1, c));
       };
       if (K < LARGEST && l + 1 < L)
@@ -384,7 +393,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
         level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, l, taps(l), tap_sums);
       __syncthreads();
       if (l > 0 || p.call.grad_ctx.data)
-        convolve<T, PITCH, WHOLE, K, Convolution::TRANSPOSED>(layout, block, shared.rows, int(g.W), taps(l),
+        convolve<T, PITCH, WHOLE, K, Convolution::TRANSPOSED>(layout, block, shared.stretches, taps(l),
                                                               shared.at(l + 1, c), shared.at(l, c));
     });  // the next level takes only what this lane has written
   }
@@ -404,7 +413,7 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
 
   shared.clear();
   fill_zeros(shared.taps, CHANNELS * p.taps_stride);
-  list_places(g, layout, shared.rows, shared.pixels);
+  list_places(g, layout, shared.stretches, shared.pixels);
   const int channel = Block<AT_ONCE>(layout, 0, g).channel;
   for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
     shared.biases[i] = i < CHANNELS              ? of_vector<T>(chain.ctx_bias, channel + i)

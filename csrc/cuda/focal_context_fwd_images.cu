@@ -25,7 +25,7 @@ __host__ __device__ constexpr int sum_plane(int L) { return 1 - plane_of(L - 1) 
 
 // Where things begin in shared memory, in bytes.
 struct Offsets {
-  int gates, mean_gate, taps, rows, pixels, sums, global, biases, end;
+  int gates, mean_gate, taps, stretches, pixels, sums, global, biases, end;
   Offsets() = default;
   Offsets(const Chain& chain, const ImagesLayout& layout);
 };
@@ -46,9 +46,9 @@ struct Shared {
   T* planes;
   T *gates, *mean_gate;  // [pixels][four gates]; the mean's, in there or, as a fifth, behind
   T* taps;
-  RowPlace* rows;
+  Stretch* stretches;
   Place* pixels;
-  float *sums, *global;  // [rows of units][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
+  float *sums, *global;  // [stretches][CHANNELS] of the last level; [images][CHANNELS]: GELU of its mean
   float* biases;         // of the channels and of the gates, which the products left to us
   int plane;
   __device__ explicit Shared(const Arguments& p) : planes(shared_memory<T>()), plane(p.layout.plane) {
@@ -56,8 +56,8 @@ struct Shared {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(further(planes, bytes));
     };
     const Offsets& o = p.offsets;
-    at(gates, o.gates), at(mean_gate, o.mean_gate), at(taps, o.taps), at(rows, o.rows), at(pixels, o.pixels);
-    at(sums, o.sums), at(global, o.global), at(biases, o.biases);
+    at(gates, o.gates), at(mean_gate, o.mean_gate), at(taps, o.taps), at(stretches, o.stretches);
+    at(pixels, o.pixels), at(sums, o.sums), at(global, o.global), at(biases, o.biases);
   }
   __device__ T* at(int plane_index, int channel) const { return planes + (plane_index * CHANNELS + channel) * plane; }
 };
@@ -68,9 +68,9 @@ Offsets::Offsets(const Chain& chain, const ImagesLayout& layout) {
   gates = bytes.take(4 * layout.tight_plane, 2);
   mean_gate = chain.L < 4 ? gates + 2 * chain.L : bytes.take(layout.tight_plane, 2);
   taps = bytes.take(CHANNELS * kernel_rows(chain) * TAPS_ROW, 2);
-  rows = bytes.take(layout.row_places(), sizeof(RowPlace));
+  stretches = bytes.take(layout.all_listed(), sizeof(Stretch));
   pixels = bytes.take(layout.places, sizeof(Place));
-  sums = bytes.take(CHANNELS * layout.units * EIGHT, 4);
+  sums = bytes.take(CHANNELS * layout.all_listed(), 4);
   global = bytes.take(CHANNELS * layout.images, 4);
   biases = bytes.take(CHANNELS + LEVELS + 1, 4);
   end = int(bytes.taken);
@@ -123,7 +123,7 @@ __device__ void load_images(const Arguments& p, const Shared<T>& shared, const B
   });
 }
 
-// Level L, the last: its sums over rows, and what gates make of all levels, into the plane `to`.
+// Level L, the last: its sums over stretches, and what gates make of all levels, into the plane `to`.
 template <class T, int PITCH, bool WHOLE, int K, int L>
 __device__ void run_last_level(const Arguments& p, const Shared<T>& shared, const Block& block, const T* taps,
                                const T* from, T* to) {
@@ -132,33 +132,41 @@ __device__ void run_last_level(const Arguments& p, const Shared<T>& shared, cons
   const float scale = p.call.chain.scale;
   const T* const levels = shared.at(0, block.channel_here);
   const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
+  const int gates_pitch = p.layout.tight_pitch / 2;  // pairs of pixels
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.rows, p.layout, first, int(p.call.chain.g.W));
-    float acc[2][4] = {}, sums[4];
-    convolve_tiles<K>(from, step, bands, acc);
+    const Step<PITCH, WHOLE> step(shared.stretches, first);
+    float acc[STRETCH<PITCH>][4] = {}, sums[2] = {};
+    convolve_stretches<K>(from, step, bands, acc);
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const uint4 quad = gates[step.row(u).pair()];
-      const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
-      const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
-      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
-      step.mask(u, pair);
+    for (int u = 0; u < 2; ++u) {
+      const uint4* const gates_here = gates + step.stretch(u).pair();
+      const T* const levels_here = step.pixels(u, levels);
+      T* const here = step.pixels(u, to);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] = gelu<T>(pair[i]);
-      sums[u] = pair[0] + pair[1];
+      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+        const uint4 quad = gates_here[e * gates_pitch];
+        const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
+        const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
+        float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
+        step.mask(u, pair);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
+        for (int i = 0; i < 2; ++i) pair[i] = gelu<T>(pair[i]);
+        const float sum = pair[0] + pair[1];
 #pragma unroll
-      for (int l = 0; l < L - 1; ++l) {
-        const uint32_t level = load_word(step.pixels(u, levels + plane_of(l + 1) * CHANNELS * shared.plane));
+        for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
+        for (int l = 0; l < L - 1; ++l) {
+          const T* const of_level = levels_here + plane_of(l + 1) * CHANNELS * shared.plane + e * PITCH;
+          const uint32_t level = step.is_there(u, e) ? load_word(of_level) : 0;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
+        }
+        pair[0] *= scale, pair[1] *= scale;
+        const uint32_t word = step.template masked<T>(u, pair);  // gates have no zeros around
+        if (step.is_there(u, e)) sums[u] += sum, store_word(here + e * PITCH, word);
       }
-      pair[0] *= scale, pair[1] *= scale;
-      const uint32_t word = step.template masked<T>(u, pair);  // gates have no zeros around
-      if (step.is_there(u)) store_word(step.pixels(u, to), word);
     }
-    sum_rows<CHANNELS>(step, sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
+    sum_stretches<CHANNELS>(sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
   });
 }
 
@@ -195,7 +203,7 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
 
   fill_zeros(shared.planes, layout.planes * CHANNELS * shared.plane);
   fill_zeros(shared.taps, CHANNELS * p.taps_stride);
-  list_places(g, layout, shared.rows, shared.pixels);
+  list_places(g, layout, shared.stretches, shared.pixels);
   const int channel = Block(layout, 0, g).channel;
   for (int i = threadIdx.x; i < CHANNELS + LEVELS + 1; i += blockDim.x)
     shared.biases[i] = i < CHANNELS              ? of_vector<T>(chain.ctx_bias, channel + i)
@@ -221,11 +229,11 @@ __global__ void __launch_bounds__(256, 2) images_fwd_kernel(Arguments p) {
               run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, to);
           });
         else if constexpr (K < LARGEST)
-          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.rows, int(g.W), taps, from, to);
+          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.stretches, taps, from, to);
       });
       __syncthreads();
     }
-    each_sum<CHANNELS>(g, layout, block.images, shared.sums, [&](int channel, int image, float sum) {
+    each_sum<CHANNELS>(layout, block.images, shared.sums, [&](int channel, int image, float sum) {
       const float mean = sum * p.per_pixel;
       p.call.mean[(block.first_image + image) * g.C + block.channel + channel] = mean;
       shared.global[image * CHANNELS + channel] = gelu<float>(mean) * chain.scale;

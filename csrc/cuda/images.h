@@ -2,9 +2,11 @@
 //
 // A kernel row of a depthwise convolution is a product: 16 rows of the map, each a window of 16 columns, times a band
 // matrix (16 x 8) that holds the row's taps along its diagonals, give 16 rows of 8 columns. The window begins 4 columns
-// before its result, which is on a 16-byte boundary and enough for kernels up to 9. The 16 rows are two units of
-// EIGHT x EIGHT pixels, anywhere in the plane. Rows of at most EIGHT columns need no zeros beside them: there a window
-// is two rows, one below the other, and takes the bands of two kernel rows at once.
+// before its result, which is on a 16-byte boundary and enough for kernels up to 9. The 16 rows are one each of 16
+// stretches, anywhere in the plane; from kernel row to kernel row all move down by one. So the windows of a stretch's
+// next row are those of this one but the first and one more, and each is loaded once, for all rows that it belongs to.
+// Rows of at most EIGHT columns need no zeros beside them: there a window is two rows, one below the other, and takes
+// the bands of two kernel rows at once.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +28,24 @@ __host__ __device__ constexpr int border(int pitch) { return pitch > EIGHT ? 4 :
 __host__ __device__ constexpr int window_rows(int pitch) { return pitch > EIGHT ? 1 : 2; }
 template <int PITCH, int K>
 constexpr int WINDOWS = (K + window_rows(PITCH) - 1) / window_rows(PITCH);
+
+// Stretches begin every SPACING rows, where they have all of these, or at two places in each such piece. As pitches
+// are odd numbers of 16 bytes, and SPACING is odd, EIGHT neighbours' rows lie in different banks.
+constexpr int SPACING = 7, WIDEST = 72;
+__host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST ? SPACING : (SPACING + 1) / 2; }
+__host__ __device__ constexpr int first_row(int pitch, int stretch) {
+  return pitch == WIDEST ? stretch * SPACING : stretch / 2 * SPACING + stretch % 2 * stretch_rows(pitch);
+}
 template <int PITCH>
-constexpr int WINDOW_BYTES = 2 * window_rows(PITCH) * PITCH;
+constexpr int STRETCH = stretch_rows(PITCH);
+// What rows of windows a stretch has for a kernel of K rows; and which of its windows is that one of row `e`, or none.
+template <int PITCH, int K>
+constexpr int WINDOW_ROWS = STRETCH<PITCH> + (WINDOWS<PITCH, K> - 1) * window_rows(PITCH);
+template <int PITCH, int K>
+__device__ constexpr int window_of(int window_row, int e) {
+  const int below = window_row - e, rows = window_rows(PITCH);
+  return below >= 0 && below % rows == 0 && below / rows < WINDOWS<PITCH, K> ? below / rows : -1;
+}
 
 // So many bytes further on.
 template <class T>
@@ -36,13 +54,19 @@ __device__ T* further(T* plane, int bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(plane) + bytes);
 }
 
-// Where eight neighbours of a row lie: in a plane with zeros around the images, and in one without.
-class alignas(4) RowPlace {
-  uint16_t padded_bytes, tight_bytes;
+// A stretch: where it begins in a plane with zeros around the images, and in one without; what it has of the map.
+class alignas(8) Stretch {
+  uint16_t padded_bytes, tight_bytes, its_rows, its_columns;
 
  public:
-  RowPlace() = default;
-  __device__ RowPlace(int padded, int tight) : padded_bytes(uint16_t(2 * padded)), tight_bytes(uint16_t(2 * tight)) {}
+  Stretch() = default;
+  __device__ Stretch(int padded, int tight, int rows, int columns)
+      : padded_bytes(uint16_t(2 * padded)),
+        tight_bytes(uint16_t(2 * tight)),
+        its_rows(uint16_t(rows)),
+        its_columns(uint16_t(columns)) {}
+  __device__ int rows() const { return its_rows; }
+  __device__ int columns() const { return its_columns; }
   template <class T>
   __device__ T* in(T* plane) const {
     return further(plane, padded_bytes);
@@ -130,47 +154,50 @@ __device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
     *reinterpret_cast<uint64_t*>(p) = pixels.words[0] | uint64_t(pixels.words[1]) << 32;  // a uint2 would become two
 }
 
-// A step of a warp: two tiles of two units each. Lane 4 g + q has columns 2 q and 2 q + 1 of row g of all four.
-// `WHOLE`: rows are whole units.
+// A step of a warp: two units of stretches. Lane 4 g + q has columns 2 q and 2 q + 1 of stretch g of either.
+// `WHOLE`: stretches have all columns.
 template <int PITCH, bool WHOLE>
-struct Step {
-  const RowPlace* rows;  // of the units
-  int units, whole;      // that are left, and of those the ones with eight columns
-  bool last[2];          // whether the others have this lane's columns
-  __device__ Step(const RowPlace* all, const ImagesLayout& layout, int first, int W)
-      : rows(all + first * EIGHT), units(layout.units - first), whole(layout.units - layout.groups - first) {
-    const int columns = W - (layout.segments - 1) * EIGHT;
-    last[0] = column() < columns, last[1] = column() + 1 < columns;
+class Step {
+  const Stretch* units;
+  Stretch of[2];
+  bool has[2][2];  // columns
+
+ public:
+  __device__ Step(const Stretch* all, int first) : units(all + first * EIGHT) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      of[u] = units[u * EIGHT + int(threadIdx.x) % 32 / 4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) has[u][i] = column() + i < of[PITCH > EIGHT ? u : 0].columns();
+    }
   }
-  // Where this lane's row of a tile's A matrices begins in `plane`: what load_matrices wants for a convolution, or what
+  // Where this lane's row of an A matrix begins in `plane`: what load_matrices wants for a convolution, or what
   // load_transposed wants for the product over pixels that gives taps' gradients.
   template <bool TRANSPOSED, class T>
-  __device__ const T* window(int tile, const T* plane) const {
+  __device__ const T* window(const T* plane) const {
     const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
-    return rows[(2 * tile + (TRANSPOSED ? high : low)) * EIGHT + lane % 8].in(plane +
-                                                                              (TRANSPOSED ? low : high) * EIGHT);
+    return units[(TRANSPOSED ? high : low) * EIGHT + lane % 8].in(plane + (TRANSPOSED ? low : high) * EIGHT);
   }
-  // Of unit u: where its row is, and where in that this lane's pixels are; whether there is such a unit, and whether
-  // pixel i of these is inside the map.
-  __device__ const RowPlace& row(int u) const { return rows[u * EIGHT + int(threadIdx.x) % 32 / 4]; }
   static __device__ int column() { return int(threadIdx.x) % 4 * 2; }
+  // Of unit u: this lane's stretch, its pixels of the stretch's first row, and whether there is a row e of it. (Where
+  // there is none, another warp may have the row.)
+  __device__ const Stretch& stretch(int u) const { return of[u]; }
   template <class T>
   __device__ T* pixels(int u, T* plane) const {
-    return row(u).in(plane + border(PITCH) + column());
+    return of[u].in(plane + border(PITCH) + column());
   }
-  __device__ bool is_there(int u) const { return u < units; }
-  __device__ bool inside(int u, int i) const { return WHOLE || (PITCH > EIGHT && u < whole) || last[i]; }
-  // zeros in place of those that are not
+  __device__ bool is_there(int u, int e) const { return e < of[u].rows(); }
+  // zeros in place of pixels that are not inside the map's columns
   __device__ void mask(int u, float (&pair)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) pair[i] = inside(u, i) ? pair[i] : 0.0f;
+    for (int i = 0; i < 2; ++i) pair[i] = WHOLE || has[u][i] ? pair[i] : 0.0f;
   }
   template <class T>
   __device__ uint32_t masked(int u, float (&pair)[2]) const {
     if constexpr (PITCH > EIGHT) mask(u, pair);
     const uint32_t word = pack<T>(pair[0], pair[1]);
     if constexpr (PITCH > EIGHT) return word;
-    return word & ((last[0] ? 0xffffu : 0) | (last[1] ? 0xffff0000u : 0));  // the same in all units
+    return word & ((has[0][0] ? 0xffffu : 0) | (has[0][1] ? 0xffff0000u : 0));  // the same in all stretches
   }
 };
 
@@ -203,18 +230,18 @@ __device__ void each_constant(const F& f) {
   }
 }
 
-// acc += a level's convolution of a step's two tiles; one's products run while the other's wait.
+// acc[e] += a level's convolution of row e of a step's stretches.
 template <int K, class T, int PITCH, bool WHOLE>
-__device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, const uint2 (&bands)[WINDOWS<PITCH, K>],
-                               float (&acc)[2][4]) {
-  const SharedRow windows[2] = {shared_row(step.template window<false>(0, plane - K / 2 * PITCH)),
-                                shared_row(step.template window<false>(1, plane - K / 2 * PITCH))};
-  each_constant<WINDOWS<PITCH, K>>([&](auto i) {
+__device__ void convolve_stretches(const T* plane, const Step<PITCH, WHOLE>& step,
+                                   const uint2 (&bands)[WINDOWS<PITCH, K>], float (&acc)[STRETCH<PITCH>][4]) {
+  const SharedRow windows = shared_row(step.template window<false>(plane - K / 2 * PITCH));
+  each_constant<WINDOW_ROWS<PITCH, K>>([&](auto row) {
+    uint32_t a[4];
+    load_matrices<2 * PITCH * row>(a, windows);
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      uint32_t a[4];
-      load_matrices<i * WINDOW_BYTES<PITCH>>(a, windows[t]);
-      multiply_add<T>(acc[t], a, bands[i]);
+    for (int e = 0; e < STRETCH<PITCH>; ++e) {
+      const int i = window_of<PITCH, K>(row, e);
+      if (i >= 0) multiply_add<T>(acc[e], a, bands[i]);
     }
   });
 }
@@ -222,20 +249,24 @@ __device__ void convolve_tiles(const T* plane, const Step<PITCH, WHOLE>& step, c
 // Of a warp's channel, into another plane: conv, conv transposed, or a level, GELU(conv).
 enum class Convolution { PLAIN, TRANSPOSED, LEVEL };
 template <class T, int PITCH, bool WHOLE, int K, Convolution KIND, class BLOCK>
-__device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const RowPlace* rows, int W, const T* taps,
+__device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const Stretch* stretches, const T* taps,
                          const T* from, T* to) {
   uint2 bands[WINDOWS<PITCH, K>];
   load_bands<PITCH, K, KIND == Convolution::TRANSPOSED>(taps, bands);
   block.each_step(layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(rows, layout, first, W);
-    float acc[2][4] = {};
-    convolve_tiles<K>(from, step, bands, acc);
+    const Step<PITCH, WHOLE> step(stretches, first);
+    float acc[STRETCH<PITCH>][4] = {};
+    convolve_stretches<K>(from, step, bands, acc);
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      float pair[2] = {acc[u / 2][u % 2 * 2], acc[u / 2][u % 2 * 2 + 1]};
-      if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
-      // a unit that is not there writes what the last one does
-      store_word(step.pixels(u, to), step.template masked<T>(u, pair));
+    for (int u = 0; u < 2; ++u) {
+      T* const here = step.pixels(u, to);
+#pragma unroll
+      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+        float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
+        if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
+        const uint32_t word = step.template masked<T>(u, pair);
+        if (step.is_there(u, e)) store_word(here + e * PITCH, word);
+      }
     }
   });
 }
@@ -270,7 +301,7 @@ struct ImagesBlock {
   // f(index of the first unit) of this warp's steps
   template <class F>
   __device__ void each_step(const ImagesLayout& layout, const F& f) const {
-    for (int first = 4 * part; first < layout.units; first += 4 * layout.warps) f(first);
+    for (int first = 2 * part; first < layout.units; first += 2 * layout.warps) f(first);
   }
   // the first pixel of one of the block's channels
   template <class T>
@@ -293,18 +324,22 @@ __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int
   });
 }
 
-// The places of each row of units, and of each few neighbours of all images' pixels.
-inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, RowPlace* rows, Place* pixels) {
-  const int H = int(g.T), listed = layout.groups * EIGHT;
+// The stretches of all images, and the places of each few neighbours of their pixels.
+inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, Stretch* stretches, Place* pixels) {
+  const int H = int(g.T), W = int(g.W), listed = layout.listed(), pitch = layout.pitch;
+  const auto least = [](int a, int b) { return a < b ? a : b; };
   const auto padded = [&](int row, int column) {
     const int image = layout.rows.divide(row);
-    return layout.reach * layout.pitch + image * layout.image_pitch + (row - image * H) * layout.pitch + column;
+    return layout.reach * pitch + image * layout.image_pitch + (row - image * H) * pitch + column;
   };
-  for (int i = threadIdx.x; i < layout.row_places(); i += blockDim.x) {
-    // beyond them: those of the last, which the same warp has
-    const int row = i < layout.units * EIGHT ? i : (layout.units - 1) * EIGHT + i % EIGHT, segment = row / listed;
-    const int of_segment = row - segment * listed, column = segment * EIGHT;
-    rows[i] = RowPlace(padded(of_segment, column), of_segment * layout.tight_pitch + column);
+  const int last = listed * layout.segments - 1;
+  for (int i = threadIdx.x; i < layout.all_listed(); i += blockDim.x) {
+    const int of_all = least(i, last), segment = of_all / listed, of_segment = of_all - segment * listed;
+    const int image = of_segment / layout.stretches, here = of_segment - image * layout.stretches;
+    const int first = first_row(pitch, here), row = image * H + first, column = segment * EIGHT;
+    // beyond them: the last, which the same warp has, without its rows
+    const int rows = i > last ? 0 : least(first_row(pitch, here + 1), H) - first;
+    stretches[i] = Stretch(padded(row, column), row * layout.tight_pitch + column, rows, least(EIGHT, W - column));
   }
   for (int i = threadIdx.x; i < layout.places; i += blockDim.x) {
     const int row = layout.row_parts.divide(i), column = i * layout.neighbours - row * int(g.W);
@@ -409,40 +444,36 @@ __device__ void fill_zeros(T* to, int64_t elements) {  // whole words of 16 byte
   for (int64_t i = threadIdx.x; i < elements / EIGHT; i += blockDim.x) words[i] = uint4{0, 0, 0, 0};
 }
 
-// The sums over rows of a step's values, one of each unit: into [row of a unit][CHANNELS].
-template <int CHANNELS, class STEP>
-__device__ void sum_rows(const STEP& step, const float (&values)[4], float* of_step) {
-  const int lane = threadIdx.x % 32, unit = lane % 4;
-  const auto halves = [](bool second, float a, float b, int offset) {
-    return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, offset);
-  };
-  const bool odd = unit % 2, upper = unit / 2;
-  const float sum = halves(upper, halves(odd, values[0], values[1], 1), halves(odd, values[2], values[3], 1), 2);
-  if (step.is_there(unit)) of_step[(unit * EIGHT + lane / 4) * CHANNELS] = sum;
+// The sums over a step's stretches, of which lanes have a value each, of either unit: into [stretch][CHANNELS].
+template <int CHANNELS>
+__device__ void sum_stretches(const float (&values)[2], float* of_step) {
+  const int lane = threadIdx.x % 32, unit = lane % 2;
+  float sum = (unit ? values[1] : values[0]) + __shfl_xor_sync(0xffffffffu, unit ? values[0] : values[1], 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  if (lane % 4 < 2) of_step[(unit * EIGHT + lane / 4) * CHANNELS] = sum;
 }
 
-// f(channel, image, sum over its rows) for each of the block's images, all of a block's threads together. LANES share
-// an image's rows.
+// f(channel, image, sum over its stretches) for each of the block's images, all of a block's threads together. LANES
+// share an image's stretches.
 template <int CHANNELS, int LANES, class F>
-__device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int images, const float* rows, const F& f) {
-  const int H = int(g.T), of_segment = layout.groups * EIGHT * CHANNELS;
+__device__ void each_sum(const ImagesLayout& layout, int images, const float* stretches, const F& f) {
   for (int i = threadIdx.x; i < LANES * CHANNELS * images; i += blockDim.x) {
     const int lane = i % LANES, channel = i / LANES % CHANNELS, image = i / LANES / CHANNELS;
-    const float* of_image = rows + image * H * CHANNELS + channel;
+    const float* of_image = stretches + image * layout.stretches * CHANNELS + channel;
     float sum = 0;
-    for (int segment = 0; segment < layout.segments; ++segment, of_image += of_segment)
-      for (int row = lane; row < H; row += LANES) sum += of_image[row * CHANNELS];
+    for (int segment = 0; segment < layout.segments; ++segment, of_image += layout.listed() * CHANNELS)
+      for (int i = lane; i < layout.stretches; i += LANES) sum += of_image[i * CHANNELS];
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (lane == 0) f(channel, image, sum);
   }
 }
 template <int CHANNELS, class F>
-__device__ void each_sum(const Geometry& g, const ImagesLayout& layout, int images, const float* rows, const F& f) {
-  if (images > 2)  // or few threads would add many rows
-    each_sum<CHANNELS, 1>(g, layout, images, rows, f);
+__device__ void each_sum(const ImagesLayout& layout, int images, const float* stretches, const F& f) {
+  if (images > 2)  // or few threads would add many stretches
+    each_sum<CHANNELS, 1>(layout, images, stretches, f);
   else
-    each_sum<CHANNELS, EIGHT>(g, layout, images, rows, f);
+    each_sum<CHANNELS, EIGHT>(layout, images, stretches, f);
 }
 
 }  // namespace focalnet::cuda

@@ -29,6 +29,7 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
   layout.pitch = W > EIGHT ? (layout.segments + 1 | 1) * EIGHT : EIGHT;  // odd: ldmatrix finds rows in different banks,
   layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
+  while (first_row(layout.pitch, layout.stretches) < H) ++layout.stretches;
   layout.tight_pitch = W + W % 2, layout.pixels = pixels;
   layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
   layout.channels = channels, layout.channel_tiles = g.C / tile;
@@ -37,10 +38,11 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   const auto with = [&](int images, int warps) {
     ImagesLayout next = layout;
     next.images = images, next.warps = warps;
-    next.groups = (images * H + EIGHT - 1) / EIGHT, next.units = next.groups * next.segments;
-    const int last = next.groups * EIGHT - 1;  // row, of the images or beyond them
-    next.plane = last / H * next.image_pitch + (last % H + 2 * reach + window_rows(next.pitch)) * next.pitch;
-    next.tight_plane = next.groups * EIGHT * next.tight_pitch + EIGHT;
+    next.units = (next.listed() * next.segments + EIGHT - 1) / EIGHT;
+    // rows that stretches of the last image have, of the image or beyond it
+    const int rows = first_row(next.pitch, next.stretches - 1) + stretch_rows(next.pitch);
+    next.plane = (images - 1) * next.image_pitch + (rows + 2 * reach + window_rows(next.pitch) - 1) * next.pitch;
+    next.tight_plane = (((images - 1) * H + rows) * next.tight_pitch + 2 * EIGHT - 1) / EIGHT * EIGHT;
     next.places = images * pixels / next.neighbours;
     next.image_blocks = (g.B + images - 1) / images;
     return next;
@@ -51,14 +53,14 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   const int64_t most = device.shared_per_block;
   layout = with(1, warps);
   if (!fits(layout, most)) return false;
-  // With two blocks on a multiprocessor, each warp with eight tiles at most: what takes the fewest steps, and lets
-  // four pixels be read at once.
+  // With two blocks on a multiprocessor, each warp with eight rows of stretches at most: what takes the fewest steps,
+  // and lets four pixels be read at once.
   const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
   int64_t best = 0;
   for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
     const ImagesLayout next = with(images, least);
-    const int64_t steps = (next.units + 4 * least - 1) / (4 * least);
-    if (!fits(next, most / 2 - 1024) || (images > 1 && steps > 4)) break;
+    const int64_t steps = (next.units + 2 * least - 1) / (2 * least);
+    if (!fits(next, most / 2 - 1024) || (images > 1 && steps * stretch_rows(next.pitch) > EIGHT)) break;
     const int64_t all_steps = steps * next.image_blocks;
     if ((best > 0 && all_steps > best) || (images > whole && images % whole != 0)) continue;
     layout = next, best = all_steps;
@@ -71,12 +73,12 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   return true;
 }
 
-// f(pitch, whole) with a layout's, as constants. The widest rows are of whole units; elsewhere a few selections are not
-// worth as many kernels again.
+// f(pitch, whole) with a layout's, as constants. The widest rows are of whole segments; elsewhere a few selections are
+// not worth as many kernels again.
 template <class F>
 void with_layout(const ImagesLayout& layout, const F& f) {
-  with_constant<8, 24, 40, 56, 72>(layout.pitch,
-                                   [&](auto pitch) { f(pitch, std::integral_constant<int, pitch == 72>()); });
+  with_constant<8, 24, 40, 56, WIDEST>(layout.pitch,
+                                       [&](auto pitch) { f(pitch, std::integral_constant<int, pitch == WIDEST>()); });
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel

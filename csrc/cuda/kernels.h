@@ -260,8 +260,8 @@ void run_context_bwd(const ContextBackward& p, const TokensBackwardPlan& plan, v
 // --------------- images (images.h): 16-bit maps that fit shared memory, pixels adjacent, square kernels of 3 to 9
 
 // On tensor cores. A block has a few channels of a few whole images, each channel a plane with zeros around them, for
-// what enters a level and what leaves it. Work is dealt out in units of EIGHT x EIGHT pixels; units take up the
-// rows of all images one after the other, so that one may have rows of two.
+// what enters a level and what leaves it. Work is dealt out in stretches: a few rows of EIGHT columns, one below the
+// other. EIGHT stretches are a unit, of one image or of several.
 constexpr int EIGHT = 8;
 
 // n / divisor for n < 2^16, by a product.
@@ -275,7 +275,8 @@ struct Divisor {
 
 struct ImagesLayout {
   int images, pixels;            // of a block, at a time; of an image
-  int groups, segments, units;   // of eight rows of all images, of eight columns; their product
+  int segments, stretches;       // of an image: of EIGHT columns; in each of these
+  int units;                     // of a channel
   int pitch, image_pitch;        // elements from a row to the next, from an image to the next, in a plane with zeros
   int plane;                     // its elements
   int reach;                     // rows of zeros above an image
@@ -286,7 +287,8 @@ struct ImagesLayout {
   int64_t channel_tiles, image_blocks;
   int64_t runs;                    // blocks that share the image blocks of a tile of channels
   Divisor tiles, rows, row_parts;  // channel_tiles; of an image; `neighbours` of a row
-  constexpr int row_places() const { return (units + 3) * EIGHT; }  // a step may have three units beyond the last
+  constexpr int listed() const { return images * stretches; }               // of a segment
+  constexpr int all_listed() const { return (units + units % 2) * EIGHT; }  // a step has two units
   constexpr int threads() const { return 32 * channels * warps; }
 };
 
