@@ -462,7 +462,7 @@ std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& call) {
   const auto bytes = [&](const ImagesLayout& l) { return Offsets(p, l).end; };
   for (int at_once : {4, 2}) {
     ImagesLayout layout{};
-    if (!lay_out(g, reach_of(chain), at_once, CHANNELS, 16 / at_once, bytes, layout)) continue;
+    if (!lay_out(g, reach_of(chain), at_once, CHANNELS, 16 / at_once, [](int) { return 2; }, bytes, layout)) continue;
     if (at_once < 4 && layout.pitch < WIDE) break;
     const auto vectors =
         vectors_of(g, {layout.images}, {chain.ctx, chain.gates, call.grad_out, call.grad_ctx, call.ctx_all});

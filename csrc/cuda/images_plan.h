@@ -19,11 +19,14 @@ struct SharedBytes {
   }
 };
 
+constexpr int64_t RESERVED = 1024;  // bytes of shared memory that the system takes for each block
+
 // A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, blocks of
-// `tile` channels, `channels` at a time, of which `warps` share one if two such blocks do not fit a multiprocessor.
-template <class BYTES>
-bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, const BYTES& bytes,
-             ImagesLayout& layout) {
+// `tile` channels, `channels` at a time, of which `warps` share one if `together(pitch)` such blocks do not fit a
+// multiprocessor.
+template <class TOGETHER, class BYTES>
+bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, const TOGETHER& together,
+             const BYTES& bytes, ImagesLayout& layout) {
   const Device device = current_device();
   const int H = int(g.T), W = int(g.W), pixels = H * W;
   layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
@@ -53,19 +56,21 @@ bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, co
   const int64_t most = device.shared_per_block;
   layout = with(1, warps);
   if (!fits(layout, most)) return false;
-  // With two blocks on a multiprocessor, each warp with eight rows of stretches at most: what takes the fewest steps,
-  // and lets four pixels be read at once.
+  // With several blocks on a multiprocessor, each warp with eight rows of stretches at most: what takes the fewest
+  // steps, and lets four pixels be read at once.
   const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
+  const int blocks = together(layout.pitch);
+  const int64_t of_each = (most + RESERVED) / blocks - RESERVED;
   int64_t best = 0;
   for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
     const ImagesLayout next = with(images, least);
     const int64_t steps = (next.units + 2 * least - 1) / (2 * least);
-    if (!fits(next, most / 2 - 1024) || (images > 1 && steps * stretch_rows(next.pitch) > EIGHT)) break;
+    if (!fits(next, of_each) || (images > 1 && steps * stretch_rows(next.pitch) > EIGHT)) break;
     const int64_t all_steps = steps * next.image_blocks;
     if ((best > 0 && all_steps > best) || (images > whole && images % whole != 0)) continue;
     layout = next, best = all_steps;
   }
-  const int64_t at_once = (best > 0 ? 2 : 1) * device.processors;
+  const int64_t at_once = (best > 0 ? blocks : 1) * device.processors;
   const int64_t all = std::max<int64_t>(1, layout.image_blocks);
   layout.runs = std::min(all, std::max<int64_t>(1, at_once / layout.channel_tiles));
   const int64_t longest = (all + layout.runs - 1) / layout.runs;
