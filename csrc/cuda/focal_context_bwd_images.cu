@@ -175,62 +175,58 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
   const int L = chain.L, pixels = p.layout.pixels;
   const int64_t of_gate = chain.g.B * pixels;
   float* const sums_here = p.call.gate_sums + block.tile * (L + 1) * of_gate + block.first_image * pixels;
-  const MapView& result = p.call.ctx_all;
-  T* const out = result.data ? block.template in<T>(result, block.channel + first) : nullptr;
+  const MapView& map = p.call.ctx_all;
+  T* const out = map.data ? block.template in<T>(map, block.channel + first) : nullptr;
   each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    T* const out_here = at.in(out, result);
-    const auto gradient_of = [&](int c) { return at.load_tight(shared.grads + c * shared.tight_plane); };
+    T* const out_here = at.in(out, map);
     const auto add = [&](int gate, float (&sums)[N], float scale) {
       if (!p.call.gate_sums) return;
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[j] *= scale;
       add_floats<N>(sums_here + gate * of_gate + at.first, sums, first > 0);
     };
-    for (int l = 0; l + 1 < L; ++l) {
-      float sums[N] = {};
+    Pixels<T, N> gates[LEVELS - 1];
 #pragma unroll
-      for (int c = 0; c < AT_ONCE; ++c) {
-        const Pixels<T, N> gradient = gradient_of(c), level = at.load(shared.at(l + 1, c));
-#pragma unroll
-        for (int j = 0; j < N; ++j) sums[j] += gradient[j] * level[j];
-      }
-      add(l, sums, chain.scale);
-    }
-    const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1));
-    float sums[N] = {}, of_mean[N] = {};
-#pragma unroll(std::is_same_v<T, __half> ? 1 : AT_ONCE)  // erf takes more registers
+    for (int l = 0; l + 1 < LEVELS; ++l)
+      if (l + 1 < L) gates[l] = at.load_tight(shared.gate(l));
+    const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1)), mean_gate = at.load_tight(shared.gate(L));
+    float of_levels[LEVELS - 1][N] = {}, of_last[N] = {}, of_mean[N] = {};
+#pragma unroll 1  // or it takes more registers
     for (int c = 0; c < AT_ONCE; ++c) {
       T* const plane = shared.at(L, c);
-      const Pixels<T, N> gradient = gradient_of(c), z = at.load(plane);
-      float slopes[N], levels[N];
+      const Pixels<T, N> gradient = at.load_tight(shared.grads + c * shared.tight_plane), z = at.load(plane);
+      float sums[N] = {}, slopes[N];
+#pragma unroll
+      for (int l = 0; l + 1 < LEVELS; ++l)
+        if (l + 1 < L) {
+          const Pixels<T, N> level = at.load(shared.at(l + 1, c));
+#pragma unroll
+          for (int j = 0; j < N; ++j) of_levels[l][j] += gradient[j] * level[j], sums[j] += gates[l][j] * level[j];
+        }
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const Gelu level = gelu_and_slope<T>(z[j]);
-        slopes[j] = level.slope, levels[j] = gate[j] * level.value;
-        sums[j] += gradient[j] * level.value;
+        slopes[j] = level.slope, sums[j] += gate[j] * level.value;
+        of_last[j] += gradient[j] * level.value;
       }
       const auto of_image = [&](const float* values, int j) {
         return values[at.places[j / GROUP].image() * AT_ONCE + c];
       };
 #pragma unroll
       for (int j = 0; j < N; ++j) of_mean[j] += gradient[j] * of_image(shared.global, j);
-      Pixels<T, N> dz;
+      Pixels<T, N> dz, result;
       dz.set([&](int j) { return (gate[j] * chain.scale * gradient[j] + of_image(shared.mean, j)) * slopes[j]; });
       at.store(plane, dz);
-      if (result.data) {
-        for (int l = 0; l + 1 < L; ++l) {
-          const Pixels<T, N> of_level = at.load_tight(shared.gate(l)), level = at.load(shared.at(l + 1, c));
-#pragma unroll
-          for (int j = 0; j < N; ++j) levels[j] += of_level[j] * level[j];
-        }
-        const Pixels<T, N> mean_gate = at.load_tight(shared.gate(L));
-        Pixels<T, N> sum;
-        sum.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
-        store_pixels(out_here + c * result.c, sum);
+      if (out) {
+        result.set([&](int j) { return sums[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
+        store_pixels(out_here + c * map.c, result);
       }
     }
-    add(L - 1, sums, chain.scale);
+#pragma unroll
+    for (int l = 0; l + 1 < LEVELS; ++l)
+      if (l + 1 < L) add(l, of_levels[l], chain.scale);
+    add(L - 1, of_last, chain.scale);
     add(L, of_mean, 1);
   });
 }
@@ -423,16 +419,19 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
   __syncthreads();
   for (int l = 0; l < chain.L; ++l)
     load_taps<CHANNELS>(chain.levels[l], channel, shared.taps + p.first_row[l] * TAPS_ROW, p.taps_stride);
-  const int runs = int(layout.runs), items = int(layout.image_blocks);
+  constexpr int PASSES = CHANNELS / AT_ONCE;
   const int run = Block<AT_ONCE>::run_of(layout);
-  for (int item = run; item < items; item += runs) {
+  for (int pass = 0;; ++pass) {  // what is made anew of one counter takes no registers meanwhile
+    const int item = Block<AT_ONCE>::run_of(layout) + pass / PASSES * int(layout.runs);
+    const int first = pass % PASSES * AT_ONCE;
+    if (item >= layout.image_blocks) break;
     const Block<AT_ONCE> block(layout, item, g);
-    if (block.images != layout.images) {  // the last ones
+    if (first == 0 && block.images != layout.images) {  // the last ones
       __syncthreads();
       shared.clear();
       __syncthreads();
     }
-    for (int first = 0; first < CHANNELS; first += AT_ONCE) run_images<T, PITCH, WHOLE>(p, shared, block, first);
+    run_images<T, PITCH, WHOLE>(p, shared, block, first);
   }
   if (!p.call.weight_sums) return;  // which the last barrier came after
   for (int i = threadIdx.x; i < all_taps; i += blockDim.x) {
