@@ -97,22 +97,41 @@ struct Layer {
   static int64_t eights(int64_t n) { return (n + 7) / 8 * 8; }
 };
 
-// (n,) from (tokens, n)
-Tensor sum_tokens(const Tensor& rows, const OnDevice& on) {
-  const int64_t n = rows.size(1);
-  TokenSums p{rows.size(0), n, rows.stride(0), rows.stride(1), dtype_of(rows), rows.const_data_ptr()};
-  p.parts = token_sums_parts(p);
-  if (p.parts == 0) return torch::stable::sum(rows, std::array<int64_t, 1>{0});
-  Tensor parts = torch::stable::new_empty(rows, {p.parts, n}, ScalarType::Float),
-         sums = torch::stable::new_empty(rows, {n});
-  p.sums = static_cast<float*>(parts.mutable_data_ptr());
-  run_token_sums(p, on.stream);
-  MapView to{};
-  to.data = sums.mutable_data_ptr(), to.c = 1;
-  SumJobs jobs{p.dtype, 1};
-  jobs.jobs[0] = {p.sums, p.parts, n, 1, {1, n, 1, 1, 1}, to};
-  run_sums(jobs, on.stream);
-  return sums;
+// Sums over tokens whose partial sums are there: the last stage of all in one launch.
+class LastSums {
+  SumJobs jobs_{};
+  std::vector<Tensor> parts_;  // which others would write over
+
+ public:
+  explicit LastSums(DType dtype) { jobs_.dtype = dtype; }
+  // The sums over `count` parts, of n floats each, to some elements of a vector from `first` on.
+  void add(const Tensor& parts, int64_t at, int64_t count, int64_t stride, int64_t n, const Tensor& to,
+           int64_t first = 0) {
+    MapView out{};
+    out.data = at_element(to.mutable_data_ptr(), first * to.stride(0), jobs_.dtype), out.c = to.stride(0);
+    const float* const from = static_cast<const float*>(parts.const_data_ptr()) + at;
+    jobs_.jobs[jobs_.n++] = {from, count, stride, 1, {1, n, 1, 1, 1}, out};
+    parts_.push_back(parts);
+  }
+  // Those over the rows of (tokens, n); false, and nothing, where they do not lie so that we would take them.
+  bool add_rows(const Tensor& rows, const Tensor& to, int64_t first, const OnDevice& on) {
+    const int64_t n = rows.size(1);
+    TokenSums p{rows.size(0), n, rows.stride(0), rows.stride(1), dtype_of(rows), rows.const_data_ptr()};
+    p.parts = token_sums_parts(p);
+    if (p.parts == 0) return false;
+    const Tensor parts = torch::stable::new_empty(rows, {p.parts, n}, ScalarType::Float);
+    p.sums = static_cast<float*>(parts.mutable_data_ptr());
+    run_token_sums(p, on.stream);
+    add(parts, 0, p.parts, n, n, to, first);
+    return true;
+  }
+  void run(const OnDevice& on) const {
+    if (jobs_.n > 0) run_sums(jobs_, on.stream);
+  }
+};
+
+Tensor sum_of_rows(const Tensor& rows, const Tensor& like) {
+  return strided_like(torch::stable::sum(rows, std::array<int64_t, 1>{0}), like);
 }
 
 }  // namespace
@@ -149,32 +168,30 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
   // around q * modulator, with proj's input z recomputed in its gradient's place
   const Tensor dy = torch::stable::reshape(grad_y, {layer.tokens, C});
   Tensor grad_projected = layer.matrix(layer.outputs), grad_modulator = layer.matrix(C);
-  const Tensor z = layer.product(transposed(p.proj_weight), transposed(dy));
+  Tensor z = layer.product(transposed(p.proj_weight), transposed(dy));
   ModulateBackward m{};
   m.forward = layer.modulate(projected, modulator, ln_eps);
   m.grad = layer.line(z);
   m.grad_q = layer.line(grad_projected);
   m.grad_modulator = layer.line(grad_modulator);
   m.parts = modulate_bwd_parts(m);
-  const Tensor parts = torch::stable::new_empty(x, {m.parts, 3, C}, ScalarType::Float);
+  const Tensor parts = torch::stable::new_empty(x, {m.parts, m.SUMS, C}, ScalarType::Float);
   m.sums = static_cast<float*>(parts.mutable_data_ptr());
   run_modulate_bwd(m, on.stream);
   if (needs.proj_weight)
     gradients.proj_weight = strided_like(torch::stable::matmul(transposed(dy), transposed(z)), p.proj_weight);
-  if (needs.proj_bias) gradients.proj_bias = strided_like(sum_tokens(dy, on), *p.proj_bias);
-  SumJobs sums{};
-  sums.dtype = layer.dtype;
-  const auto add_parts = [&](int part, bool wanted, Tensor& gradient, const std::optional<Tensor>& of) {
-    if (!wanted) return;
-    gradient = torch::stable::empty_like(*of);
-    MapView to{};
-    to.data = gradient.mutable_data_ptr(), to.c = gradient.stride(0);
-    sums.jobs[sums.n++] = {m.sums + part * C, m.parts, 3 * C, 1, {1, C, 1, 1, 1}, to};
+  z = Tensor();  // its memory is wanted
+  LastSums sums(layer.dtype);
+  const auto add_parts = [&](int part, const Tensor& to) { sums.add(parts, part * C, m.parts, m.SUMS * C, C, to); };
+  const auto vector = [&](bool wanted, Tensor& gradient, const std::optional<Tensor>& of) {
+    if (wanted) gradient = torch::stable::empty_like(*of);
+    return wanted;
   };
-  add_parts(0, needs.h_bias, gradients.h_bias, p.h_bias);
-  add_parts(1, needs.ln_weight, gradients.ln_weight, p.ln_weight);
-  add_parts(2, needs.ln_bias, gradients.ln_bias, p.ln_bias);
-  run_sums(sums, on.stream);
+  if (vector(needs.proj_bias, gradients.proj_bias, p.proj_bias) && !sums.add_rows(dy, gradients.proj_bias, 0, on))
+    gradients.proj_bias = sum_of_rows(dy, *p.proj_bias);
+  if (vector(needs.h_bias, gradients.h_bias, p.h_bias)) add_parts(0, gradients.h_bias);
+  if (vector(needs.ln_weight, gradients.ln_weight, p.ln_weight)) add_parts(2, gradients.ln_weight);
+  if (vector(needs.ln_bias, gradients.ln_bias, p.ln_bias)) add_parts(3, gradients.ln_bias);
 
   if (needs.projected() || needs.h_weight || needs.any_level()) {
     const Tensor grad_ctx_all = layer.product(transposed(p.h_weight), grad_modulator);
@@ -196,7 +213,14 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
     gradients.x = strided_like(torch::stable::reshape(rows, x.sizes()), x);
   }
   if (needs.f_weight) gradients.f_weight = strided_like(torch::stable::matmul(grad_projected, layer.rows), p.f_weight);
-  if (needs.f_bias) gradients.f_bias = strided_like(sum_tokens(transposed(grad_projected), on), *p.f_bias);
+  if (vector(needs.f_bias, gradients.f_bias, p.f_bias)) {
+    Tensor rows = transposed(grad_projected);  // of whose first C modulate has the sums
+    if (sums.add_rows(torch::stable::narrow(rows, 1, C, layer.outputs - C), gradients.f_bias, C, on))
+      add_parts(1, gradients.f_bias);
+    else
+      gradients.f_bias = sum_of_rows(rows, *p.f_bias);
+  }
+  sums.run(on);
   return gradients.list();
 }
 

@@ -376,7 +376,8 @@ void run_modulate_fwd(const ModulateForward& p, void* stream);
 struct ModulateBackward {
   ModulateForward forward;
   MapView grad, grad_q, grad_modulator;
-  float* sums;  // [parts][3][C]: of grad_modulator, and of LN's weight's and bias' gradients
+  static constexpr int SUMS = 4;
+  float* sums;  // [parts][SUMS][C]: of grad_modulator, of grad_q, and of LN's weight's and bias' gradients
   int64_t parts;
 };
 int64_t modulate_bwd_parts(const ModulateBackward& p);

@@ -9,6 +9,15 @@ namespace {
 
 constexpr int THREADS = 256;
 
+// A block's sums over tokens of a channel, without LayerNorm: of grad_modulator and of grad_q.
+__device__ void store_sums(const ModulateBackward& a, int64_t part, int64_t c, float of_modulator, float of_q) {
+  of_modulator = group_sum(of_modulator, shared_memory<float>(), THREADS);
+  of_q = group_sum(of_q, shared_memory<float>(), THREADS);
+  const int64_t C = a.forward.g.C;
+  float* const sums = a.sums + part * a.SUMS * C + c;
+  if (threadIdx.x == 0) sums[0] = of_modulator, sums[C] = of_q, sums[2 * C] = 0, sums[3 * C] = 0;
+}
+
 // A channel and a run of tokens per block.
 template <class T>
 __global__ void __launch_bounds__(THREADS) modulate_bwd_kernel(ModulateBackward arguments) {
@@ -17,7 +26,7 @@ __global__ void __launch_bounds__(THREADS) modulate_bwd_kernel(ModulateBackward 
   const int64_t C = p.g.C, lines = p.g.B * p.g.T * p.g.M, per_line = (p.g.W + 3) / 4;
   const int64_t c = blockIdx.x % C, part = blockIdx.x / C;
   const float q_bias = of_vector<T>(p.q_bias, c), bias = of_vector<T>(p.bias, c);
-  float sum = 0;
+  float sum = 0, sum_q = 0;
   for (int64_t i = part * THREADS + threadIdx.x; i < lines * per_line; i += a.parts * THREADS) {
     const int64_t first = i % per_line * 4;
     const Pixel at(p.g, i / per_line * p.g.W + first);
@@ -31,17 +40,13 @@ __global__ void __launch_bounds__(THREADS) modulate_bwd_kernel(ModulateBackward 
       out[j] = q[j] * modulator[j];
       grad_q[j] = grad[j] * modulator[j];
       grad_modulator[j] = grad[j] * q[j];
-      sum += j < n ? grad_modulator[j] : 0.0f;
+      sum += j < n ? grad_modulator[j] : 0.0f, sum_q += j < n ? grad_q[j] : 0.0f;
     }
     store_quad(at.in<T>(a.grad, c), a.grad.w, n, out);
     store_quad(at.in<T>(a.grad_q, c), a.grad_q.w, n, grad_q);
     store_quad(at.in<T>(a.grad_modulator, c), a.grad_modulator.w, n, grad_modulator);
   }
-  sum = group_sum(sum, shared_memory<float>(), THREADS);
-  if (threadIdx.x == 0) {
-    float* const sums = a.sums + part * 3 * C + c;
-    sums[0] = sum, sums[C] = 0, sums[2 * C] = 0;
-  }
+  store_sums(a, part, c, sum, sum_q);
 }
 
 // Over tokens whose channels are adjacent.
@@ -57,7 +62,7 @@ __global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_columns_bwd_k
   const T* const modulator = static_cast<const T*>(p.modulator.data) + column;
   T *const grads = static_cast<T*>(a.grad.data) + column, *const of_q = static_cast<T*>(a.grad_q.data) + column;
   T* const of_modulator = static_cast<T*>(a.grad_modulator.data) + column;
-  float sum[N] = {};
+  float sum[N] = {}, sum_q[N] = {};
   if (column < C && at.lane < tiling.lanes)
 #pragma unroll 2
     for (int64_t token = at.part * tiling.lanes + at.lane; token < tokens; token += step) {
@@ -67,16 +72,17 @@ __global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_columns_bwd_k
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         out.set(i, q[i] * m[i]), grad_q.set(i, grad[i] * m[i]), grad_modulator.set(i, grad[i] * q[i]);
-        sum[i] += grad[i] * q[i];
+        sum[i] += grad[i] * q[i], sum_q[i] += grad[i] * m[i];
       }
       store_columns(grads + token * a.grad.w, out);
       store_columns(of_q + token * a.grad_q.w, grad_q);
       store_columns(of_modulator + token * a.grad_modulator.w, grad_modulator);
     }
-  float* const to = a.sums + at.part * 3 * C;
+  float* const to = a.sums + at.part * a.SUMS * C;
   sum_columns(sum, tiling, at, shared_memory<float>(), column, C, to);
+  sum_columns(sum_q, tiling, at, shared_memory<float>(), column, C, to + C);
   if (at.lane == 0)
-    for (int64_t c = column; c < column + N && c < C; ++c) to[C + c] = 0, to[2 * C + c] = 0;
+    for (int64_t c = column; c < column + N && c < C; ++c) to[2 * C + c] = 0, to[3 * C + c] = 0;
 }
 
 // Over channels whose tokens are adjacent.
@@ -84,14 +90,14 @@ template <class T>
 __global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_lines_bwd_kernel(ModulateBackward a) {
   const ModulateForward& p = a.forward;
   const LinesAt at(p.g.C);
-  const int64_t C = p.g.C, c = at.line;
+  const int64_t c = at.line;
   const T* const query = static_cast<const T*>(p.q.data) + c * p.q.c;
   const T* const modulator = static_cast<const T*>(p.modulator.data) + c * p.modulator.c;
   T *const grads = static_cast<T*>(a.grad.data) + c * a.grad.c, *const of_q =
                                                                     static_cast<T*>(a.grad_q.data) + c * a.grad_q.c;
   T* const of_modulator = static_cast<T*>(a.grad_modulator.data) + c * a.grad_modulator.c;
   const float q_bias = of_vector<T>(p.q_bias, c), bias = of_vector<T>(p.bias, c);
-  float sum = 0;
+  float sum = 0, sum_q = 0;
   at.each<T>(p.g.W, [&](int64_t i) {
     const Columns<T> q = load_columns(query + i), m = load_columns(modulator + i), grad = load_columns(grads + i);
     Columns<T> out, grad_q, grad_modulator;
@@ -99,16 +105,13 @@ __global__ void __launch_bounds__(ColumnsTiling::THREADS) modulate_lines_bwd_ker
     for (int j = 0; j < Columns<T>::N; ++j) {
       const float value = q[j] + q_bias, factor = m[j] + bias;
       out.set(j, value * factor), grad_q.set(j, grad[j] * factor), grad_modulator.set(j, grad[j] * value);
-      sum += grad[j] * value;
+      sum += grad[j] * value, sum_q += grad[j] * factor;
     }
     store_columns(grads + i, out);
     store_columns(of_q + i, grad_q);
     store_columns(of_modulator + i, grad_modulator);
   });
-  sum = group_sum(sum, shared_memory<float>(), ColumnsTiling::THREADS);
-  if (threadIdx.x > 0) return;
-  float* const sums = a.sums + at.part * 3 * C + c;
-  sums[0] = sum, sums[C] = 0, sums[2 * C] = 0;
+  store_sums(a, at.part, c, sum, sum_q);
 }
 
 bool by_lines(const ModulateBackward& a) {
@@ -133,9 +136,9 @@ __global__ void __launch_bounds__(TOKENS* WARPS) modulate_ln_bwd_kernel(Modulate
   const int64_t C = p.g.C, tokens = p.g.B * p.g.pixels();
   const int lane = threadIdx.x % TOKENS, warp = threadIdx.x / TOKENS;
   float* const area = shared_memory<float>();
-  float* const mine = a.sums + blockIdx.x * 3 * C;
+  float* const mine = a.sums + blockIdx.x * a.SUMS * C;
   for (int64_t c = warp; c < C; c += WARPS)
-    if (lane < 3) mine[lane * C + c] = 0;
+    if (lane < a.SUMS) mine[lane * C + c] = 0;
   for (int64_t tile = blockIdx.x; tile * TOKENS < tokens; tile += gridDim.x) {
     const int64_t token = tile * TOKENS + lane;
     const bool valid = token < tokens;
@@ -159,10 +162,11 @@ __global__ void __launch_bounds__(TOKENS* WARPS) modulate_ln_bwd_kernel(Modulate
         *at.in<T>(a.grad_q, c) = from_float<T>(grad * m);
         *at.in<T>(a.grad_modulator, c) = from_float<T>(grad * q);
       }
-      const float of_bias = warp_sum(valid ? grad * q : 0.0f), of_ln_weight = warp_sum(grad_out * z),
-                  of_ln_bias = warp_sum(grad_out);
+      const float of_modulator = warp_sum(valid ? grad * q : 0.0f), of_q = warp_sum(valid ? grad * m : 0.0f),
+                  of_ln_weight = warp_sum(grad_out * z), of_ln_bias = warp_sum(grad_out);
       __syncwarp();
-      if (lane < 3) mine[lane * C + c] += lane == 0 ? of_bias : lane == 1 ? of_ln_weight : of_ln_bias;
+      if (lane < a.SUMS)
+        mine[lane * C + c] += lane == 0 ? of_modulator : lane == 1 ? of_q : lane == 2 ? of_ln_weight : of_ln_bias;
     }
   }
 }
