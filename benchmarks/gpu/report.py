@@ -48,10 +48,15 @@ SHOWN = (
     "result", "kernel", "us", "per_128_outputs", "issue_active_percent",
 )  # fmt: skip
 PARTS = (
-    "correct", "compiled", "ceilings", "layers", "kernels", "counters", "dispatch", "models", "detection", "latency",
-    "experiments", "convolutions", "tiles", "branches", "branch_tiles", "networks",
+    "correct", "compiled_networks", "compiled_layers", "ceilings", "layers", "kernels", "counters", "dispatch",
+    "models", "detection", "latency", "experiments", "convolutions", "tiles", "branches", "branch_tiles", "networks",
 )  # fmt: skip
-LONGEST = {"correct": 200.0, "compiled": 90.0, "dispatch": 150.0}  # seconds of a part, where others wait
+LONGEST = {
+    "correct": 200.0,
+    "compiled_networks": 90.0,
+    "compiled_layers": 90.0,
+    "dispatch": 150.0,
+}  # seconds of a part, where others wait
 
 
 def main() -> None:
@@ -87,9 +92,10 @@ def report(options: argparse.Namespace) -> None:
     backends = [backend for backend, reason in absent.items() if reason is None]
     print(f"{machine['device']}, torch {machine['torch']}: backends {', '.join(backends) or 'none'}", flush=True)
     parts = options.parts.split(",")
-    beside = None
-    if "compiled" in parts:  # it does so while others check
-        beside = compiled.Compiled(("networks", "layers"), backends, options.device, options.tiny)
+    compile_beside = [part for part in parts if part.startswith("compiled_")]  # while others check
+    beside = {
+        part: compiled.Compiled(part.removeprefix("compiled_"), options.device, options.tiny) for part in compile_beside
+    }
     for part in parts:
         begun = time.monotonic()
         until = started + options.seconds
@@ -120,14 +126,14 @@ def _reason_against(backend: str, options) -> str | None:
     return found.reasons.get(backend)
 
 
-def _rows(part: str, backends: list[str], absent: dict[str, str | None], beside, options, until: float):
+def _rows(part: str, backends: list[str], absent: dict[str, str | None], beside: dict, options, until: float):
     device, tiny = options.device, options.tiny
     dtypes = [torch.float16] if tiny else [getattr(torch, name) for name in options.dtypes.split(",")]
     if part == "correct":
         yield from _correct(backends, absent, options, until)
-    elif part == "compiled":
-        with beside:
-            yield from beside.rows(until)
+    elif part in beside:
+        with beside[part] as prepared:
+            yield from prepared.rows(until)
     elif part == "ceilings":
         yield from measure.ceilings(device, dtypes, tiny)
     elif part in measure.BLOCKS:

@@ -81,6 +81,22 @@ def test_processes_end_with_the_time():
     assert time.monotonic() < began + 30
 
 
+def prepared(code, device):
+    return {"forward": eval(code)}
+
+
+def test_calls_take_turns():
+    turns = importlib.import_module("turns")
+    codes = {"sum": "lambda: sum(range(9))", "late": "lambda: __import__('time').sleep(99)", "wrong": "1 / 0"}
+    with turns.Turns(prepared, {name: (code,) for name, code in codes.items()}, "cpu") as of_all:
+        found = list(of_all.measure(["sum", "wrong"], 3, time.monotonic() + 60))
+        found += of_all.measure(["late"], 3, time.monotonic() + 1)
+    times = next(times for name, mode, times in found if (name, mode) == ("sum", "forward"))
+    assert 0 <= times["p20_ms"] <= times["p50_ms"] <= times["p80_ms"]
+    assert sorted(found, key=str)[:2] == [("late", "", None), ("sum", "forward", times)]
+    assert found[0] == ("wrong", "", "ZeroDivisionError: division by zero")
+
+
 def test_kernels_can_be_compiled_beforehand():
     measure = importlib.import_module("measure")
     block = next(measure.BLOCKS["dispatch"]([torch.float32], "cpu", True))
