@@ -52,7 +52,10 @@ class Turns:
             until: by time.monotonic(), when all must be prepared.
         """
         modes = {name: self._answer(name, math.inf, until) for name in names}
-        yield from ((name, "", answer) for name, answer in modes.items() if not isinstance(answer, list))
+        for name, answer in modes.items():
+            if not isinstance(answer, list):
+                self._processes[name][0].kill()  # others want to be alone
+                yield name, "", answer
         for mode in dict.fromkeys(mode for found in modes.values() if isinstance(found, list) for mode in found):
             able = [name for name, found in modes.items() if isinstance(found, list) and mode in found]
             turns: dict[str, list[dict]] = {name: [] for name in able}

@@ -408,8 +408,9 @@ struct PixelsAt {
 };
 
 // f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
-template <class F>
+template <int TOGETHER = 1, class F>
 __device__ void each_access(const ImagesLayout& layout, int images, int pixels, const F& f) {
+#pragma unroll TOGETHER
   for (int i = threadIdx.x; i < images * layout.pixels / pixels; i += blockDim.x) f(i);
 }
 template <bool WHOLE, class F>
@@ -424,18 +425,11 @@ __device__ void with_vectors(const Vectors& vectors, const ImagesLayout& layout,
     with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(FOUR, group); });
 }
 
-// N neighbouring sums, or what is to be added to those.
+// N neighbouring sums, in one access.
 template <int N>
-__device__ void add_floats(float* to, const float* from, bool add) {
-  struct alignas(4 * N) Floats {
-    float values[N];
-  };
-  Floats floats{};
-  if (add) floats = *reinterpret_cast<const Floats*>(to);
-#pragma unroll
-  for (int i = 0; i < N; ++i) floats.values[i] += from[i];
-  *reinterpret_cast<Floats*>(to) = floats;
-}
+struct alignas(4 * N) Floats {
+  float values[N];
+};
 
 template <class T>
 __device__ void fill_zeros(T* to, int64_t elements) {  // whole words of 16 bytes
