@@ -91,9 +91,8 @@ Tensor norm_rows_bwd(Tensor rows, Tensor grad, std::optional<Tensor> add, std::v
   p.tokens = tokens, p.C = int(C), p.pixels = pixels_of(tokens, r);
   p.rows = elements(rows), p.grad = elements(grad), p.add = elements(add), p.grad_rows = elements(grad_rows);
   p.around = around_of(r, norm_eps, norm, scale);
-  p.parts = token_parts(tokens, int(C));
-  const Tensor statistics = partial_sums(grad, norm ? tokens : 0, 2), sums = partial_sums(grad, p.parts, 4 * C);
-  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  p.parts = norm_bwd_parts(tokens, int(C));
+  const Tensor sums = partial_sums(grad, p.parts, 4 * C);
   p.sums = static_cast<float*>(sums.mutable_data_ptr());
   run_norm_bwd(p, on.stream);
   return torch::stable::reshape(added(sums), {4, C});

@@ -429,10 +429,11 @@ struct NormBackward {
   Elements rows, grad, add;  // add: or nothing
   Elements grad_rows;        // written
   Around around;
-  float* statistics;  // (tokens, 2): workspace where there is a norm
-  float* sums;        // [parts][4][C]: of the gradients of norm's weight, its bias, gamma, and (without add) of rows
+  float* sums;  // [parts][4][C]: of the gradients of norm's weight, its bias, gamma, and (without add) of rows
   int64_t parts;
 };
+constexpr int MOST_NORMALIZED = 6144;  // channels; ops/_native.py says it to dispatch
+int64_t norm_bwd_parts(int64_t tokens, int C);
 void run_norm_bwd(const NormBackward& p, void* stream);
 
 // hidden = GELU(pre), which may be one (tokens, M), and pre's gradient over `grad`; sums [parts][M] of the latter.

@@ -80,49 +80,131 @@ __global__ void __launch_bounds__(THREADS) residual_fwd_kernel(ResidualForward p
   });
 }
 
-// The gradients of rows; each row's mean and rstd for the sums.
-__global__ void __launch_bounds__(THREADS) norm_bwd_kernel(NormBackward p) {
-  const int64_t row = blockIdx.x * int64_t(WARPS) + threadIdx.x / 32;
-  if (row >= p.tokens) return;
-  const Around& r = p.around;
-  const int C = p.C;
-  float factor[4] = {1}, sum = 0, dot = 0;
-  if (r.drop_path.data) load_four(r.drop_path, row / p.pixels, 1, factor);
-  Statistics of{0, 1};
-  // the gradient of the norm's result without its weight, of four channels
-  const auto scaled = [&](int c, int n, float (&d)[4]) {
-    float gamma[4], weight[4];
-    if (r.gamma.data) load_four(r.gamma, c, n, gamma);
-    if (r.norm) load_four(r.norm_weight, c, n, weight);
-    for (int j = 0; j < 4; ++j) {
-      d[j] *= factor[0];
-      if (r.gamma.data) d[j] *= gamma[j];
-      if (r.norm) d[j] *= weight[j];
-    }
-  };
-  if (r.norm) {
-    of = statistics(p.rows, row, C, r.norm_eps);
-    if (threadIdx.x % 32 == 0) p.statistics[2 * row] = of.mean, p.statistics[2 * row + 1] = of.rstd;
-    each_four(p.grad, row, C, [&](int c, int n, float (&d)[4]) {
-      float v[4];
-      load_four(p.rows, row * C + c, n, v);
-      scaled(c, n, d);
-      for (int j = 0; j < 4; ++j) sum += d[j], dot += d[j] * (v[j] - of.mean) * of.rstd;
-    });
-    sum = warp_sum(sum) / C, dot = warp_sum(dot) / C;
-  }
-  each_four(p.grad, row, C, [&](int c, int n, float (&d)[4]) {
-    float v[4], more[4] = {};
-    scaled(c, n, d);
-    if (r.norm) load_four(p.rows, row * C + c, n, v);
-    if (p.add.data) load_four(p.add, row * C + c, n, more);
-    for (int j = 0; j < 4; ++j) {
-      if (r.norm) d[j] = (d[j] - sum - (v[j] - of.mean) * of.rstd * dot) * of.rstd;
-      d[j] += more[j];
-    }
-    store_four(p.grad_rows, row * C + c, n, d);
-  });
+// The sum over the lanes that share a row, for every one of them; `area`: a float per warp where lanes are several
+// warps.
+__device__ inline float sum_lanes(float value, int lanes, float* area) {
+  if (lanes > 32) return group_sum(value, area, lanes);
+  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
 }
+
+struct NormBackwardOnLanes {
+  NormBackward p;
+  int lanes;
+};
+
+// The gradients of rows, and a block's sums over its rows. Lanes that share a row keep it in registers, N times four
+// channels each, and beside it what the sums of these channels have come to.
+template <int N, bool NORM>
+__global__ void __launch_bounds__(THREADS, N == 3 ? 2 : 1) norm_bwd_kernel(NormBackwardOnLanes arguments) {
+  const NormBackward& p = arguments.p;
+  const Around& r = p.around;
+  const int C = p.C, lanes = arguments.lanes, lane = threadIdx.x % lanes;
+  float* const area = shared_memory<float>();
+  const auto channel = [&](int i) { return (i * lanes + lane) * 4; };
+  const auto there = [&](int i) { return C - channel(i) < 4 ? C - channel(i) : 4; };  // or fewer than one
+  float scale[N][4];                                                                  // gamma times norm's weight
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float weight[4];
+    for (int j = 0; j < 4; ++j) scale[i][j] = 1;
+    if (there(i) <= 0) continue;
+    if (r.gamma.data) load_four(r.gamma, channel(i), there(i), scale[i]);
+    if (NORM) load_four(r.norm_weight, channel(i), there(i), weight);
+    for (int j = 0; NORM && j < 4; ++j) scale[i][j] *= weight[j];
+  }
+  // over rows: of what comes times what was normalized, of what comes, and of what goes
+  float along[N][4] = {}, straight[N][4] = {}, gone[N][4] = {};
+  const int64_t step = int64_t(gridDim.x) * (THREADS / lanes);
+  for (int64_t first = int64_t(blockIdx.x) * (THREADS / lanes); first < p.tokens; first += step) {
+    const int64_t row = first + threadIdx.x / lanes;  // every thread goes through the same rounds: they exchange sums
+    const bool is_there = row < p.tokens;
+    float factor[4] = {1}, v[N][4] = {}, d[N][4] = {};
+    if (is_there && r.drop_path.data) load_four(r.drop_path, row / p.pixels, 1, factor);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (is_there && there(i) > 0) {
+        if (NORM || r.gamma.data) load_four(p.rows, row * C + channel(i), there(i), v[i]);
+        load_four(p.grad, row * C + channel(i), there(i), d[i]);
+      }
+    float rstd = 1;
+    if (NORM) {
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        for (int j = 0; j < 4; ++j) sum += v[i][j];  // 0 beyond C
+      const float mean = sum_lanes(sum, lanes, area) / C;
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        for (int j = 0; j < 4; ++j) v[i][j] = j < there(i) ? v[i][j] - mean : 0.0f, squares += v[i][j] * v[i][j];
+      rstd = 1.0f / sqrtf(sum_lanes(squares, lanes, area) / C + r.norm_eps);
+    }
+    float sum = 0, dot = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < 4; ++j) {
+        d[i][j] *= factor[0], v[i][j] *= rstd;
+        along[i][j] += d[i][j] * v[i][j], straight[i][j] += d[i][j];
+        d[i][j] *= scale[i][j];
+        sum += d[i][j], dot += d[i][j] * v[i][j];
+      }
+    if (NORM) sum = sum_lanes(sum, lanes, area) / C, dot = sum_lanes(dot, lanes, area) / C;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (!is_there || there(i) <= 0) continue;
+      float more[4] = {};
+      if (p.add.data) load_four(p.add, row * C + channel(i), there(i), more);
+      for (int j = 0; j < 4; ++j) {
+        if (NORM) d[i][j] = (d[i][j] - sum - v[i][j] * dot) * rstd;
+        d[i][j] += more[j];
+      }
+      store_four(p.grad_rows, row * C + channel(i), there(i), d[i]);
+      for (int j = 0; j < 4; ++j) gone[i][j] += d[i][j];
+    }
+  }
+  // over the block's rows; then each of NormBackward::sums is made of them
+  const auto over_rows = [&](float (&sums)[4]) {
+    __syncthreads();  // `area` may still be read
+    for (int j = 0; j < 4; ++j) area[threadIdx.x * 4 + j] = sums[j];
+    __syncthreads();
+    for (int other = lane + lanes; other < THREADS && int(threadIdx.x) < lanes; other += lanes)
+      for (int j = 0; j < 4; ++j) sums[j] += area[other * 4 + j];
+  };
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    over_rows(along[i]), over_rows(straight[i]), over_rows(gone[i]);
+    if (int(threadIdx.x) >= lanes) continue;
+    float gamma[4] = {1, 1, 1, 1}, weight[4] = {1, 1, 1, 1}, bias[4] = {};
+    const int n = there(i);
+    if (n > 0 && r.gamma.data) load_four(r.gamma, channel(i), n, gamma);
+    if (n > 0 && NORM) load_four(r.norm_weight, channel(i), n, weight), load_four(r.norm_bias, channel(i), n, bias);
+    for (int j = 0; j < n; ++j) {
+      float* const to = p.sums + int64_t(blockIdx.x) * 4 * C + channel(i) + j;
+      to[0] = NORM ? along[i][j] * gamma[j] : 0, to[C] = NORM ? straight[i][j] * gamma[j] : 0;
+      to[2 * C] = r.gamma.data ? along[i][j] * weight[j] + straight[i][j] * bias[j] : 0,
+             to[3 * C] = p.add.data ? 0 : gone[i][j];
+    }
+  }
+}
+
+// How many lanes share a row, of N times four channels each: those of a warp that leave the fewest idle, or more warps.
+// (With eight times four a lane runs out of registers.)
+struct RowLanes {
+  int n = 4, lanes = 64;
+  explicit RowLanes(int C) {
+    const int groups = (C + 3) / 4;
+    int least = 0;
+    for (int some : {3, 4, 6}) {
+      int share = 1;
+      while (some * share < groups) share *= 2;
+      if (share <= 32 && (least == 0 || some * share < least)) n = some, lanes = share, least = some * share;
+    }
+    if (least > 0) return;
+    while (lanes < THREADS && n * lanes < groups) lanes *= 2;
+    if (n * lanes < groups) n = 6;
+  }
+};
+static_assert(MOST_NORMALIZED == 4 * 6 * THREADS);
 
 // Adds up each lane's four sums over the block's warps; the first warp has them.
 __device__ inline void add_warps(float (&sums)[4]) {
@@ -132,39 +214,6 @@ __device__ inline void add_warps(float (&sums)[4]) {
   __syncthreads();
   for (int warp = 1; warp < WARPS; ++warp)
     for (int j = 0; j < 4; ++j) sums[j] += area[(warp * 32 + threadIdx.x % 32) * 4 + j];
-}
-
-// Sums over a part of the tokens, of a tile of channels: [part][4][C], see NormBackward::sums.
-__global__ void __launch_bounds__(THREADS) norm_sums_kernel(NormBackward p) {
-  const Around& r = p.around;
-  const int tiles = (p.C + TILE - 1) / TILE, c = blockIdx.x % tiles * TILE + threadIdx.x % 32 * 4;
-  const int64_t part = blockIdx.x / tiles;
-  const int n = p.C - c < 4 ? p.C - c : 4;
-  float sums[4][4] = {}, gamma[4], weight[4], bias[4];
-  if (n > 0 && r.gamma.data) load_four(r.gamma, c, n, gamma);
-  if (n > 0 && r.norm) load_four(r.norm_weight, c, n, weight), load_four(r.norm_bias, c, n, bias);
-  for (int64_t row = part * WARPS + threadIdx.x / 32; row < p.tokens && n > 0; row += p.parts * WARPS) {
-    float d[4], v[4] = {}, result[4] = {}, factor[4] = {1};
-    load_four(p.grad, row * p.C + c, n, d);
-    if (r.norm || r.gamma.data) load_four(p.rows, row * p.C + c, n, v);
-    if (!p.add.data) load_four(p.grad_rows, row * p.C + c, n, result);
-    if (r.drop_path.data) load_four(r.drop_path, row / p.pixels, 1, factor);
-    for (int j = 0; j < 4; ++j) {
-      const float up = d[j] * factor[0];
-      const float normal = r.norm ? (v[j] - p.statistics[2 * row]) * p.statistics[2 * row + 1] : v[j];
-      const float down = r.gamma.data ? up * gamma[j] : up;
-      sums[0][j] += r.norm ? down * normal : 0;
-      sums[1][j] += r.norm ? down : 0;
-      sums[2][j] += r.gamma.data ? up * (r.norm ? normal * weight[j] + bias[j] : normal) : 0;
-      sums[3][j] += result[j];
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    add_warps(sums[i]);
-    if (threadIdx.x < 32)
-      for (int j = 0; j < 4; ++j)
-        if (j < n) p.sums[(part * 4 + i) * p.C + c + j] = sums[i][j];
-  }
 }
 
 template <class T>
@@ -207,9 +256,20 @@ void run_residual_fwd(const ResidualForward& p, void* stream) {
   launch(residual_fwd_kernel, (p.tokens + WARPS - 1) / WARPS, THREADS, 0, stream, p);
 }
 
+int64_t norm_bwd_parts(int64_t tokens, int C) {
+  const int64_t rows = THREADS / RowLanes(C).lanes, blocks = (tokens + rows - 1) / rows;
+  return std::max<int64_t>(1, std::min<int64_t>(blocks, 4 * current_device().processors));
+}
+
 void run_norm_bwd(const NormBackward& p, void* stream) {
-  launch(norm_bwd_kernel, (p.tokens + WARPS - 1) / WARPS, THREADS, 0, stream, p);
-  launch(norm_sums_kernel, p.parts * tiles_of(p.C), THREADS, THREADS * 16, stream, p);
+  const RowLanes row(p.C);
+  const NormBackwardOnLanes arguments{p, row.lanes};
+  with_constant<3, 4, 6>(row.n, [&](auto n) {
+    if (p.around.norm)
+      launch(norm_bwd_kernel<n, true>, p.parts, THREADS, THREADS * 16, stream, arguments);
+    else
+      launch(norm_bwd_kernel<n, false>, p.parts, THREADS, THREADS * 16, stream, arguments);
+  });
 }
 
 void run_gelu_bwd(const GeluBackward& p, void* stream) {

@@ -13,7 +13,7 @@ from .._calls import Call
 from .._namespace import OPS
 from ._limits import capability, why_biased, why_no_kernel, why_too_old
 
-LARGEST_CUDA_LEVELS = 8  # MAX_LEVELS in csrc/cuda/kernels.h
+LARGEST_CUDA_LEVELS, LARGEST_CUDA_ROWS = 8, 6144  # MAX_LEVELS and MOST_NORMALIZED in csrc/cuda/kernels.h
 
 
 def raw_op(name: str, backend: str) -> Callable:
@@ -64,6 +64,8 @@ def _why_too_large(call: Call) -> str | None:
     kernels, sizes = call.kernels, call.shape[1:]
     if len(kernels) > LARGEST_CUDA_LEVELS:
         return f"{len(kernels)} focal levels are more than its {LARGEST_CUDA_LEVELS}"
+    if call.residual_dtype is not None and call.channels > LARGEST_CUDA_ROWS:
+        return f"rows of {call.channels} channels are longer than its {LARGEST_CUDA_ROWS}"
     zeros = [max([k[axis] for k in kernels], default=1) + 8 for axis in range(len(sizes))]
     if (
         call.op not in ("modulate", "mlp_branch")

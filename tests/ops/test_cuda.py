@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import focalnet_kernels as fk
 from focalnet_kernels.ops import token_rows
-from focalnet_kernels.testing import assert_op_accurate, layer_tensors, make_context_inputs, make_layer_inputs, run
+from focalnet_kernels.testing import (
+    assert_op_accurate,
+    layer_tensors,
+    make_context_inputs,
+    make_layer_inputs,
+    make_mlp_branch_inputs,
+    named_tensors,
+    run,
+)
 from ops.strategies import DTYPES, dtype_name
 
 
@@ -353,6 +361,25 @@ def test_norm_of_rows(cuda_on_cpu, dtype, residual_dtype, seed):
         eager = F.layer_norm(x, (C,), weight, bias, 1e-5).to(dtype)
         assert found.dtype == dtype
         assert (found - exact).norm() <= 2 * (eager - exact).norm() + 1e-7 * exact.norm()  # a float's rounding
+
+
+@pytest.mark.parametrize("channels", [7, 250, 384, 700, 1030, 4100])  # lanes, each with three to six fours
+@pytest.mark.parametrize("post_norm", [False, True], ids=["pre", "post"])
+def test_backward_of_rows_of_any_length(cuda_on_cpu, channels, post_norm, seed):
+    options = {"dtype": torch.bfloat16, "gamma": True, "drop_path": True, "post_norm": post_norm, "mean": 0.5}
+    inputs = make_mlp_branch_inputs((3, 11, channels), 8, seed=seed, **options)
+    grad = torch.randn(3, 11, channels, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    wanted = [name for name in named_tensors(inputs) if name != "drop_path"]
+    assert_op_accurate(fk.mlp_branch, inputs, "cuda", grad, wanted)
+
+
+def test_rows_that_are_too_long():
+    x, weight = torch.empty(1, 1).expand(1, 6145), torch.empty(1).expand(6145, 6145)
+    found = fk.explain(fk.mlp_branch, x.expand(2, 3, 6145), weight, None, weight, None, backend="cuda")
+    assert "on cpu" in found.reasons["cuda"]
+    with cuda_shim.emulated_ops():
+        found = fk.explain(fk.mlp_branch, x.expand(2, 3, 6145), weight, None, weight, None, backend="cuda")
+    assert "rows of 6145 channels are longer than its 6144" in found.reasons["cuda"]
 
 
 def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):

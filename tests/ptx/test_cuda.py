@@ -57,9 +57,9 @@ CASES = {
     "layer with a norm": (*LAYER, ((1, 6, 8, 8), (3,)), {"postln": True}, None, "modulate_ln_fwd modulate_ln_bwd"),
     "layer of sequences": (*LAYER, ((2, 37, 16), (3,)), {}, None, "modulate_columns_fwd modulate_columns_bwd"),
     "mlp": (fk.mlp_branch, make_mlp_branch_inputs, ((2, 5, 6, 48), 96), AROUND, None,
-            "norm_rows residual_fwd norm_bwd norm_sums gelu_bwd"),
+            "norm_rows residual_fwd norm_bwd gelu_bwd"),
     "mlp, post": (fk.mlp_branch, make_mlp_branch_inputs, ((2, 5, 6, 20), 40), AROUND | {"post_norm": True}, None,
-                  "residual_fwd norm_bwd norm_sums"),
+                  "residual_fwd norm_bwd"),
     "branch": (fk.focal_branch, make_focal_branch_inputs, ((2, 6, 8, 8), (3,)), AROUND, None, "norm_rows images_fwd"),
 }  # fmt: skip
 MODULATE = fk.modulate, make_modulate_inputs, ((1, 40, 5, 6),), {}, None, "modulate_fwd"  # its backward is the layer's
