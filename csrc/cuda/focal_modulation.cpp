@@ -217,7 +217,7 @@ std::vector<Tensor> focal_modulation_bwd(Tensor grad_y, Tensor x, std::vector<st
     Tensor rows = transposed(grad_projected);  // of whose first C modulate has the sums
     if (sums.add_rows(torch::stable::narrow(rows, 1, C, layer.outputs - C), gradients.f_bias, C, on))
       add_parts(1, gradients.f_bias);
-    else
+    else if (!sums.add_rows(rows, gradients.f_bias, 0, on))
       gradients.f_bias = sum_of_rows(rows, *p.f_bias);
   }
   sums.run(on);
