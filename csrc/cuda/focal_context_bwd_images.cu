@@ -102,7 +102,7 @@ __device__ void load_images(const Arguments& p, const Shared<T, AT_ONCE>& shared
   const T* const ctx = block.template in<const T>(chain.ctx, block.channel + first);
   const T* const grads = block.template in<const T>(p.call.grad_out, block.channel + first);
   const T* const gates = block.template in<const T>(chain.gates, 0);
-  each_access<2>(p.layout, block.images, N, [&](int i) {
+  each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
     const T *const ctx_here = at.in(ctx, chain.ctx), *const grads_here = at.in(grads, p.call.grad_out);
     Pixels<T, N> entering[AT_ONCE], gradient[AT_ONCE];
@@ -175,64 +175,68 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
   const int L = chain.L, pixels = p.layout.pixels;
   const int64_t of_gate = chain.g.B * pixels;
   float* const sums_here = p.call.gate_sums + block.tile * (L + 1) * of_gate + block.first_image * pixels;
-  const MapView& map = p.call.ctx_all;
-  T* const out = map.data ? block.template in<T>(map, block.channel + first) : nullptr;
+  const MapView& result = p.call.ctx_all;
+  T* const out = result.data ? block.template in<T>(result, block.channel + first) : nullptr;
   each_access(p.layout, block.images, N, [&](int i) {
     const PixelsAt<N, GROUP> at(shared.pixels, i, p.layout, p.vectors);
-    T* const out_here = at.in(out, map);
-    Pixels<T, N> gates[LEVELS - 1];
+    T* const out_here = at.in(out, result);
+    const auto gradient_of = [&](int c) { return at.load_tight(shared.grads + c * shared.tight_plane); };
+    const auto add = [&](int gate, float (&sums)[N], float scale) {
+      if (!p.call.gate_sums) return;
 #pragma unroll
-    for (int l = 0; l + 1 < LEVELS; ++l)
-      if (l + 1 < L) gates[l] = at.load_tight(shared.gate(l));
-    const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1)), mean_gate = at.load_tight(shared.gate(L));
-    float sums[LEVELS + 1][N] = {};  // of the gates' gradients: of levels but the last, of that, of the mean
-#pragma unroll 1                     // or it takes more registers
+      for (int j = 0; j < N; ++j) sums[j] *= scale;
+      Floats<N>& all = reinterpret_cast<Floats<N>&>(sums_here[gate * of_gate + at.first]);
+      Floats<N> more{};
+      if (first > 0) more = all;
+#pragma unroll
+      for (int j = 0; j < N; ++j) more.values[j] += sums[j];
+      all = more;
+    };
+    for (int l = 0; l + 1 < L; ++l) {
+      float sums[N] = {};
+#pragma unroll
+      for (int c = 0; c < AT_ONCE; ++c) {
+        const Pixels<T, N> gradient = gradient_of(c), level = at.load(shared.at(l + 1, c));
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += gradient[j] * level[j];
+      }
+      add(l, sums, chain.scale);
+    }
+    const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1));
+    float sums[N] = {}, of_mean[N] = {};
+#pragma unroll(std::is_same_v<T, __half> ? 1 : AT_ONCE)  // erf takes more registers
     for (int c = 0; c < AT_ONCE; ++c) {
       T* const plane = shared.at(L, c);
-      const Pixels<T, N> gradient = at.load_tight(shared.grads + c * shared.tight_plane), z = at.load(plane);
-      float levels[N] = {}, slopes[N];
-#pragma unroll
-      for (int l = 0; l + 1 < LEVELS; ++l)
-        if (l + 1 < L) {
-          const Pixels<T, N> level = at.load(shared.at(l + 1, c));
-#pragma unroll
-          for (int j = 0; j < N; ++j) sums[l][j] += gradient[j] * level[j], levels[j] += gates[l][j] * level[j];
-        }
+      const Pixels<T, N> gradient = gradient_of(c), z = at.load(plane);
+      float slopes[N], levels[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const Gelu level = gelu_and_slope<T>(z[j]);
-        slopes[j] = level.slope, levels[j] += gate[j] * level.value;
-        sums[LEVELS - 1][j] += gradient[j] * level.value;
+        slopes[j] = level.slope, levels[j] = gate[j] * level.value;
+        sums[j] += gradient[j] * level.value;
       }
       const auto of_image = [&](const float* values, int j) {
         return values[at.places[j / GROUP].image() * AT_ONCE + c];
       };
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[LEVELS][j] += gradient[j] * of_image(shared.global, j);
-      Pixels<T, N> dz, result;
+      for (int j = 0; j < N; ++j) of_mean[j] += gradient[j] * of_image(shared.global, j);
+      Pixels<T, N> dz;
       dz.set([&](int j) { return (gate[j] * chain.scale * gradient[j] + of_image(shared.mean, j)) * slopes[j]; });
       at.store(plane, dz);
-      if (out) {
-        result.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
-        store_pixels(out_here + c * map.c, result);
+      if (result.data) {
+        for (int l = 0; l + 1 < L; ++l) {
+          const Pixels<T, N> of_level = at.load_tight(shared.gate(l)), level = at.load(shared.at(l + 1, c));
+#pragma unroll
+          for (int j = 0; j < N; ++j) levels[j] += of_level[j] * level[j];
+        }
+        const Pixels<T, N> mean_gate = at.load_tight(shared.gate(L));
+        Pixels<T, N> sum;
+        sum.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
+        store_pixels(out_here + c * result.c, sum);
       }
     }
-    if (!p.call.gate_sums) return;
-    const auto is_there = [&](int i) { return i + 1 >= LEVELS || i + 1 < L; };
-    const auto sums_of = [&](int i) {
-      return reinterpret_cast<Floats<N>*>(sums_here + (i + 1 < LEVELS ? i : i - LEVELS + L) * of_gate + at.first);
-    };
-    Floats<N> all[LEVELS + 1] = {};
-    if (first > 0)  // loads that do not wait for stores
-#pragma unroll
-      for (int i = 0; i <= LEVELS; ++i)
-        if (is_there(i)) all[i] = *sums_of(i);
-#pragma unroll
-    for (int i = 0; i <= LEVELS; ++i) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) all[i].values[j] += i < LEVELS ? sums[i][j] * chain.scale : sums[i][j];
-      if (is_there(i)) *sums_of(i) = all[i];
-    }
+    add(L - 1, sums, chain.scale);
+    add(L, of_mean, 1);
   });
 }
 

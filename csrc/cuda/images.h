@@ -408,9 +408,8 @@ struct PixelsAt {
 };
 
 // f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
-template <int TOGETHER = 1, class F>
+template <class F>
 __device__ void each_access(const ImagesLayout& layout, int images, int pixels, const F& f) {
-#pragma unroll TOGETHER
   for (int i = threadIdx.x; i < images * layout.pixels / pixels; i += blockDim.x) f(i);
 }
 template <bool WHOLE, class F>
