@@ -8,8 +8,8 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int CHANNELS = 4, THREADS = 256;  // of a block
-// On a multiprocessor; more have no room for their accumulators, or in shared memory.
-__host__ __device__ constexpr int blocks_together(int pitch) { return pitch == WIDEST ? 2 : 3; }
+// On a multiprocessor; more have no room for their accumulators (and float16's erf), or in shared memory.
+constexpr int blocks_together(int pitch, bool float16) { return pitch == WIDEST || float16 ? 2 : 3; }
 using Block = ImagesBlock<CHANNELS>;
 
 int kernel_rows(const Chain& chain) {
@@ -196,7 +196,8 @@ __device__ void store_images(const Arguments& p, const Shared<T>& shared, const 
 }
 
 template <class T, int PITCH, bool WHOLE>
-__global__ void __launch_bounds__(THREADS, blocks_together(PITCH)) images_fwd_kernel(Arguments p) {
+__global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v<T, __half>))
+    images_fwd_kernel(Arguments p) {
   const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
@@ -291,8 +292,9 @@ std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
   ImagesLayout layout{};
   layout.planes = planes_for(chain.L);
   const auto bytes = [&](const ImagesLayout& l) { return Offsets(chain, l).end; };
+  const auto together = [&](int pitch) { return blocks_together(pitch, chain.dtype == DType::f16); };
   if (!takes_images(chain) ||
-      !lay_out(chain.g, reach_of(chain), CHANNELS, CHANNELS, THREADS / 32 / CHANNELS, blocks_together, bytes, layout))
+      !lay_out(chain.g, reach_of(chain), CHANNELS, CHANNELS, THREADS / 32 / CHANNELS, together, bytes, layout))
     return std::nullopt;
   const auto vectors = vectors_of(chain.g, {layout.images}, {chain.ctx, chain.gates, p.out});
   if (!vectors) return std::nullopt;

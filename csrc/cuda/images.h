@@ -23,7 +23,7 @@ constexpr int LEVELS = 4, MOST_IMAGES = 32;  // at most, of a block at a time
 constexpr int DIAGONALS = 24, TAPS_ROW = 2 * DIAGONALS;
 
 // Of a plane whose rows are `pitch` elements apart: columns of zeros before a row; how many rows a window has; and how
-// many windows, so many bytes apart, a kernel of K rows.
+// many windows a kernel of K rows has.
 __host__ __device__ constexpr int border(int pitch) { return pitch > EIGHT ? 4 : 0; }
 __host__ __device__ constexpr int window_rows(int pitch) { return pitch > EIGHT ? 1 : 2; }
 template <int PITCH, int K>
