@@ -185,12 +185,7 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
       if (!p.call.gate_sums) return;
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[j] *= scale;
-      Floats<N>& all = reinterpret_cast<Floats<N>&>(sums_here[gate * of_gate + at.first]);
-      Floats<N> more{};
-      if (first > 0) more = all;
-#pragma unroll
-      for (int j = 0; j < N; ++j) more.values[j] += sums[j];
-      all = more;
+      add_floats<N>(sums_here + gate * of_gate + at.first, sums, first > 0);
     };
     for (int l = 0; l + 1 < L; ++l) {
       float sums[N] = {};

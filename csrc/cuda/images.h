@@ -424,11 +424,18 @@ __device__ void with_vectors(const Vectors& vectors, const ImagesLayout& layout,
     with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(FOUR, group); });
 }
 
-// N neighbouring sums, in one access.
+// N neighbouring sums, or what is to be added to those.
 template <int N>
-struct alignas(4 * N) Floats {
-  float values[N];
-};
+__device__ void add_floats(float* to, const float* from, bool add) {
+  struct alignas(4 * N) Floats {
+    float values[N];
+  };
+  Floats floats{};
+  if (add) floats = *reinterpret_cast<const Floats*>(to);
+#pragma unroll
+  for (int i = 0; i < N; ++i) floats.values[i] += from[i];
+  *reinterpret_cast<Floats*>(to) = floats;
+}
 
 template <class T>
 __device__ void fill_zeros(T* to, int64_t elements) {  // whole words of 16 bytes

@@ -88,6 +88,16 @@ __device__ inline float sum_lanes(float value, int lanes, float* area) {
   return value;
 }
 
+// Adds up the four sums of threads that are `lanes` apart; the first `lanes` of a block have them.
+__device__ inline void add_rows(float (&sums)[4], int lanes) {
+  float* const area = shared_memory<float>();
+  __syncthreads();  // it may still be read
+  for (int j = 0; j < 4; ++j) area[threadIdx.x * 4 + j] = sums[j];
+  __syncthreads();
+  for (int other = threadIdx.x + lanes; other < THREADS && int(threadIdx.x) < lanes; other += lanes)
+    for (int j = 0; j < 4; ++j) sums[j] += area[other * 4 + j];
+}
+
 struct NormBackwardOnLanes {
   NormBackward p;
   int lanes;
@@ -163,16 +173,9 @@ __global__ void __launch_bounds__(THREADS, N == 3 ? 2 : 1) norm_bwd_kernel(NormB
     }
   }
   // over the block's rows; then each of NormBackward::sums is made of them
-  const auto over_rows = [&](float (&sums)[4]) {
-    __syncthreads();  // `area` may still be read
-    for (int j = 0; j < 4; ++j) area[threadIdx.x * 4 + j] = sums[j];
-    __syncthreads();
-    for (int other = lane + lanes; other < THREADS && int(threadIdx.x) < lanes; other += lanes)
-      for (int j = 0; j < 4; ++j) sums[j] += area[other * 4 + j];
-  };
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    over_rows(along[i]), over_rows(straight[i]), over_rows(gone[i]);
+    add_rows(along[i], lanes), add_rows(straight[i], lanes), add_rows(gone[i], lanes);
     if (int(threadIdx.x) >= lanes) continue;
     float gamma[4] = {1, 1, 1, 1}, weight[4] = {1, 1, 1, 1}, bias[4] = {};
     const int n = there(i);
@@ -206,16 +209,6 @@ struct RowLanes {
 };
 static_assert(MOST_NORMALIZED == 4 * 6 * THREADS);
 
-// Adds up each lane's four sums over the block's warps; the first warp has them.
-__device__ inline void add_warps(float (&sums)[4]) {
-  float* const area = shared_memory<float>();
-  __syncthreads();  // it may still be read
-  for (int j = 0; j < 4; ++j) area[threadIdx.x * 4 + j] = sums[j];
-  __syncthreads();
-  for (int warp = 1; warp < WARPS; ++warp)
-    for (int j = 0; j < 4; ++j) sums[j] += area[(warp * 32 + threadIdx.x % 32) * 4 + j];
-}
-
 template <class T>
 __global__ void __launch_bounds__(THREADS) gelu_bwd_kernel(GeluBackward p) {
   const int tiles = (p.M + TILE - 1) / TILE, m = blockIdx.x % tiles * TILE + threadIdx.x % 32 * 4;
@@ -237,7 +230,7 @@ __global__ void __launch_bounds__(THREADS) gelu_bwd_kernel(GeluBackward p) {
     store_quad(hidden, 1, n, v);
     store_quad(grad, 1, n, d);
   }
-  add_warps(sums);
+  add_rows(sums, 32);
   if (threadIdx.x < 32)
     for (int j = 0; j < 4; ++j)
       if (j < n) p.sums[part * p.M + m + j] = sums[j];
