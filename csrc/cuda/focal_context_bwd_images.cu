@@ -33,6 +33,9 @@ struct Arguments {
   int part_pairs;                                    // and pairs of pixels in each
 };
 
+// As many rows as registers allow.
+__host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST ? SPACING : HALF; }
+
 // Products for a kernel's taps that a warp sums at once: two kernel rows, but one where shared memory is full.
 __host__ __device__ constexpr int products_at_once(int pitch) { return pitch > WIDE ? 1 : 2 / window_rows(pitch); }
 
@@ -273,10 +276,11 @@ __device__ void add_taps(const float (&products)[WINDOWS<PITCH, K>][4], float* a
 // dz of a level over what reaches it from above, but for the last level, which has it; and its taps' gradients as
 // products over pixels: what enters, transposed, times dz gives a matrix (16 elements of the window) x (8 columns)
 // whose diagonals add up to a kernel row's taps.
-template <class T, int PITCH, bool WHOLE, int K, bool LAST, int AT_ONCE>
+template <class T, class FORM, int K, bool LAST, int AT_ONCE>
 __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block, int l,
                                const T* taps, float* tap_sums) {
-  using Here = Step<PITCH, WHOLE>;
+  using Here = Step<FORM>;
+  constexpr int PITCH = FORM::PITCH, ROWS = FORM::ROWS;
   const Chain& chain = p.call.chain;
   const int c = block.channel_here;
   const T* const from = shared.at(l, c);
@@ -289,15 +293,15 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
   float products[WINDOWS<PITCH, K>][4] = {};
   block.each_step(p.layout, [&](int first) {
     const Here step(shared.stretches, first);
-    uint32_t dz[STRETCH<PITCH>][2];
-    float z[STRETCH<PITCH>][4] = {};
+    uint32_t dz[ROWS][2];
+    float z[ROWS][4] = {};
     if constexpr (!LAST) convolve_stretches<K>(from, step, bands, z);
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       T* const here = step.pixels(u, to);
       const T *grads_here = step.stretch(u).in_tight(grads), *gates_here = step.stretch(u).in_tight(gates);
 #pragma unroll
-      for (int e = 0; e < STRETCH<PITCH>; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
+      for (int e = 0; e < ROWS; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
         uint32_t word = step.is_there(u, e) ? load_word(here + e * PITCH) : 0;
         if constexpr (!LAST) {
           const uint32_t grad = load_word(grads_here), gate = load_word(gates_here);
@@ -316,15 +320,15 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
       }
     }
     if (!p.call.weight_sums) return;
-    uint2 b[STRETCH<PITCH>];
+    uint2 b[ROWS];
 #pragma unroll
-    for (int e = 0; e < STRETCH<PITCH>; ++e) b[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
+    for (int e = 0; e < ROWS; ++e) b[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
     const SharedRow windows = shared_row(step.template window<true>(from - K / 2 * PITCH));
-    each_constant<WINDOW_ROWS<PITCH, K>>([&](auto row) {
+    each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
       uint32_t a[4];
       load_transposed<2 * PITCH * row>(a, windows);
 #pragma unroll
-      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+      for (int e = 0; e < ROWS; ++e) {
         const int i = window_of<PITCH, K>(row, e);
         if (i >= 0) multiply_add<T>(products[i], a, b[e]);
       }
@@ -349,14 +353,14 @@ __device__ void store_images(const Arguments& p, const Shared<T, AT_ONCE>& share
 }
 
 // What some of a tile's channels do to some images' gradients. (Inlined: its arguments would lie in memory.)
-template <class T, int PITCH, bool WHOLE, int AT_ONCE>
+template <class T, class FORM, int AT_ONCE>
 __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, AT_ONCE>& shared,
                                            const Block<AT_ONCE>& block, int first) {
   const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
   const int L = chain.L, c = block.channel_here;
-  const auto vectors = [&](const auto& f) { with_vectors<WHOLE>(p.vectors, layout, f); };
+  const auto vectors = [&](const auto& f) { with_vectors<FORM::WHOLE>(p.vectors, layout, f); };
   const auto taps = [&](int l) { return shared.taps + (first + c) * p.taps_stride + p.first_row[l] * TAPS_ROW; };
 
   for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
@@ -369,8 +373,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   for (int l = 0; l < L; ++l) {
     with_size(chain.levels[l].size, [&](auto K) {
       const auto run = [&](auto kind) {
-        convolve<T, PITCH, WHOLE, K, kind>(layout, block, shared.stretches, taps(l), shared.at(l, c),
-                                           shared.at(l + 1, c));
+        convolve<T, FORM, K, kind>(layout, block, shared.stretches, taps(l), shared.at(l, c), shared.at(l + 1, c));
       };
       if (K < LARGEST && l + 1 < L)
         run(std::integral_constant<Convolution, Convolution::LEVEL>());
@@ -388,13 +391,13 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
     with_size(chain.levels[l].size, [&](auto K) {
       float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
       if (K == LARGEST || l + 1 == L)
-        level_gradient<T, PITCH, WHOLE, K, true>(p, shared, block, l, taps(l), tap_sums);
+        level_gradient<T, FORM, K, true>(p, shared, block, l, taps(l), tap_sums);
       else
-        level_gradient<T, PITCH, WHOLE, K, false>(p, shared, block, l, taps(l), tap_sums);
+        level_gradient<T, FORM, K, false>(p, shared, block, l, taps(l), tap_sums);
       __syncthreads();
       if (l > 0 || p.call.grad_ctx.data)
-        convolve<T, PITCH, WHOLE, K, Convolution::TRANSPOSED>(layout, block, shared.stretches, taps(l),
-                                                              shared.at(l + 1, c), shared.at(l, c));
+        convolve<T, FORM, K, Convolution::TRANSPOSED>(layout, block, shared.stretches, taps(l), shared.at(l + 1, c),
+                                                      shared.at(l, c));
     });  // the next level takes only what this lane has written
   }
   if (!p.call.grad_ctx.data) return;
@@ -435,7 +438,7 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
       shared.clear();
       __syncthreads();
     }
-    run_images<T, PITCH, WHOLE>(p, shared, block, first);
+    run_images<T, Form<PITCH, stretch_rows(PITCH), WHOLE>>(p, shared, block, first);
   }
   if (!p.call.weight_sums) return;  // which the last barrier came after
   for (int i = threadIdx.x; i < all_taps; i += blockDim.x) {
@@ -465,10 +468,10 @@ std::optional<ImagesBackwardPlan> plan_images_bwd(const ContextBackward& call) {
   const auto bytes = [&](const ImagesLayout& l) { return Offsets(p, l).end; };
   for (int at_once : {4, 2}) {
     ImagesLayout layout{};
-    if (!lay_out(g, reach_of(chain), at_once, CHANNELS, 16 / at_once, [](int) { return 2; }, bytes, layout)) continue;
+    const BlockForm form{at_once, CHANNELS, 16 / at_once, 2, stretch_rows(pitch_of(g))};
+    if (!lay_out(g, reach_of(chain), form, bytes, layout)) continue;
     if (at_once < 4 && layout.pitch < WIDE) break;
-    const auto vectors =
-        vectors_of(g, {layout.images}, {chain.ctx, chain.gates, call.grad_out, call.grad_ctx, call.ctx_all});
+    const auto vectors = vectors_of(g, layout, {chain.ctx, chain.gates, call.grad_out, call.grad_ctx, call.ctx_all});
     if (!vectors) return std::nullopt;
     return ImagesBackwardPlan{layout, *vectors};
   }

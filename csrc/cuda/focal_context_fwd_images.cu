@@ -7,7 +7,7 @@ namespace focalnet::cuda {
 
 namespace {
 
-constexpr int CHANNELS = 4, THREADS = 256;  // of a block
+constexpr int CHANNELS = 4, THREADS = 256, ROWS = SPACING;  // of a block; of a stretch
 // On a multiprocessor; more have no room for their accumulators (and float16's erf), or in shared memory.
 constexpr int blocks_together(int pitch, bool float16) { return pitch == WIDEST || float16 ? 2 : 3; }
 using Block = ImagesBlock<CHANNELS>;
@@ -126,18 +126,19 @@ __device__ void load_images(const Arguments& p, const Shared<T>& shared, const B
 }
 
 // Level L, the last: its sums over stretches, and what gates make of all levels, into the plane `to`.
-template <class T, int PITCH, bool WHOLE, int K, int L>
+template <class T, class FORM, int K, int L>
 __device__ void run_last_level(const Arguments& p, const Shared<T>& shared, const Block& block, const T* taps,
                                const T* from, T* to) {
-  uint2 bands[WINDOWS<PITCH, K>];
-  load_bands<PITCH, K, false>(taps, bands);
+  constexpr int PITCH = FORM::PITCH;
   const float scale = p.call.chain.scale;
   const T* const levels = shared.at(0, block.channel_here);
   const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
   const int gates_pitch = p.layout.tight_pitch / 2;  // pairs of pixels
   block.each_step(p.layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(shared.stretches, first);
-    float acc[STRETCH<PITCH>][4] = {}, sums[2] = {};
+    const Step<FORM> step(shared.stretches, first);
+    uint2 bands[WINDOWS<PITCH, K>];  // in every step, mostly one: what follows needs the registers
+    load_bands<PITCH, K, false>(taps, bands);
+    float acc[FORM::ROWS][4] = {}, sums[2] = {};
     convolve_stretches<K>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -145,7 +146,7 @@ __device__ void run_last_level(const Arguments& p, const Shared<T>& shared, cons
       const T* const levels_here = step.pixels(u, levels);
       T* const here = step.pixels(u, to);
 #pragma unroll
-      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+      for (int e = 0; e < FORM::ROWS; ++e) {
         const uint4 quad = gates_here[e * gates_pitch];
         const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
         const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
@@ -198,6 +199,7 @@ __device__ void store_images(const Arguments& p, const Shared<T>& shared, const 
 template <class T, int PITCH, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v<T, __half>))
     images_fwd_kernel(Arguments p) {
+  using Here = Form<PITCH, ROWS, WHOLE>;
   const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
@@ -228,11 +230,10 @@ __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v
       with_size(chain.levels[l].size, [&](auto K) {
         if (l + 1 == L)
           with_constant<1, 2, 3, 4>(L, [&](auto levels) {
-            if constexpr (K >= least_size(levels))
-              run_last_level<T, PITCH, WHOLE, K, levels>(p, shared, block, taps, from, to);
+            if constexpr (K >= least_size(levels)) run_last_level<T, Here, K, levels>(p, shared, block, taps, from, to);
           });
         else if constexpr (K < LARGEST)
-          convolve<T, PITCH, WHOLE, K, Convolution::LEVEL>(layout, block, shared.stretches, taps, from, to);
+          convolve<T, Here, K, Convolution::LEVEL>(layout, block, shared.stretches, taps, from, to);
       });
       __syncthreads();
     }
@@ -249,8 +250,7 @@ __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v
 
 }  // namespace
 
-std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
-                                  std::initializer_list<MapView> maps) {
+std::optional<Vectors> vectors_of(const Geometry& g, const ImagesLayout& layout, std::initializer_list<MapView> maps) {
   const int64_t pixels = g.pixels();
   const auto in_runs = [&](int n, bool one_run) {
     const auto whole = [&](int64_t many) { return many * pixels % n == 0; };
@@ -259,12 +259,13 @@ std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> 
       const bool next = one_run ? v.b == pixels : g.B == 1 || v.b % n == 0;
       return !v.data || (v.w == 1 && (v.t == g.W || g.T == 1) && aligned && next);
     };
-    const bool blocks = std::all_of(images.begin(), images.end(), [&](int i) { return i >= g.B || whole(i); });
+    const bool blocks = layout.images >= g.B || whole(layout.images);
     return std::all_of(maps.begin(), maps.end(), fits) && (one_run ? blocks && whole(g.B) : whole(1));
   };
   for (int n : {4, 1})
     for (bool one_run : {true, false})
-      if (in_runs(n, one_run)) return Vectors{n, Divisor(one_run ? 1 << 16 : pixels / n), one_run};
+      if (in_runs(n, one_run))
+        return Vectors{n, Divisor(one_run ? 1 << 16 : pixels / n), one_run, Divisor(layout.period * pixels / n)};
   return std::nullopt;
 }
 
@@ -292,11 +293,10 @@ std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
   ImagesLayout layout{};
   layout.planes = planes_for(chain.L);
   const auto bytes = [&](const ImagesLayout& l) { return Offsets(chain, l).end; };
-  const auto together = [&](int pitch) { return blocks_together(pitch, chain.dtype == DType::f16); };
-  if (!takes_images(chain) ||
-      !lay_out(chain.g, reach_of(chain), CHANNELS, CHANNELS, THREADS / 32 / CHANNELS, together, bytes, layout))
-    return std::nullopt;
-  const auto vectors = vectors_of(chain.g, {layout.images}, {chain.ctx, chain.gates, p.out});
+  const int together = blocks_together(pitch_of(chain.g), chain.dtype == DType::f16);
+  const BlockForm form{CHANNELS, CHANNELS, THREADS / 32 / CHANNELS, together, ROWS};
+  if (!takes_images(chain) || !lay_out(chain.g, reach_of(chain), form, bytes, layout)) return std::nullopt;
+  const auto vectors = vectors_of(chain.g, layout, {chain.ctx, chain.gates, p.out});
   if (!vectors) return std::nullopt;
   return ImagesPlan{layout, *vectors};
 }

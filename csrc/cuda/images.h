@@ -29,18 +29,22 @@ __host__ __device__ constexpr int window_rows(int pitch) { return pitch > EIGHT 
 template <int PITCH, int K>
 constexpr int WINDOWS = (K + window_rows(PITCH) - 1) / window_rows(PITCH);
 
-// Stretches begin every SPACING rows, where they have all of these, or at two places in each such piece. As pitches
-// are odd numbers of 16 bytes, and SPACING is odd, EIGHT neighbours' rows lie in different banks.
-constexpr int SPACING = 7, WIDEST = 72;
-__host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST ? SPACING : (SPACING + 1) / 2; }
-__host__ __device__ constexpr int first_row(int pitch, int stretch) {
-  return pitch == WIDEST ? stretch * SPACING : stretch / 2 * SPACING + stretch % 2 * stretch_rows(pitch);
+// Stretches of SPACING rows follow one another; of HALF, there are two in as many, 4 rows and 3. As pitches are odd
+// numbers of 16 bytes, and SPACING is odd, EIGHT neighbours' rows lie in different banks.
+constexpr int SPACING = 7, HALF = (SPACING + 1) / 2, WIDEST = 72;
+__host__ __device__ constexpr int first_row(int stretch_rows, int stretch) {
+  return stretch_rows == SPACING ? stretch * SPACING : stretch / 2 * SPACING + stretch % 2 * HALF;
 }
-template <int PITCH>
-constexpr int STRETCH = stretch_rows(PITCH);
+
+// How a kernel goes over planes: their pitch; a stretch's rows; and whether all of them have all columns.
+template <int PITCH_, int ROWS_, bool WHOLE_>
+struct Form {
+  static constexpr int PITCH = PITCH_, ROWS = ROWS_;
+  static constexpr bool WHOLE = WHOLE_;
+};
 // What rows of windows a stretch has for a kernel of K rows; and which of its windows is that one of row `e`, or none.
-template <int PITCH, int K>
-constexpr int WINDOW_ROWS = STRETCH<PITCH> + (WINDOWS<PITCH, K> - 1) * window_rows(PITCH);
+template <class FORM, int K>
+constexpr int WINDOW_ROWS = FORM::ROWS + (WINDOWS<FORM::PITCH, K> - 1) * window_rows(FORM::PITCH);
 template <int PITCH, int K>
 __device__ constexpr int window_of(int window_row, int e) {
   const int below = window_row - e, rows = window_rows(PITCH);
@@ -93,10 +97,8 @@ class alignas(8) Place {
   __device__ T* in(T* plane) const {
     return further(plane, padded_bytes);
   }
-  __device__ Place plus(int columns) const {
-    Place on = *this;
-    on.padded_bytes += uint16_t(2 * columns), on.tight_pixel += uint16_t(columns);
-    return on;
+  __device__ void operator+=(const Place& on) {
+    padded_bytes += on.padded_bytes, tight_pixel += on.tight_pixel, of_image += on.of_image;
   }
 };
 
@@ -155,9 +157,9 @@ __device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
 }
 
 // A step of a warp: two units of stretches. Lane 4 g + q has columns 2 q and 2 q + 1 of stretch g of either.
-// `WHOLE`: stretches have all columns.
-template <int PITCH, bool WHOLE>
+template <class FORM>
 class Step {
+  static constexpr int PITCH = FORM::PITCH;
   const Stretch* units;
   Stretch of[2];
   bool has[2][2];  // columns
@@ -190,7 +192,7 @@ class Step {
   // zeros in place of pixels that are not inside the map's columns
   __device__ void mask(int u, float (&pair)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) pair[i] = WHOLE || has[u][i] ? pair[i] : 0.0f;
+    for (int i = 0; i < 2; ++i) pair[i] = FORM::WHOLE || has[u][i] ? pair[i] : 0.0f;
   }
   template <class T>
   __device__ uint32_t masked(int u, float (&pair)[2]) const {
@@ -231,15 +233,16 @@ __device__ void each_constant(const F& f) {
 }
 
 // acc[e] += a level's convolution of row e of a step's stretches.
-template <int K, class T, int PITCH, bool WHOLE>
-__device__ void convolve_stretches(const T* plane, const Step<PITCH, WHOLE>& step,
-                                   const uint2 (&bands)[WINDOWS<PITCH, K>], float (&acc)[STRETCH<PITCH>][4]) {
+template <int K, class T, class FORM>
+__device__ void convolve_stretches(const T* plane, const Step<FORM>& step,
+                                   const uint2 (&bands)[WINDOWS<FORM::PITCH, K>], float (&acc)[FORM::ROWS][4]) {
+  constexpr int PITCH = FORM::PITCH;
   const SharedRow windows = shared_row(step.template window<false>(plane - K / 2 * PITCH));
-  each_constant<WINDOW_ROWS<PITCH, K>>([&](auto row) {
+  each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
     uint32_t a[4];
     load_matrices<2 * PITCH * row>(a, windows);
 #pragma unroll
-    for (int e = 0; e < STRETCH<PITCH>; ++e) {
+    for (int e = 0; e < FORM::ROWS; ++e) {
       const int i = window_of<PITCH, K>(row, e);
       if (i >= 0) multiply_add<T>(acc[e], a, bands[i]);
     }
@@ -248,20 +251,21 @@ __device__ void convolve_stretches(const T* plane, const Step<PITCH, WHOLE>& ste
 
 // Of a warp's channel, into another plane: conv, conv transposed, or a level, GELU(conv).
 enum class Convolution { PLAIN, TRANSPOSED, LEVEL };
-template <class T, int PITCH, bool WHOLE, int K, Convolution KIND, class BLOCK>
+template <class T, class FORM, int K, Convolution KIND, class BLOCK>
 __device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const Stretch* stretches, const T* taps,
                          const T* from, T* to) {
+  constexpr int PITCH = FORM::PITCH;
   uint2 bands[WINDOWS<PITCH, K>];
   load_bands<PITCH, K, KIND == Convolution::TRANSPOSED>(taps, bands);
   block.each_step(layout, [&](int first) {
-    const Step<PITCH, WHOLE> step(stretches, first);
-    float acc[STRETCH<PITCH>][4] = {};
+    const Step<FORM> step(stretches, first);
+    float acc[FORM::ROWS][4] = {};
     convolve_stretches<K>(from, step, bands, acc);
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       T* const here = step.pixels(u, to);
 #pragma unroll
-      for (int e = 0; e < STRETCH<PITCH>; ++e) {
+      for (int e = 0; e < FORM::ROWS; ++e) {
         float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
         if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
         const uint32_t word = step.template masked<T>(u, pair);
@@ -324,9 +328,9 @@ __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int
   });
 }
 
-// The stretches of all images, and the places of each few neighbours of their pixels.
+// The stretches of all images, and the places of each few neighbours of a period's pixels.
 inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout, Stretch* stretches, Place* pixels) {
-  const int H = int(g.T), W = int(g.W), listed = layout.listed(), pitch = layout.pitch;
+  const int H = int(g.T), W = int(g.W), listed = layout.listed(), pitch = layout.pitch, rows_of = layout.stretch_rows;
   const auto least = [](int a, int b) { return a < b ? a : b; };
   const auto padded = [&](int row, int column) {
     const int image = layout.rows.divide(row);
@@ -336,9 +340,9 @@ inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout
   for (int i = threadIdx.x; i < layout.all_listed(); i += blockDim.x) {
     const int of_all = least(i, last), segment = of_all / listed, of_segment = of_all - segment * listed;
     const int image = of_segment / layout.stretches, here = of_segment - image * layout.stretches;
-    const int first = first_row(pitch, here), row = image * H + first, column = segment * EIGHT;
+    const int first = first_row(rows_of, here), row = image * H + first, column = segment * EIGHT;
     // beyond them: the last, which the same warp has, without its rows
-    const int rows = i > last ? 0 : least(first_row(pitch, here + 1), H) - first;
+    const int rows = i > last ? 0 : least(first_row(rows_of, here + 1), H) - first;
     stretches[i] = Stretch(padded(row, column), row * layout.tight_pitch + column, rows, least(EIGHT, W - column));
   }
   for (int i = threadIdx.x; i < layout.places; i += blockDim.x) {
@@ -357,14 +361,24 @@ struct PixelsAt {
   int first, run, run_pixels;  // the first pixel, of all images; which run it is of, and how many one has
   __device__ PixelsAt(const Place* all, int i, const ImagesLayout& layout, const Vectors& vectors)
       : first(i * N), run(vectors.run.divide(i)), run_pixels(int(vectors.run.divisor) * N) {
+    const bool listed = layout.period == layout.images;
+    int periods = 0;
+    if (!listed) periods = vectors.period.divide(i), i -= periods * int(vectors.period.divisor);
     if constexpr (N > GROUP) {
 #pragma unroll
       for (int j = 0; j < N / GROUP; ++j) places[j] = all[i * (N / GROUP) + j];
     } else if (layout.neighbours == N) {
       places[0] = all[i];
     } else {
-      places[0] = all[first / layout.neighbours].plus(first % layout.neighbours);
+      const int column = i % layout.neighbours;
+      places[0] = all[i / layout.neighbours];
+      places[0] += Place(column, column, 0);
     }
+    if (listed) return;
+    const int images = periods * layout.period;
+    const Place begin(images * layout.image_pitch, images * layout.tight_image, images);
+#pragma unroll
+    for (int j = 0; j < N / GROUP; ++j) places[j] += begin;
   }
   template <class T>
   __device__ T* in(T* map, const MapView& v) const {

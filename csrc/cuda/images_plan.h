@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 
 #include "cuda/images.h"
 
@@ -21,56 +22,91 @@ struct SharedBytes {
 
 constexpr int64_t RESERVED = 1024;  // bytes of shared memory that the system takes for each block
 
-// A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images, blocks of
-// `tile` channels, `channels` at a time, of which `warps` share one if `together(pitch)` such blocks do not fit a
-// multiprocessor.
-template <class TOGETHER, class BYTES>
-bool lay_out(const Geometry& g, int reach, int channels, int tile, int warps, const TOGETHER& together,
-             const BYTES& bytes, ImagesLayout& layout) {
+// From a row of a plane with zeros to the next: an odd number of 16 bytes, so that ldmatrix finds rows in different
+// banks.
+inline int pitch_of(const Geometry& g) {
+  const int segments = (int(g.W) + EIGHT - 1) / EIGHT;
+  return segments > 1 ? (segments + 1 | 1) * EIGHT : EIGHT;
+}
+
+// From an image to the next: no less than its rows and zeros take, and so that as few stretches of a unit as can be lie
+// in the same banks.
+inline int image_pitch_of(const ImagesLayout& layout, int H) {
+  const int row = layout.pitch / EIGHT, least = (H + layout.reach) * row;
+  int best = least, most = 0;
+  for (int pitch = least; pitch < least + EIGHT; ++pitch) {
+    int banks = 0;
+    for (int first = 0; first < EIGHT * layout.stretches; first += EIGHT) {  // then all begins again
+      bool taken[EIGHT] = {};
+      for (int i = first; i < first + EIGHT; ++i)
+        taken[(first_row(layout.stretch_rows, i % layout.stretches) * row + i / layout.stretches * pitch) % EIGHT] =
+            true;
+      banks += int(std::count(taken, taken + EIGHT, true));
+    }
+    if (banks > most) best = pitch, most = banks;
+  }
+  return best * EIGHT;
+}
+
+// What a kernel's blocks are: `tile` channels, `channels` at a time, of which `warps` share one where `together` such
+// blocks do not fit a multiprocessor; and its stretches.
+struct BlockForm {
+  int channels, tile, warps, together, stretch_rows;
+};
+
+// A call's layout, where it fits: `bytes(layout)` of shared memory, `reach` rows of zeros between images.
+template <class BYTES>
+bool lay_out(const Geometry& g, int reach, const BlockForm& form, const BYTES& bytes, ImagesLayout& layout) {
   const Device device = current_device();
-  const int H = int(g.T), W = int(g.W), pixels = H * W;
+  const int H = int(g.T), W = int(g.W), pixels = H * W, channels = form.channels;
   layout.segments = (W + EIGHT - 1) / EIGHT, layout.reach = reach;
-  layout.pitch = W > EIGHT ? (layout.segments + 1 | 1) * EIGHT : EIGHT;  // odd: ldmatrix finds rows in different banks,
-  layout.image_pitch = H * layout.pitch + (reach * layout.pitch + 63) / 64 * 64;  // of two images too
-  while (first_row(layout.pitch, layout.stretches) < H) ++layout.stretches;
-  layout.tight_pitch = W + W % 2, layout.pixels = pixels;
+  layout.pitch = pitch_of(g), layout.stretch_rows = form.stretch_rows;
+  while (first_row(form.stretch_rows, layout.stretches) < H) ++layout.stretches;
+  layout.image_pitch = image_pitch_of(layout, H);
+  layout.tight_pitch = W + W % 2, layout.tight_image = H * layout.tight_pitch, layout.pixels = pixels;
   layout.neighbours = W % 4 == 0 ? 4 : 2 - W % 2;
-  layout.channels = channels, layout.channel_tiles = g.C / tile;
+  layout.channels = channels, layout.channel_tiles = g.C / form.tile;
   layout.tiles = Divisor(layout.channel_tiles), layout.rows = Divisor(H),
   layout.row_parts = Divisor(W / layout.neighbours);
-  const auto with = [&](int images, int warps) {
+  const int whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);  // images whose pixels are whole fours
+  const auto with = [&](int images, int warps, int64_t most) -> std::optional<ImagesLayout> {
     ImagesLayout next = layout;
     next.images = images, next.warps = warps;
     next.units = (next.listed() * next.segments + EIGHT - 1) / EIGHT;
     // rows that stretches of the last image have, of the image or beyond it
-    const int rows = first_row(next.pitch, next.stretches - 1) + stretch_rows(next.pitch);
+    const int rows = first_row(form.stretch_rows, next.stretches - 1) + form.stretch_rows;
     next.plane = (images - 1) * next.image_pitch + (rows + 2 * reach + window_rows(next.pitch) - 1) * next.pitch;
-    next.tight_plane = (((images - 1) * H + rows) * next.tight_pitch + 2 * EIGHT - 1) / EIGHT * EIGHT;
-    next.places = images * pixels / next.neighbours;
+    next.tight_plane = ((images - 1) * next.tight_image + rows * next.tight_pitch + 2 * EIGHT - 1) / EIGHT * EIGHT;
     next.image_blocks = (g.B + images - 1) / images;
-    return next;
-  };
-  const auto fits = [&](const ImagesLayout& next, int64_t most) {
-    return next.plane <= Place::MOST_PADDED && next.tight_plane <= Place::MOST_TIGHT && bytes(next) <= most;
+    if (next.plane > Place::MOST_PADDED || next.tight_plane > Place::MOST_TIGHT) return std::nullopt;
+    for (int period : {images, whole}) {  // all images' places cost fewer instructions, a period's less memory
+      next.period = images % period == 0 ? period : images;
+      next.places = next.period * pixels / next.neighbours;
+      if (bytes(next) <= most) return next;
+    }
+    return std::nullopt;
   };
   const int64_t most = device.shared_per_block;
-  layout = with(1, warps);
-  if (!fits(layout, most)) return false;
+  const auto alone = with(1, form.warps, most);
+  if (!alone) return false;
+  layout = *alone;
   // With several blocks on a multiprocessor, each warp with eight rows of stretches at most: what takes the fewest
-  // steps, and lets four pixels be read at once.
-  const int least = EIGHT / channels, whole = pixels % 4 == 0 ? 1 : 4 / (2 - pixels % 2);
-  const int blocks = together(layout.pitch);
-  const int64_t of_each = (most + RESERVED) / blocks - RESERVED;
+  // steps of as many blocks side by side, and lets four pixels be read at once.
+  const int least = EIGHT / channels;
+  int together = 1;
   int64_t best = 0;
-  for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
-    const ImagesLayout next = with(images, least);
-    const int64_t steps = (next.units + 2 * least - 1) / (2 * least);
-    if (!fits(next, of_each) || (images > 1 && steps * stretch_rows(next.pitch) > EIGHT)) break;
-    const int64_t all_steps = steps * next.image_blocks;
-    if ((best > 0 && all_steps > best) || (images > whole && images % whole != 0)) continue;
-    layout = next, best = all_steps;
+  for (int blocks = form.together; blocks > 1; --blocks) {
+    for (int images = 1; images <= std::min<int64_t>(g.B, MOST_IMAGES); ++images) {
+      if (images > whole && images % whole != 0) continue;
+      const auto next = with(images, least, (most + RESERVED) / blocks - RESERVED);
+      if (!next) break;
+      const int64_t steps = (next->units + 2 * least - 1) / (2 * least), all_steps = steps * next->image_blocks;
+      if (images > 1 && steps * form.stretch_rows > EIGHT) break;
+      if (best > 0 && all_steps * together > best * blocks) continue;
+      layout = *next, best = all_steps, together = blocks;
+    }
   }
-  const int64_t at_once = (best > 0 ? blocks : 1) * device.processors;
+  const int64_t at_once = together * device.processors;
   const int64_t all = std::max<int64_t>(1, layout.image_blocks);
   layout.runs = std::min(all, std::max<int64_t>(1, at_once / layout.channel_tiles));
   const int64_t longest = (all + layout.runs - 1) / layout.runs;
@@ -87,9 +123,7 @@ void with_layout(const ImagesLayout& layout, const F& f) {
 }
 
 int reach_of(const Chain& chain);  // rows, of the largest kernel
-// How pixels of all of the maps, where there is one, are read, so many images at a time; nothing where their rows do
-// not lie in a row.
-std::optional<Vectors> vectors_of(const Geometry& g, std::initializer_list<int> images,
-                                  std::initializer_list<MapView> maps);
+// How pixels of all of the maps, where there is one, are read; nothing where their rows do not lie in a row.
+std::optional<Vectors> vectors_of(const Geometry& g, const ImagesLayout& layout, std::initializer_list<MapView> maps);
 
 }  // namespace focalnet::cuda

@@ -274,16 +274,18 @@ struct Divisor {
 };
 
 struct ImagesLayout {
-  int images, pixels;            // of a block, at a time; of an image
-  int segments, stretches;       // of an image: of EIGHT columns; in each of these
-  int units;                     // of a channel
-  int pitch, image_pitch;        // elements from a row to the next, from an image to the next, in a plane with zeros
-  int plane;                     // its elements
-  int reach;                     // rows of zeros above an image
-  int tight_pitch, tight_plane;  // of a plane without zeros, whose rows begin at whole twos of elements
-  int neighbours, places;        // 1, 2 or 4 pixels, of which a row has a whole number; how many of them images have
-  int planes;                    // of each channel in the forward
-  int channels, warps;           // of a block at a time; that share a channel
+  int images, pixels;       // of a block, at a time; of an image
+  int segments, stretches;  // of an image: of EIGHT columns; in each of these
+  int stretch_rows;
+  int units;               // of a channel
+  int pitch, image_pitch;  // elements from a row to the next, from an image to the next, in a plane with zeros
+  int plane;               // its elements
+  int reach;               // rows of zeros above an image
+  int tight_pitch, tight_image, tight_plane;  // likewise without zeros, rows at whole twos of elements; its elements
+  int neighbours;                             // 1, 2 or 4 pixels, of which a row has a whole number
+  int period, places;   // images whose places are listed, and others lie as they do; how many places
+  int planes;           // of each channel in the forward
+  int channels, warps;  // of a block at a time; that share a channel
   int64_t channel_tiles, image_blocks;
   int64_t runs;                    // blocks that share the image blocks of a tile of channels
   Divisor tiles, rows, row_parts;  // channel_tiles; of an image; `neighbours` of a row
@@ -298,6 +300,7 @@ struct Vectors {
   int pixels;   // 1 or 4
   Divisor run;  // accesses; more than there are where all images are one
   bool one_run;
+  Divisor period;  // accesses
 };
 
 struct ImagesPlan {

@@ -292,6 +292,9 @@ IMAGES = {
     "narrow": ((3, 8, 10, 5), [3, 5, 7, 9]),
     "units": ((3, 8, 5, 8), [9]),
     "most-images": ((40, 8, 2, 3), [3]),
+    # too many to list all of their places
+    "periods-of-four": ((36, 8, 7, 7), [3, 5, 7], 150_000),
+    "periods-of-one": ((9, 8, 14, 14), [3, 5, 7], 150_000),
 }
 
 
