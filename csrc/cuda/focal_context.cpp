@@ -27,7 +27,7 @@ Chain chain_of(const Geometry& g, DType dtype, const std::vector<Tensor>& weight
 namespace {
 
 using ForwardPlan = std::variant<ImagesPlan, TokensPlan, RowsForwardPlan, PlanesPlan>;
-using BackwardPlan = std::variant<ImagesBackwardPlan, TokensBackwardPlan, RowsBackwardPlan, PassesPlan, PlanesPlan>;
+using BackwardPlan = std::variant<ImagesBackwardPlan, TokensBackwardPlan, PassesPlan, PlanesPlan>;
 
 // The first form that can take the call; planes take every one.
 ForwardPlan plan_forward(const ContextForward& p) {
@@ -39,7 +39,6 @@ ForwardPlan plan_forward(const ContextForward& p) {
 BackwardPlan plan_backward(const ContextBackward& p) {
   if (const auto images = plan_images_bwd(p)) return *images;
   if (const auto tokens = plan_tokens_bwd(p)) return *tokens;
-  if (const auto rows = plan_rows_bwd(p.chain)) return *rows;
   if (const auto passes = plan_passes_bwd(p.chain)) return *passes;
   return plan_planes_bwd(p.chain);
 }

@@ -1,7 +1,7 @@
 // focal_context, backward, for 16-bit maps and kernels up to 13, as many and as wide as the forward takes by rows: one
 // pass down the levels, one back up, one for the gates and one for the weights. Passes write what later ones read to
-// global memory, so that each holds no more than its own rows; focal_context_bwd_rows.cu does it all at once, where it
-// can. See rows.h; ops/focal_context/README.md derives the gradients.
+// global memory, so that each holds no more than its own rows. See rows.h; ops/focal_context/README.md derives the
+// gradients.
 #include "cuda/rows.h"
 #include "cuda/rows_plan.h"
 
@@ -162,7 +162,7 @@ __device__ __forceinline__ void tap_products(const Arguments& arguments, const R
       if (t + STEP < task.rows.end) load_ctx(from, biases, bias, rows.map, t + STEP + K / 2, next);
       if (t >= task.rows.begin) {
         grads.load(grad, t, rows.map);
-        rows.template add_products<K, 0, Rows<T>::template NEWEST<K>>(products, ring, t, pairs, grad);
+        rows.template add_products<K>(products, ring, t, pairs, grad);
       }
       rows.sync();
     }

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v
       with_size(chain.levels[l].size, [&](auto K) {
         if (l + 1 == L)
           with_constant<1, 2, 3, 4>(L, [&](auto levels) {
-            if constexpr (K >= least_size(levels)) run_last_level<T, Here, K, levels>(p, shared, block, taps, from, to);
+            if constexpr (is_last_size(K, levels)) run_last_level<T, Here, K, levels>(p, shared, block, taps, from, to);
           });
         else if constexpr (K < LARGEST)
           convolve<T, Here, K, Convolution::LEVEL>(layout, block, shared.stretches, taps, from, to);
@@ -279,13 +279,14 @@ bool takes_images(const Chain& chain) {
   const Geometry& g = chain.g;
   const auto square = [](const LevelWeights& level) {
     const Level& k = level.size;
-    return k.kt == k.kw && k.km == 1 && k.kw >= least_size(1) && k.kw <= LARGEST;
+    return k.kt == k.kw && k.km == 1 && k.kw >= 3;
   };
   const auto no_larger = [](const LevelWeights& a, const LevelWeights& b) { return a.size.kw >= b.size.kw; };
   const LevelWeights *const first = chain.levels, *const end = first + chain.L;
   return chain.dtype != DType::f32 && chain.L >= 1 && chain.L <= LEVELS && g.C % EIGHT == 0 && g.M == 1 &&
          (g.W <= 6 * EIGHT || g.W == 7 * EIGHT) && g.pixels() <= 49 * EIGHT * EIGHT &&
-         std::all_of(first, end, square) && std::adjacent_find(first, end, no_larger) == end;
+         std::all_of(first, end, square) && std::adjacent_find(first, end, no_larger) == end &&
+         is_last_size(int(end[-1].size.kw), chain.L);
 }
 
 std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {

@@ -276,9 +276,11 @@ __device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const S
 }
 
 // Kernels grow from level to level, as `focal_factor` has them: only a last level's is the largest, and of so many
-// levels the last one's is this at least. (All other pairs of sizes were two fifths of the machine code.)
+// levels the last one's is one of two sizes. (All other pairs were half of the machine code.)
 constexpr int LARGEST = 9;
-__host__ __device__ constexpr int least_size(int levels) { return 2 * levels + 1; }
+__host__ __device__ constexpr bool is_last_size(int size, int levels) {
+  return size == 2 * levels + 1 || (size == 2 * levels + 3 && size <= LARGEST);
+}
 
 // f(std::integral_constant<int, K>()) with a level's kernel size.
 template <class F>

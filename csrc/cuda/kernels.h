@@ -160,32 +160,6 @@ struct RowsForwardPlan {
 std::optional<RowsForwardPlan> plan_rows_fwd(const Chain& chain);
 void run_context_fwd(const ContextForward& p, const RowsForwardPlan& plan, void* stream);
 
-// What the backward's warps keep besides.
-struct RowsBackwardShared {
-  int flipped[MAX_LEVELS];  // bands of the transposes
-  Rings grads;              // of the gradients of what leaves level l's convolution
-  // Rings that only the lane that wrote them reads, 64 pairs to a row:
-  Rings slopes;  // of GELU, at what leaves level l's convolution
-  Ring grad_out;
-  int products;  // [L + 1][STEP][2][32] pairs: what a channel adds to the gates' gradients
-};
-
-// The backward at once, for the published kernels. A block's warps own neighbouring channels and go down the same maps
-// together.
-struct RowsBackwardPlan {
-  RowsPlan rows;
-  RowsBackwardShared shared;
-  int channels;                       // of a block: its warps
-  int64_t channel_run, channel_runs;  // blocks of channels that a task takes one after the other, and tasks along them
-
-  int64_t scratch_bytes() const { return 0; }
-  std::optional<int64_t> gate_parts() const { return channel_runs; }
-  int64_t weight_parts() const { return rows.schedule.runs; }
-};
-
-std::optional<RowsBackwardPlan> plan_rows_bwd(const Chain& chain);
-void run_context_bwd(const ContextBackward& p, const RowsBackwardPlan& plan, void* stream);
-
 // The backward in several passes, for whatever the forward takes by rows. From pass to pass rows go through global
 // memory: what leaves each level, GELU's slopes, and gradients.
 struct PassesWorkspace {

@@ -47,9 +47,6 @@ struct Pairs {
     }
     whole = g.W % 2 == 0;
   }
-  __device__ void leave_out() {
-    for (int i = 0; i < 2; ++i) columns[i] = 0, inside[i] = 0;
-  }
 };
 
 // STEP rows of a lane's pairs of 16-bit elements, a word each.

@@ -181,10 +181,11 @@ struct Rows {
       make_bands(chain.levels[l], channel, plan.shared.bands[l], flipped);
   }
 
-  // This lane's rows for ldmatrix, one after the other, of a ring from row t on, which is the START-th of STEP rows put
-  // together: only before such a group the ring may begin again.
-  template <int START>
+  // This lane's rows for ldmatrix, one after the other, of a ring from row t on: a window of a kernel K rows tall whose
+  // last rows are the last that were put. Only before STEP rows that were put together the ring may begin again.
+  template <int K>
   struct WindowRows {
+    static constexpr int START = K / 2 % 2 * 2;  // row t, of those it was put with
     SharedRow at, begin, end;
     int bytes;
     __device__ WindowRows(const Rows& rows, Ring ring, int t) : bytes(2 * ring.row) {
@@ -198,9 +199,6 @@ struct Rows {
       return at;
     }
   };
-  // START of a window of a kernel K rows tall whose last rows are the last that were put.
-  template <int K>
-  static constexpr int NEWEST = K / 2 % 2 * 2;
 
   // acc[r] = row first + r of the convolution of a ring's rows, for this lane's pairs of columns.
   template <int K, int WINDOW>
@@ -215,7 +213,7 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < K * HALVES; ++i)
       band[i] = *reinterpret_cast<const uint2*>(memory + bands + (i * 32 + lane) * 4);
-    WindowRows<NEWEST<K>> window(*this, ring, first - K / 2);
+    WindowRows<K> window(*this, ring, first - K / 2);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const SharedRow row = window(i);
@@ -235,17 +233,16 @@ struct Rows {
     with_height<WINDOW>(kt, [&](auto k) { convolve_rows<k, WINDOW>(acc, ring, bands, first); });
   }
 
-  // sums[OFFSET + dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of
-  // its outputs: element (j, i) of input j of a window (16 to a half) and output i. Taps are its diagonals.
-  // START: see WindowRows.
-  template <int K, int OFFSET, int START, int ALL, int HALVES>
-  __device__ __forceinline__ void add_products(float (&sums)[ALL][HALVES][4], Ring ring, int first, const Pairs& pairs,
+  // sums[dt] += the products of a level's inputs, moved by kernel row dt, with the gradients of four rows of its
+  // outputs: element (j, i) of input j of a window (16 to a half) and output i. Taps are its diagonals.
+  template <int K, int HALVES>
+  __device__ __forceinline__ void add_products(float (&sums)[K][HALVES][4], Ring ring, int first, const Pairs& pairs,
                                                const PairRows& grad) const {
     uint2 columns[STEP];
 #pragma unroll
     for (int r = 0; r < STEP; ++r)
       columns[r] = {transpose(grad[r][0] & pairs.inside[0]), transpose(grad[r][1] & pairs.inside[1])};
-    WindowRows<START> window(*this, ring, first - K / 2);
+    WindowRows<K> window(*this, ring, first - K / 2);
 #pragma unroll
     for (int i = 0; i < K + STEP - 1; ++i) {
       const SharedRow row = window(i);
@@ -256,7 +253,7 @@ struct Rows {
         const uint32_t turned[4] = {windows[0], windows[2], windows[1], windows[3]};
 #pragma unroll
         for (int r = 0; r < STEP; ++r)
-          if (i >= r && i - r < K) multiply_add<T>(sums[OFFSET + i - r][half], turned, columns[r]);
+          if (i >= r && i - r < K) multiply_add<T>(sums[i - r][half], turned, columns[r]);
       }
     }
   }

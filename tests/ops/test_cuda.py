@@ -177,8 +177,8 @@ def test_against_numpy(cuda_on_cpu, dtype, limit, seed):
 
 
 # (shape, kernels, bytes of shared memory, of scratch): what plans treat in their own ways. Several images in a warp, a
-# block for a row, strips of rows, windows of 32 columns, tasks one after the other; the backward at once or in passes,
-# and these a few images at a time; planes of floats (float32, volumes, tall kernels), in global memory where the shared
+# block for a row, strips of rows, windows of 32 columns, tasks one after the other; passes of the backward over a few
+# images at a time; planes of floats (float32, volumes, tall kernels), in global memory where the shared
 # one is small
 PLANS = {
     "groups": ((5, 3, 7, 6), [3, 5]),
@@ -222,22 +222,6 @@ def test_plans(cuda_on_cpu, plan, dtype, seed):
     assert_op_accurate(fk.focal_context, inputs, "cuda", torch.randn(shape).to(dtype))
 
 
-def test_a_warp_without_a_channel_adds_nothing(cuda_on_cpu, monkeypatch, seed):
-    """Seven channels are two blocks of four warps: what the one left over could read must not count, be it infinite."""
-    monkeypatch.setenv("FOCALNET_SHIM_SHARED", "80000")
-    inputs = make_context_inputs((1, 7, 8, 100), [3, 5], dtype=torch.bfloat16, seed=seed)
-    grad_output = torch.randn(1, 7, 8, 100).to(torch.bfloat16)
-    grad_output[0, 6, 1, 2] = torch.inf
-    grads = {}
-    for backend in ("cuda", "reference"):
-        gates = inputs["gates"].clone().requires_grad_()
-        fk.focal_context(**inputs | {"gates": gates}, backend=backend).backward(grad_output)
-        grads[backend] = gates.grad
-    assert grads["reference"].isinf().any()
-    assert torch.equal(grads["cuda"].isinf(), grads["reference"].isinf())
-    assert not grads["cuda"].isnan().any()
-
-
 # (shape, kernels, bytes of scratch), with channels adjacent: one tile of channels and a part of one, few lanes on small
 # maps, several blocks to an image, chunks of images and a rest, several parts of the weights' gradients
 TOKENS = {
@@ -279,7 +263,7 @@ IMAGES = {
     "odd-units": ((1, 8, 24, 8), [3, 5]),
     "small-maps": ((9, 16, 7, 7), [3, 5, 7]),
     "pairs": ((5, 8, 6, 14), [3, 5]),
-    "one-level": ((3, 8, 9, 12), [9]),
+    "one-level": ((3, 8, 9, 12), [5]),
     "four-levels": ((2, 8, 12, 12), [3, 5, 7, 9]),
     "one-after-the-other": ((5, 16, 9, 11), [3, 5], 56_000),
     "a-rest": ((70, 8, 3, 4), [3]),
@@ -290,7 +274,7 @@ IMAGES = {
     "odd-rows": ((20, 8, 7, 7), [3, 5, 7]),  # read by fours where images follow one another, as a layer has them
     "twos": ((3, 8, 3, 6), [3, 5]),
     "narrow": ((3, 8, 10, 5), [3, 5, 7, 9]),
-    "units": ((3, 8, 5, 8), [9]),
+    "units": ((3, 8, 5, 8), [3, 5, 9]),
     "most-images": ((40, 8, 2, 3), [3]),
     # too many to list all of their places
     "periods-of-four": ((36, 8, 7, 7), [3, 5, 7], 150_000),
