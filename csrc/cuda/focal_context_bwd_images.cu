@@ -202,7 +202,7 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
     }
     const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1));
     float sums[N] = {}, of_mean[N] = {};
-#pragma unroll(std::is_same_v<T, __half> ? 1 : AT_ONCE)  // erf takes more registers
+#pragma unroll 1
     for (int c = 0; c < AT_ONCE; ++c) {
       T* const plane = shared.at(L, c);
       const Pixels<T, N> gradient = gradient_of(c), z = at.load(plane);
@@ -273,69 +273,75 @@ __device__ void add_taps(const float (&products)[WINDOWS<PITCH, K>][4], float* a
   }
 }
 
-// dz of a level over what reaches it from above, but for the last level, which has it; and its taps' gradients as
-// products over pixels: what enters, transposed, times dz gives a matrix (16 elements of the window) x (8 columns)
-// whose diagonals add up to a kernel row's taps.
-template <class T, class FORM, int K, bool LAST, int AT_ONCE>
+// A step's part of a level's taps' gradients, as products over pixels: what enters, transposed, times dz gives a matrix
+// (16 elements of the window) x (8 columns) whose diagonals add up to a kernel row's taps.
+template <class T, class FORM, int K>
+__device__ void add_step(const T* from, const Stretch* units, const uint2 (&dz)[FORM::ROWS], float* area, float* taps) {
+  constexpr int PITCH = FORM::PITCH;
+  float products[WINDOWS<PITCH, K>][4] = {};
+  const SharedRow windows = shared_row(window_in<true>(from - K / 2 * PITCH, units));
+  each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
+    uint32_t a[4];
+    load_transposed<2 * PITCH * row>(a, windows);
+#pragma unroll
+    for (int e = 0; e < FORM::ROWS; ++e) {
+      const int i = window_of<PITCH, K>(row, e);
+      if (i >= 0) multiply_add<T>(products[i], a, dz[e]);
+    }
+  });
+  add_taps<PITCH, K>(products, area, taps);
+}
+
+// dz of a level, over what reaches it from above, but for the last level, which has it; and what a step adds to the
+// level's taps' gradients.
+template <class T, class FORM, int AT_ONCE>
 __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block, int l,
                                const T* taps, float* tap_sums) {
-  using Here = Step<FORM>;
   constexpr int PITCH = FORM::PITCH, ROWS = FORM::ROWS;
   const Chain& chain = p.call.chain;
-  const int c = block.channel_here;
+  const int c = block.channel_here, tight_pitch = p.layout.tight_pitch;
   const T* const from = shared.at(l, c);
   T* const to = shared.at(l + 1, c);
-  const T* const grads = shared.grads + c * shared.tight_plane + Here::column();
-  const T* const gates = shared.gate(l) + Here::column();
-  const int tight_pitch = p.layout.tight_pitch;
-  uint2 bands[WINDOWS<PITCH, K>];
-  if (!LAST) load_bands<PITCH, K, false>(taps, bands);
-  float products[WINDOWS<PITCH, K>][4] = {};
+  const T *const grads = shared.grads + c * shared.tight_plane, *const gates = shared.gate(l);
+  float* const area = shared.area + threadIdx.x / 32 * products_at_once(PITCH) * PRODUCT;
   block.each_step(p.layout, [&](int first) {
-    const Here step(shared.stretches, first);
+    const Stretch* const units = shared.stretches + first;
     uint32_t dz[ROWS][2];
-    float z[ROWS][4] = {};
-    if constexpr (!LAST) convolve_stretches<K>(from, step, bands, z);
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      T* const here = step.pixels(u, to);
-      const T *grads_here = step.stretch(u).in_tight(grads), *gates_here = step.stretch(u).in_tight(gates);
+      const Part<FORM> part(units + u * EIGHT);
+      const T* const here = part.in(to);
 #pragma unroll
-      for (int e = 0; e < ROWS; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
-        uint32_t word = step.is_there(u, e) ? load_word(here + e * PITCH) : 0;
-        if constexpr (!LAST) {
+      for (int e = 0; e < ROWS; ++e) dz[e][u] = part.has_row(e) ? load_word(here + e * PITCH) : 0;
+    }
+    if (l + 1 < chain.L) {
+      float z[ROWS][4];
+      convolve<FORM>(chain.levels[l].size, taps, false, from, units, z);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const Part<FORM> part(units + u * EIGHT);
+        T* const here = part.in(to);
+        const T *grads_here = part.in_tight(grads), *gates_here = part.in_tight(gates);
+#pragma unroll
+        for (int e = 0; e < ROWS; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
           const uint32_t grad = load_word(grads_here), gate = load_word(gates_here);
           float both[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(word, i)) *
+            both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(dz[e][u], i)) *
                       gelu_slope<T>(z[e][2 * u + i]);
-          word = step.template masked<T>(u, both);
-          if (step.is_there(u, e))
-            store_word(here + e * PITCH, word);
-          else
-            word = 0;
+          const uint32_t word = part.template masked<T>(both);
+          if (part.has_row(e)) store_word(here + e * PITCH, word);
+          dz[e][u] = part.has_row(e) ? word : 0;
         }
-        dz[e][u] = word;
       }
     }
     if (!p.call.weight_sums) return;
-    uint2 b[ROWS];
+    uint2 columns[ROWS];
 #pragma unroll
-    for (int e = 0; e < ROWS; ++e) b[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
-    const SharedRow windows = shared_row(step.template window<true>(from - K / 2 * PITCH));
-    each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
-      uint32_t a[4];
-      load_transposed<2 * PITCH * row>(a, windows);
-#pragma unroll
-      for (int e = 0; e < ROWS; ++e) {
-        const int i = window_of<PITCH, K>(row, e);
-        if (i >= 0) multiply_add<T>(products[i], a, b[e]);
-      }
-    });
+    for (int e = 0; e < ROWS; ++e) columns[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
+    with_size(chain.levels[l].size, [&](auto K) { add_step<T, FORM, K>(from, units, columns, area, tap_sums); });
   });
-  if (p.call.weight_sums)
-    add_taps<PITCH, K>(products, shared.area + threadIdx.x / 32 * products_at_once(PITCH) * PRODUCT, tap_sums);
 }
 
 // Out of the planes: the gradient of what entered the first level.
@@ -370,37 +376,35 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   vectors([&](auto n, auto group) { load_images<T, n, group>(p, shared, block, first); });
   __syncthreads();
   sum_for_mean(p, shared, block.images);
-  for (int l = 0; l < L; ++l) {
-    with_size(chain.levels[l].size, [&](auto K) {
-      const auto run = [&](auto kind) {
-        convolve<T, FORM, K, kind>(layout, block, shared.stretches, taps(l), shared.at(l, c), shared.at(l + 1, c));
-      };
-      if (K < LARGEST && l + 1 < L)
-        run(std::integral_constant<Convolution, Convolution::LEVEL>());
-      else
-        run(std::integral_constant<Convolution, Convolution::PLAIN>());
+  // the levels again, and back, in one loop: so there is one convolution in the code
+  for (int turn = 0; turn < 2 * L; ++turn) {
+    const bool back = turn >= L;
+    const int l = back ? 2 * L - 1 - turn : turn;
+    const Level& size = chain.levels[l].size;
+    if (turn == L) {
+      if (L == 1) __syncthreads();  // for the mean's gradient
+      vectors([&](auto n, auto group) { last_gradient<T, n, group>(p, shared, block, first); });
+      __syncthreads();
+      if (!p.call.grad_ctx.data && !p.call.weight_sums) return;
+    }
+    if (back) {
+      float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
+      level_gradient<T, FORM>(p, shared, block, l, taps(l), tap_sums);
+      __syncthreads();
+      if (l == 0 && !p.call.grad_ctx.data) return;
+    }
+    const T* const from = shared.at(back ? l + 1 : l, c);
+    T* const to = shared.at(back ? l : l + 1, c);
+    block.each_step(layout, [&](int first) {
+      float acc[FORM::ROWS][4];
+      convolve<FORM>(size, taps(l), back, from, shared.stretches + first, acc);
+      if (turn + 1 < L) apply_gelu<T>(acc);
+      store_step<FORM>(shared.stretches + first, acc, to);
     });
+    if (back) continue;  // the next level takes only what this lane has written
     __syncthreads();
     if (l == 0) mean_gradient(p, shared, block, first);
   }
-  if (L == 1) __syncthreads();  // for the mean's gradient
-  vectors([&](auto n, auto group) { last_gradient<T, n, group>(p, shared, block, first); });
-  __syncthreads();
-  if (!p.call.grad_ctx.data && !p.call.weight_sums) return;
-  for (int l = L - 1; l >= 0; --l) {
-    with_size(chain.levels[l].size, [&](auto K) {
-      float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
-      if (K == LARGEST || l + 1 == L)
-        level_gradient<T, FORM, K, true>(p, shared, block, l, taps(l), tap_sums);
-      else
-        level_gradient<T, FORM, K, false>(p, shared, block, l, taps(l), tap_sums);
-      __syncthreads();
-      if (l > 0 || p.call.grad_ctx.data)
-        convolve<T, FORM, K, Convolution::TRANSPOSED>(layout, block, shared.stretches, taps(l), shared.at(l + 1, c),
-                                                      shared.at(l, c));
-    });  // the next level takes only what this lane has written
-  }
-  if (!p.call.grad_ctx.data) return;
   __syncthreads();
   // no barrier after it: a thread has the same pixels when the next images are loaded
   vectors([&](auto n, auto group) { store_images<T, n, group>(p, shared, block, first); });

@@ -125,51 +125,65 @@ __device__ void load_images(const Arguments& p, const Shared<T>& shared, const B
   });
 }
 
-// Level L, the last: its sums over stretches, and what gates make of all levels, into the plane `to`.
-template <class T, class FORM, int K, int L>
-__device__ void run_last_level(const Arguments& p, const Shared<T>& shared, const Block& block, const T* taps,
-                               const T* from, T* to) {
+// Level L, the last, as it leaves GELU: its sums over stretches, and what gates make of all levels, into
+// one of their planes.
+template <class FORM, int L, class T>
+__device__ void finish_levels(const Arguments& p, const Shared<T>& shared, const Block& block, int first,
+                              const float (&acc)[FORM::ROWS][4]) {
   constexpr int PITCH = FORM::PITCH;
   const float scale = p.call.chain.scale;
-  const T* const levels = shared.at(0, block.channel_here);
-  const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates) + threadIdx.x % 4;
+  T* const planes = shared.at(0, block.channel_here);
+  const int next = CHANNELS * shared.plane;  // from one of the channel's to its next
+  const uint4* const gates = reinterpret_cast<const uint4*>(shared.gates);
   const int gates_pitch = p.layout.tight_pitch / 2;  // pairs of pixels
-  block.each_step(p.layout, [&](int first) {
-    const Step<FORM> step(shared.stretches, first);
-    uint2 bands[WINDOWS<PITCH, K>];  // in every step, mostly one: what follows needs the registers
-    load_bands<PITCH, K, false>(taps, bands);
-    float acc[FORM::ROWS][4] = {}, sums[2] = {};
-    convolve_stretches<K>(from, step, bands, acc);
+  float sums[2] = {};
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const uint4* const gates_here = gates + step.stretch(u).pair();
-      const T* const levels_here = step.pixels(u, levels);
-      T* const here = step.pixels(u, to);
+  for (int u = 0; u < 2; ++u) {
+    const Part<FORM> part(shared.stretches + first + u * EIGHT);
+    const uint4* gates_here = gates + part.pair();
+    T* const here = part.in(planes);
 #pragma unroll
-      for (int e = 0; e < FORM::ROWS; ++e) {
-        const uint4 quad = gates_here[e * gates_pitch];
-        const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
-        const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
-        float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
-        step.mask(u, pair);
+    for (int e = 0; e < FORM::ROWS; ++e) {
+      const uint4 quad = *gates_here;
+      gates_here += gates_pitch;
+      const uint32_t gates_of[2][2] = {{quad.x, quad.y}, {quad.z, quad.w}};  // a pixel's, two and two
+      const auto gate = [&](int l, int i) { return unpack<T>(gates_of[i][l / 2], l % 2); };
+      float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
+      part.mask(pair);
+      const float sum = pair[0] + pair[1];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] = gelu<T>(pair[i]);
-        const float sum = pair[0] + pair[1];
+      for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
+      for (int l = 0; l < L - 1; ++l) {
+        const uint32_t level = part.has_row(e) ? load_word(here + plane_of(l + 1) * next + e * PITCH) : 0;
 #pragma unroll
-        for (int l = 0; l < L - 1; ++l) {
-          const T* const of_level = levels_here + plane_of(l + 1) * CHANNELS * shared.plane + e * PITCH;
-          const uint32_t level = step.is_there(u, e) ? load_word(of_level) : 0;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
-        }
-        pair[0] *= scale, pair[1] *= scale;
-        const uint32_t word = step.template masked<T>(u, pair);  // gates have no zeros around
-        if (step.is_there(u, e)) sums[u] += sum, store_word(here + e * PITCH, word);
+        for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
       }
+      pair[0] *= scale, pair[1] *= scale;
+      const uint32_t word = part.template masked<T>(pair);  // gates have no zeros around
+      if (part.has_row(e)) sums[u] += sum, store_word(here + sum_plane(L) * next + e * PITCH, word);
     }
-    sum_stretches<CHANNELS>(sums, shared.sums + first * EIGHT * CHANNELS + block.channel_here);
+  }
+  sum_stretches<CHANNELS>(sums, shared.sums + first * CHANNELS + block.channel_here);
+}
+
+// Level l, into a plane, or the last.
+template <class T, class FORM>
+__device__ void run_level(const Arguments& p, const Shared<T>& shared, const Block& block, int l) {
+  const Chain& chain = p.call.chain;
+  const int c = block.channel_here, L = chain.L;
+  const T* const taps = shared.taps + c * p.taps_stride + p.first_tap[l];
+  const T* const from = shared.planes + c * shared.plane + p.from[l];
+  T* const to = shared.planes + c * shared.plane + p.to[l];
+  block.each_step(p.layout, [&](int first) {
+    float acc[FORM::ROWS][4];
+    convolve<FORM>(chain.levels[l].size, taps, false, from, shared.stretches + first, acc);
+    apply_gelu<T>(acc);
+    if (l + 1 < L) {
+      store_step<FORM>(shared.stretches + first, acc, to);
+    } else {
+      with_constant<1, 2, 3, 4>(L, [&](auto levels) { finish_levels<FORM, levels>(p, shared, block, first, acc); });
+    }
   });
 }
 
@@ -199,7 +213,6 @@ __device__ void store_images(const Arguments& p, const Shared<T>& shared, const 
 template <class T, int PITCH, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v<T, __half>))
     images_fwd_kernel(Arguments p) {
-  using Here = Form<PITCH, ROWS, WHOLE>;
   const Chain& chain = p.call.chain;
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
@@ -220,21 +233,10 @@ __global__ void __launch_bounds__(THREADS, blocks_together(PITCH, std::is_same_v
   const int runs = int(layout.runs), items = int(layout.image_blocks);
   for (int item = Block::run_of(layout); item < items; item += runs) {
     const Block block(layout, item, g);
-    const int c = block.channel_here;
     with_vectors<WHOLE>(p.vectors, layout, [&](auto n, auto group) { load_images<T, n, group>(p, shared, block); });
     __syncthreads();
     for (int l = 0; l < L; ++l) {
-      const T* const taps = shared.taps + c * p.taps_stride + p.first_tap[l];
-      const T* const from = shared.planes + c * shared.plane + p.from[l];
-      T* const to = shared.planes + c * shared.plane + p.to[l];
-      with_size(chain.levels[l].size, [&](auto K) {
-        if (l + 1 == L)
-          with_constant<1, 2, 3, 4>(L, [&](auto levels) {
-            if constexpr (is_last_size(K, levels)) run_last_level<T, Here, K, levels>(p, shared, block, taps, from, to);
-          });
-        else if constexpr (K < LARGEST)
-          convolve<T, Here, K, Convolution::LEVEL>(layout, block, shared.stretches, taps, from, to);
-      });
+      run_level<T, Form<PITCH, ROWS, WHOLE>>(p, shared, block, l);
       __syncthreads();
     }
     each_sum<CHANNELS>(layout, block.images, shared.sums, [&](int channel, int image, float sum) {
@@ -279,14 +281,11 @@ bool takes_images(const Chain& chain) {
   const Geometry& g = chain.g;
   const auto square = [](const LevelWeights& level) {
     const Level& k = level.size;
-    return k.kt == k.kw && k.km == 1 && k.kw >= 3;
+    return k.kt == k.kw && k.km == 1 && k.kw >= 3 && k.kw <= 9;
   };
-  const auto no_larger = [](const LevelWeights& a, const LevelWeights& b) { return a.size.kw >= b.size.kw; };
   const LevelWeights *const first = chain.levels, *const end = first + chain.L;
   return chain.dtype != DType::f32 && chain.L >= 1 && chain.L <= LEVELS && g.C % EIGHT == 0 && g.M == 1 &&
-         (g.W <= 6 * EIGHT || g.W == 7 * EIGHT) && g.pixels() <= 49 * EIGHT * EIGHT &&
-         std::all_of(first, end, square) && std::adjacent_find(first, end, no_larger) == end &&
-         is_last_size(int(end[-1].size.kw), chain.L);
+         (g.W <= 6 * EIGHT || g.W == 7 * EIGHT) && g.pixels() <= 49 * EIGHT * EIGHT && std::all_of(first, end, square);
 }
 
 std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {

@@ -156,68 +156,70 @@ __device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
     *reinterpret_cast<uint64_t*>(p) = pixels.words[0] | uint64_t(pixels.words[1]) << 32;  // a uint2 would become two
 }
 
-// A step of a warp: two units of stretches. Lane 4 g + q has columns 2 q and 2 q + 1 of stretch g of either.
+// Where this lane's row of an A matrix begins in `plane`, of two units of stretches: what load_matrices wants for a
+// convolution, or what load_transposed wants for the product over pixels that gives taps' gradients.
+template <bool TRANSPOSED, class T>
+__device__ const T* window_in(const T* plane, const Stretch* units) {
+  const int lane = lane_again(), low = lane / 8 % 2, high = lane / 16;
+  return units[(TRANSPOSED ? high : low) * EIGHT + lane % 8].in(plane + (TRANSPOSED ? low : high) * EIGHT);
+}
+
+// A lane's part of a unit: lane 4 g + q has columns 2 q and 2 q + 1 of stretch g. (A step of a warp is two units.)
 template <class FORM>
-class Step {
+class Part {
   static constexpr int PITCH = FORM::PITCH;
-  const Stretch* units;
-  Stretch of[2];
-  bool has[2][2];  // columns
+  int column;
+  Stretch stretch;
+  bool has[2];  // columns
 
  public:
-  __device__ Step(const Stretch* all, int first) : units(all + first * EIGHT) {
+  __device__ explicit Part(const Stretch* unit) {
+    const int lane = lane_again();
+    column = lane % 4 * 2, stretch = unit[lane / 4];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      of[u] = units[u * EIGHT + int(threadIdx.x) % 32 / 4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) has[u][i] = column() + i < of[PITCH > EIGHT ? u : 0].columns();
-    }
+    for (int i = 0; i < 2; ++i) has[i] = column + i < stretch.columns();
   }
-  // Where this lane's row of an A matrix begins in `plane`: what load_matrices wants for a convolution, or what
-  // load_transposed wants for the product over pixels that gives taps' gradients.
-  template <bool TRANSPOSED, class T>
-  __device__ const T* window(const T* plane) const {
-    const int lane = threadIdx.x % 32, low = lane / 8 % 2, high = lane / 16;
-    return units[(TRANSPOSED ? high : low) * EIGHT + lane % 8].in(plane + (TRANSPOSED ? low : high) * EIGHT);
-  }
-  static __device__ int column() { return int(threadIdx.x) % 4 * 2; }
-  // Of unit u: this lane's stretch, its pixels of the stretch's first row, and whether there is a row e of it. (Where
-  // there is none, another warp may have the row.)
-  __device__ const Stretch& stretch(int u) const { return of[u]; }
+  // Its pixels of the stretch's first row, in a plane with zeros and in one without; the first pair in the latter.
   template <class T>
-  __device__ T* pixels(int u, T* plane) const {
-    return of[u].in(plane + border(PITCH) + column());
+  __device__ T* in(T* plane) const {
+    return stretch.in(plane + border(PITCH) + column);
   }
-  __device__ bool is_there(int u, int e) const { return e < of[u].rows(); }
+  template <class T>
+  __device__ T* in_tight(T* plane) const {
+    return stretch.in_tight(plane + column);
+  }
+  __device__ int pair() const { return stretch.pair() + column / 2; }
+  // Whether there is a row e. (Where there is none, another warp may have the row.)
+  __device__ bool has_row(int e) const { return e < stretch.rows(); }
   // zeros in place of pixels that are not inside the map's columns
-  __device__ void mask(int u, float (&pair)[2]) const {
+  __device__ void mask(float (&pair)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) pair[i] = FORM::WHOLE || has[u][i] ? pair[i] : 0.0f;
+    for (int i = 0; i < 2; ++i) pair[i] = FORM::WHOLE || has[i] ? pair[i] : 0.0f;
   }
   template <class T>
-  __device__ uint32_t masked(int u, float (&pair)[2]) const {
-    if constexpr (PITCH > EIGHT) mask(u, pair);
+  __device__ uint32_t masked(float (&pair)[2]) const {
+    if constexpr (PITCH > EIGHT) mask(pair);
     const uint32_t word = pack<T>(pair[0], pair[1]);
     if constexpr (PITCH > EIGHT) return word;
-    return word & ((has[0][0] ? 0xffffu : 0) | (has[0][1] ? 0xffff0000u : 0));  // the same in all stretches
+    return word & ((has[0] ? 0xffffu : 0) | (has[1] ? 0xffff0000u : 0));  // the same in all stretches
   }
 };
 
-// A level's band matrices as multiply_add's b, from TAPS_ROW elements for each of K rows; `FLIPPED`: of the transposed
+// A level's band matrices as multiply_add's b, from TAPS_ROW elements for each of K rows; `flipped`: of the transposed
 // convolution.
-template <int PITCH, int K, bool FLIPPED, class T>
-__device__ void load_bands(const T* taps, uint2 (&bands)[WINDOWS<PITCH, K>]) {
+template <int PITCH, int K, class T>
+__device__ void load_bands(const T* taps, bool flipped, uint2 (&bands)[WINDOWS<PITCH, K>]) {
   constexpr bool TWO_ROWS = window_rows(PITCH) == 2;
   const int lane = threadIdx.x % 32, diagonal = lane % 4 * 2 - lane / 4 + DIAGONALS - 13 - border(PITCH);
-  const int first = FLIPPED ? 21 - diagonal : diagonal;
-  taps += first % 2 ? DIAGONALS + first - 1 : first;
+  const int first = flipped ? 21 - diagonal : diagonal;
+  taps += (flipped ? (K - 1) * TAPS_ROW : 0) + (first % 2 ? DIAGONALS + first - 1 : first);
+  const int row_step = flipped ? -TAPS_ROW : TAPS_ROW, column_step = flipped ? -EIGHT : EIGHT;
+  const uint32_t order = flipped ? 0x1032 : 0x3210;  // of two taps' bytes
 #pragma unroll
   for (int i = 0; i < WINDOWS<PITCH, K>; ++i) {
     const auto half = [&](int j) -> uint32_t {
-      const int row = TWO_ROWS ? 2 * i + j : i, column = TWO_ROWS ? 0 : EIGHT * j;
-      if (row >= K) return 0;
-      const uint32_t word = load_word(taps + (FLIPPED ? K - 1 - row : row) * TAPS_ROW + (FLIPPED ? -column : column));
-      return FLIPPED ? word >> 16 | word << 16 : word;
+      const int row = TWO_ROWS ? 2 * i + j : i, column = TWO_ROWS ? 0 : j;
+      return row < K ? __byte_perm(load_word(taps + row * row_step + column * column_step), 0, order) : 0;
     };
     bands[i] = uint2{half(0), half(1)};
   }
@@ -233,11 +235,11 @@ __device__ void each_constant(const F& f) {
 }
 
 // acc[e] += a level's convolution of row e of a step's stretches.
-template <int K, class T, class FORM>
-__device__ void convolve_stretches(const T* plane, const Step<FORM>& step,
-                                   const uint2 (&bands)[WINDOWS<FORM::PITCH, K>], float (&acc)[FORM::ROWS][4]) {
+template <int K, class FORM, class T>
+__device__ void convolve_stretches(const T* plane, const Stretch* units, const uint2 (&bands)[WINDOWS<FORM::PITCH, K>],
+                                   float (&acc)[FORM::ROWS][4]) {
   constexpr int PITCH = FORM::PITCH;
-  const SharedRow windows = shared_row(step.template window<false>(plane - K / 2 * PITCH));
+  const SharedRow windows = shared_row(window_in<false>(plane - K / 2 * PITCH, units));
   each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
     uint32_t a[4];
     load_matrices<2 * PITCH * row>(a, windows);
@@ -249,43 +251,54 @@ __device__ void convolve_stretches(const T* plane, const Step<FORM>& step,
   });
 }
 
-// Of a warp's channel, into another plane: conv, conv transposed, or a level, GELU(conv).
-enum class Convolution { PLAIN, TRANSPOSED, LEVEL };
-template <class T, class FORM, int K, Convolution KIND, class BLOCK>
-__device__ void convolve(const ImagesLayout& layout, const BLOCK& block, const Stretch* stretches, const T* taps,
-                         const T* from, T* to) {
-  constexpr int PITCH = FORM::PITCH;
-  uint2 bands[WINDOWS<PITCH, K>];
-  load_bands<PITCH, K, KIND == Convolution::TRANSPOSED>(taps, bands);
-  block.each_step(layout, [&](int first) {
-    const Step<FORM> step(stretches, first);
-    float acc[FORM::ROWS][4] = {};
-    convolve_stretches<K>(from, step, bands, acc);
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      T* const here = step.pixels(u, to);
-#pragma unroll
-      for (int e = 0; e < FORM::ROWS; ++e) {
-        float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
-        if constexpr (KIND == Convolution::LEVEL) pair[0] = gelu<T>(pair[0]), pair[1] = gelu<T>(pair[1]);
-        const uint32_t word = step.template masked<T>(u, pair);
-        if (step.is_there(u, e)) store_word(here + e * PITCH, word);
-      }
-    }
-  });
-}
-
-// Kernels grow from level to level, as `focal_factor` has them: only a last level's is the largest, and of so many
-// levels the last one's is one of two sizes. (All other pairs were half of the machine code.)
-constexpr int LARGEST = 9;
-__host__ __device__ constexpr bool is_last_size(int size, int levels) {
-  return size == 2 * levels + 1 || (size == 2 * levels + 3 && size <= LARGEST);
-}
-
 // f(std::integral_constant<int, K>()) with a level's kernel size.
 template <class F>
 __device__ void with_size(const Level& k, const F& f) {
-  with_constant<3, 5, 7, LARGEST>(k.kw, f);
+  with_constant<3, 5, 7, 9>(k.kw, f);
+}
+
+// acc[e] = a level's convolution of row e of a step's stretches. The size is looked up in every step: compiled around
+// what comes before and after, each would have its own of that too, and be more than twice as much code.
+template <class FORM, class T>
+__device__ void convolve(const Level& k, const T* taps, bool flipped, const T* plane, const Stretch* units,
+                         float (&acc)[FORM::ROWS][4]) {
+#pragma unroll
+  for (int e = 0; e < FORM::ROWS; ++e)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[e][i] = 0;
+  with_size(k, [&](auto K) {
+    uint2 bands[WINDOWS<FORM::PITCH, K>];
+    if (flipped)  // each compiled for itself: strides are constants so
+      load_bands<FORM::PITCH, K>(taps, true, bands);
+    else
+      load_bands<FORM::PITCH, K>(taps, false, bands);
+    convolve_stretches<K, FORM>(plane, units, bands, acc);
+  });
+}
+
+// GELU of all.
+template <class T, int ROWS>
+__device__ void apply_gelu(float (&acc)[ROWS][4]) {
+#pragma unroll
+  for (int e = 0; e < ROWS; ++e)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[e][i] = gelu<T>(acc[e][i]);
+}
+
+// A step's values, into its pixels of a plane.
+template <class FORM, class T>
+__device__ void store_step(const Stretch* units, const float (&acc)[FORM::ROWS][4], T* plane) {
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const Part<FORM> part(units + u * EIGHT);
+    T* const here = part.in(plane);
+#pragma unroll
+    for (int e = 0; e < FORM::ROWS; ++e) {
+      float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
+      const uint32_t word = part.template masked<T>(pair);
+      if (part.has_row(e)) store_word(here + e * FORM::PITCH, word);
+    }
+  }
 }
 
 // What a block has: TILE channels, CHANNELS of them at a time, and a run of a call's images, `layout.images` of them at
@@ -304,10 +317,10 @@ struct ImagesBlock {
         part(int(threadIdx.x) / 32 / CHANNELS) {}
   // which of the runs that share the images
   static __device__ int run_of(const ImagesLayout& layout) { return layout.tiles.divide(int(blockIdx.x)); }
-  // f(index of the first unit) of this warp's steps
+  // f(index of the first stretch) of this warp's steps
   template <class F>
   __device__ void each_step(const ImagesLayout& layout, const F& f) const {
-    for (int first = 2 * part; first < layout.units; first += 2 * layout.warps) f(first);
+    for (int unit = 2 * part; unit < layout.units; unit += 2 * layout.warps) f(unit * EIGHT);
   }
   // the first pixel of one of the block's channels
   template <class T>

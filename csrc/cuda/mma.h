@@ -14,6 +14,13 @@ namespace focalnet::cuda {
 using SharedRow = uint32_t;
 __device__ inline SharedRow shared_row(const void* row) { return SharedRow(__cvta_generic_to_shared(row)); }
 
+// This lane, read anew: kept from use to use it would take a register all the while.
+__device__ inline int lane_again() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lane i points to the 16 bytes of row i % 8 of matrix i
 // / 8, OFFSET bytes before it. Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each.
 template <int OFFSET = 0>

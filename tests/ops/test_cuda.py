@@ -263,7 +263,7 @@ IMAGES = {
     "odd-units": ((1, 8, 24, 8), [3, 5]),
     "small-maps": ((9, 16, 7, 7), [3, 5, 7]),
     "pairs": ((5, 8, 6, 14), [3, 5]),
-    "one-level": ((3, 8, 9, 12), [5]),
+    "one-level": ((3, 8, 9, 12), [9]),
     "four-levels": ((2, 8, 12, 12), [3, 5, 7, 9]),
     "one-after-the-other": ((5, 16, 9, 11), [3, 5], 56_000),
     "a-rest": ((70, 8, 3, 4), [3]),
@@ -274,7 +274,8 @@ IMAGES = {
     "odd-rows": ((20, 8, 7, 7), [3, 5, 7]),  # read by fours where images follow one another, as a layer has them
     "twos": ((3, 8, 3, 6), [3, 5]),
     "narrow": ((3, 8, 10, 5), [3, 5, 7, 9]),
-    "units": ((3, 8, 5, 8), [3, 5, 9]),
+    "units": ((3, 8, 5, 8), [9]),
+    "any-order": ((2, 8, 9, 12), [7, 9, 3]),
     "most-images": ((40, 8, 2, 3), [3]),
     # too many to list all of their places
     "periods-of-four": ((36, 8, 7, 7), [3, 5, 7], 150_000),

@@ -39,7 +39,7 @@ CASES = {
     "images": (*CONTEXT, ((1, 8, 14, 14), (3, 5, 7)), {}, None, "images_fwd images_bwd sum"),
     "images of odd units": (*CONTEXT, ((1, 8, 24, 8), (3, 5)), {}, None, "images_fwd images_bwd"),
     "small images": (*CONTEXT, ((9, 8, 7, 7), (3,)), {}, None, "images_fwd images_bwd"),
-    "wide images": (*CONTEXT, ((1, 8, 3, 56), (5,)), {}, None, "images_fwd images_bwd"),
+    "wide images": (*CONTEXT, ((1, 8, 3, 56), (7,)), {}, None, "images_fwd images_bwd"),
     "images beside one another": (*CONTEXT, ((3, 8, 12, 24), (3, 5, 7)), {}, None, "images_fwd images_bwd"),
     "two channels at a time": (*CONTEXT, ((1, 8, 9, 40), (3, 5, 7)), {}, 90_000, "images_fwd images_bwd"),
     "tokens": (*CONTEXT, ((2, 8, 6, 14), (3, 5)), BY_TOKENS, None, TOKENS),

@@ -12,6 +12,8 @@ namespace focalnet::cuda {
 using SharedRow = const char*;
 inline SharedRow shared_row(const void* row) { return static_cast<SharedRow>(row); }
 
+inline int lane_again() { return focalnet_shim::lane(); }
+
 struct MatrixRow {
   uint16_t elements[8];
 };
