@@ -202,7 +202,7 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
     }
     const Pixels<T, N> gate = at.load_tight(shared.gate(L - 1));
     float sums[N] = {}, of_mean[N] = {};
-#pragma unroll 1
+#pragma unroll 1  // side by side they take more registers than there are
     for (int c = 0; c < AT_ONCE; ++c) {
       T* const plane = shared.at(L, c);
       const Pixels<T, N> gradient = gradient_of(c), z = at.load(plane);

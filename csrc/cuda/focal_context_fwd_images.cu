@@ -125,8 +125,8 @@ __device__ void load_images(const Arguments& p, const Shared<T>& shared, const B
   });
 }
 
-// Level L, the last, as it leaves GELU: its sums over stretches, and what gates make of all levels, into
-// one of their planes.
+// Level L, the last, as it leaves GELU: its sums over stretches, and what gates make of all levels, into one of their
+// planes.
 template <class FORM, int L, class T>
 __device__ void finish_levels(const Arguments& p, const Shared<T>& shared, const Block& block, int first,
                               const float (&acc)[FORM::ROWS][4]) {

@@ -178,8 +178,7 @@ def test_against_numpy(cuda_on_cpu, dtype, limit, seed):
 
 # (shape, kernels, bytes of shared memory, of scratch): what plans treat in their own ways. Several images in a warp, a
 # block for a row, strips of rows, windows of 32 columns, tasks one after the other; passes of the backward over a few
-# images at a time; planes of floats (float32, volumes, tall kernels), in global memory where the shared
-# one is small
+# images at a time; planes of floats (float32, volumes, tall kernels), in global memory where the shared one is small
 PLANS = {
     "groups": ((5, 3, 7, 6), [3, 5]),
     "three-levels": ((2, 3, 9, 13), [3, 5, 7]),
