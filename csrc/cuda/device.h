@@ -46,8 +46,8 @@ void with_type(DType dtype, const F& f) {
 }
 
 // f(std::integral_constant<int, N>()) with that N of NUMBERS which `n` is; false where it is none of them.
-template <int... NUMBERS, class F>
-__host__ __device__ bool with_constant(int64_t n, const F& f) {
+template <int... NUMBERS, class N, class F>
+__host__ __device__ bool with_constant(N n, const F& f) {
   return ((n == NUMBERS && (f(std::integral_constant<int, NUMBERS>()), true)) || ...);
 }
 

@@ -27,14 +27,14 @@ struct Arguments {
   ImagesLayout layout;
   Vectors vectors;
   Offsets offsets;
-  int taps_stride;                                   // elements from a channel's taps to the next one's
-  int first_row[LEVELS + 1], first_tap[LEVELS + 1];  // of a level's kernel rows and taps; of all, behind the last
-  Divisor parts;                                     // of the mean's sums of an image,
-  int part_pairs;                                    // and pairs of pixels in each
+  int taps_stride, all_taps;            // elements from a channel's taps to the next one's; all levels' taps
+  OfLevels size, first_row, first_tap;  // of a level's kernel; of all levels' kernel rows, and taps
+  Divisor parts;                        // of the mean's sums of an image,
+  int part_pairs;                       // and pairs of pixels in each
 };
 
 // As many rows as registers allow.
-__host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST ? SPACING : HALF; }
+__host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST || pitch == EIGHT ? SPACING : HALF; }
 
 // Products for a kernel's taps that a warp sums at once: two kernel rows, but one where shared memory is full.
 __host__ __device__ constexpr int products_at_once(int pitch) { return pitch > WIDE ? 1 : 2 / window_rows(pitch); }
@@ -92,7 +92,7 @@ Offsets::Offsets(const Arguments& p, const ImagesLayout& layout) {
   global = bytes.take(at_once * layout.images, 4);
   mean = bytes.take(at_once * layout.images, 4);
   biases = bytes.take(CHANNELS + LEVELS + 1, 4);
-  tap_sums = bytes.take(layout.warps * CHANNELS * p.first_tap[L], 4);
+  tap_sums = bytes.take(layout.warps * CHANNELS * p.all_taps, 4);
   end = int(bytes.taken);
 }
 
@@ -276,13 +276,12 @@ __device__ void add_taps(const float (&products)[WINDOWS<PITCH, K>][4], float* a
 // A step's part of a level's taps' gradients, as products over pixels: what enters, transposed, times dz gives a matrix
 // (16 elements of the window) x (8 columns) whose diagonals add up to a kernel row's taps.
 template <class T, class FORM, int K>
-__device__ void add_step(const T* from, const Stretch* units, const uint2 (&dz)[FORM::ROWS], float* area, float* taps) {
+__device__ void add_step(SharedRow windows, const uint2 (&dz)[FORM::ROWS], float* area, float* taps) {
   constexpr int PITCH = FORM::PITCH;
   float products[WINDOWS<PITCH, K>][4] = {};
-  const SharedRow windows = shared_row(window_in<true>(from - K / 2 * PITCH, units));
   each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
     uint32_t a[4];
-    load_transposed<2 * PITCH * row>(a, windows);
+    load_transposed<2 * PITCH*(row - K / 2)>(a, windows);
 #pragma unroll
     for (int e = 0; e < FORM::ROWS; ++e) {
       const int i = window_of<PITCH, K>(row, e);
@@ -299,7 +298,7 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
                                const T* taps, float* tap_sums) {
   constexpr int PITCH = FORM::PITCH, ROWS = FORM::ROWS;
   const Chain& chain = p.call.chain;
-  const int c = block.channel_here, tight_pitch = p.layout.tight_pitch;
+  const int c = block.channel_here, tight_bytes = 2 * p.layout.tight_pitch;
   const T* const from = shared.at(l, c);
   T* const to = shared.at(l + 1, c);
   const T *const grads = shared.grads + c * shared.tight_plane, *const gates = shared.gate(l);
@@ -310,20 +309,18 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const Part<FORM> part(units + u * EIGHT);
-      const T* const here = part.in(to);
-#pragma unroll
-      for (int e = 0; e < ROWS; ++e) dz[e][u] = part.has_row(e) ? load_word(here + e * PITCH) : 0;
+      const SharedRow here = shared_row(part.in(to));
+      each_constant<ROWS>([&](auto e) { dz[e][u] = load_shared_row<2 * PITCH * e, e>(here, part.rows()); });
     }
     if (l + 1 < chain.L) {
       float z[ROWS][4];
-      convolve<FORM>(chain.levels[l].size, taps, false, from, units, z);
+      convolve<FORM>(p.size[l], taps, false, from, units, z);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const Part<FORM> part(units + u * EIGHT);
-        T* const here = part.in(to);
+        const SharedRow here = shared_row(part.in(to));
         const T *grads_here = part.in_tight(grads), *gates_here = part.in_tight(gates);
-#pragma unroll
-        for (int e = 0; e < ROWS; ++e, grads_here += tight_pitch, gates_here += tight_pitch) {
+        each_constant<ROWS>([&](auto e) {
           const uint32_t grad = load_word(grads_here), gate = load_word(gates_here);
           float both[2];
 #pragma unroll
@@ -331,16 +328,18 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
             both[i] = (unpack<T>(gate, i) * chain.scale * unpack<T>(grad, i) + unpack<T>(dz[e][u], i)) *
                       gelu_slope<T>(z[e][2 * u + i]);
           const uint32_t word = part.template masked<T>(both);
-          if (part.has_row(e)) store_word(here + e * PITCH, word);
-          dz[e][u] = part.has_row(e) ? word : 0;
-        }
+          store_shared_row<2 * PITCH * e, e>(here, part.rows(), word);
+          dz[e][u] = e < part.rows() ? word : 0;
+          grads_here = further(grads_here, tight_bytes), gates_here = further(gates_here, tight_bytes);
+        });
       }
     }
     if (!p.call.weight_sums) return;
     uint2 columns[ROWS];
 #pragma unroll
     for (int e = 0; e < ROWS; ++e) columns[e] = uint2{transpose(dz[e][0]), transpose(dz[e][1])};
-    with_size(chain.levels[l].size, [&](auto K) { add_step<T, FORM, K>(from, units, columns, area, tap_sums); });
+    const SharedRow windows = window_in<true>(from, units);
+    with_size(p.size[l], [&](auto K) { add_step<T, FORM, K>(windows, columns, area, tap_sums); });
   });
 }
 
@@ -367,7 +366,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   const ImagesLayout& layout = p.layout;
   const int L = chain.L, c = block.channel_here;
   const auto vectors = [&](const auto& f) { with_vectors<FORM::WHOLE>(p.vectors, layout, f); };
-  const auto taps = [&](int l) { return shared.taps + (first + c) * p.taps_stride + p.first_row[l] * TAPS_ROW; };
+  const auto taps = [&](int l) { return shared.taps + ((first + c) * p.taps_stride + p.first_row[l] * TAPS_ROW); };
 
   for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
     const int64_t channel = block.channel + first + i % AT_ONCE;
@@ -376,35 +375,38 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
   vectors([&](auto n, auto group) { load_images<T, n, group>(p, shared, block, first); });
   __syncthreads();
   sum_for_mean(p, shared, block.images);
-  // the levels again, and back, in one loop: so there is one convolution in the code
-  for (int turn = 0; turn < 2 * L; ++turn) {
-    const bool back = turn >= L;
-    const int l = back ? 2 * L - 1 - turn : turn;
-    const Level& size = chain.levels[l].size;
-    if (turn == L) {
-      if (L == 1) __syncthreads();  // for the mean's gradient
-      vectors([&](auto n, auto group) { last_gradient<T, n, group>(p, shared, block, first); });
-      __syncthreads();
-      if (!p.call.grad_ctx.data && !p.call.weight_sums) return;
-    }
+  // the levels again, turns 0 to L - 1, and back, turns -L to -1, in one loop: so there is one convolution in the code
+  int turn = 0;
+  do {
+    const bool back = turn < 0;
+    const int l = back ? ~turn : turn;
     if (back) {
-      float* const tap_sums = shared.tap_sums + (block.part * CHANNELS + first + c) * p.first_tap[L] + p.first_tap[l];
-      level_gradient<T, FORM>(p, shared, block, l, taps(l), tap_sums);
+      const int tap_sums = (block.part * CHANNELS + first + c) * p.all_taps + p.first_tap[l];
+      level_gradient<T, FORM>(p, shared, block, l, taps(l), shared.tap_sums + tap_sums);
       __syncthreads();
       if (l == 0 && !p.call.grad_ctx.data) return;
     }
     const T* const from = shared.at(back ? l + 1 : l, c);
     T* const to = shared.at(back ? l : l + 1, c);
     block.each_step(layout, [&](int first) {
+      const Stretch* const units = shared.stretches + first;
       float acc[FORM::ROWS][4];
-      convolve<FORM>(size, taps(l), back, from, shared.stretches + first, acc);
-      if (turn + 1 < L) apply_gelu<T>(acc);
-      store_step<FORM>(shared.stretches + first, acc, to);
+      convolve<FORM>(p.size[l], taps(l), back, from, units, acc);
+      if (!back && l + 1 < L) apply_gelu<T>(acc);
+      store_step<FORM>(units, acc, to);
     });
-    if (back) continue;  // the next level takes only what this lane has written
-    __syncthreads();
-    if (l == 0) mean_gradient(p, shared, block, first);
-  }
+    if (!back) {  // the next level back takes only what this lane has written
+      __syncthreads();
+      if (l == 0) mean_gradient(p, shared, block, first);
+    }
+    if (++turn == L) {
+      if (L == 1) __syncthreads();  // for the mean's gradient
+      vectors([&](auto n, auto group) { last_gradient<T, n, group>(p, shared, block, first); });
+      __syncthreads();
+      if (!p.call.grad_ctx.data && !p.call.weight_sums) return;
+      turn = -L;
+    }
+  } while (turn != 0);
   __syncthreads();
   // no barrier after it: a thread has the same pixels when the next images are loaded
   vectors([&](auto n, auto group) { store_images<T, n, group>(p, shared, block, first); });
@@ -416,7 +418,7 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
   const Geometry& g = chain.g;
   const ImagesLayout& layout = p.layout;
   const Shared<T, AT_ONCE> shared(p);
-  const int all_taps = CHANNELS * p.first_tap[chain.L];
+  const int all_taps = CHANNELS * p.all_taps;
 
   shared.clear();
   fill_zeros(shared.taps, CHANNELS * p.taps_stride);
@@ -448,17 +450,19 @@ __global__ void __launch_bounds__(512, 1) images_bwd_kernel(Arguments p) {
   for (int i = threadIdx.x; i < all_taps; i += blockDim.x) {
     float sum = 0;
     for (int warp = 0; warp < layout.warps; ++warp) sum += shared.tap_sums[warp * all_taps + i];
-    p.call.weight_sums[(int64_t(run) * g.C + channel) * p.first_tap[chain.L] + i] = sum;
+    p.call.weight_sums[(int64_t(run) * g.C + channel) * p.all_taps + i] = sum;
   }
 }
 
 Arguments arguments_of(const ContextBackward& call) {
   Arguments p{call};
+  int rows = 0;
   for (int l = 0; l < call.chain.L; ++l) {
     const Level& size = call.chain.levels[l].size;
-    p.first_row[l + 1] = p.first_row[l] + int(size.kt), p.first_tap[l + 1] = p.first_tap[l] + int(size.taps());
+    p.size.set(l, int(size.kw)), p.first_row.set(l, rows), p.first_tap.set(l, p.all_taps);
+    rows += int(size.kt), p.all_taps += int(size.taps());
   }
-  p.taps_stride = p.first_row[call.chain.L] * TAPS_ROW;
+  p.taps_stride = rows * TAPS_ROW;
   return p;
 }
 

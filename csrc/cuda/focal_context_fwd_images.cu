@@ -39,6 +39,7 @@ struct Arguments {
   Offsets offsets;
   float per_pixel;             // 1 / pixels of an image
   int mean_step, taps_stride;  // elements from one pixel of the mean's gate to the next; from a channel's taps
+  int size[LEVELS];            // of a level's kernel
   int first_tap[LEVELS], from[LEVELS], to[LEVELS];  // elements: a level's taps; the planes that it reads and writes
 };
 
@@ -155,13 +156,13 @@ __device__ void finish_levels(const Arguments& p, const Shared<T>& shared, const
       for (int i = 0; i < 2; ++i) pair[i] *= gate(L - 1, i);
 #pragma unroll
       for (int l = 0; l < L - 1; ++l) {
-        const uint32_t level = part.has_row(e) ? load_word(here + plane_of(l + 1) * next + e * PITCH) : 0;
+        const uint32_t level = e < part.rows() ? load_word(here + plane_of(l + 1) * next + e * PITCH) : 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) pair[i] += gate(l, i) * unpack<T>(level, i);
       }
       pair[0] *= scale, pair[1] *= scale;
       const uint32_t word = part.template masked<T>(pair);  // gates have no zeros around
-      if (part.has_row(e)) sums[u] += sum, store_word(here + sum_plane(L) * next + e * PITCH, word);
+      if (e < part.rows()) sums[u] += sum, store_word(here + sum_plane(L) * next + e * PITCH, word);
     }
   }
   sum_stretches<CHANNELS>(sums, shared.sums + first * CHANNELS + block.channel_here);
@@ -170,14 +171,13 @@ __device__ void finish_levels(const Arguments& p, const Shared<T>& shared, const
 // Level l, into a plane, or the last.
 template <class T, class FORM>
 __device__ void run_level(const Arguments& p, const Shared<T>& shared, const Block& block, int l) {
-  const Chain& chain = p.call.chain;
-  const int c = block.channel_here, L = chain.L;
+  const int c = block.channel_here, L = p.call.chain.L;
   const T* const taps = shared.taps + c * p.taps_stride + p.first_tap[l];
   const T* const from = shared.planes + c * shared.plane + p.from[l];
   T* const to = shared.planes + c * shared.plane + p.to[l];
   block.each_step(p.layout, [&](int first) {
     float acc[FORM::ROWS][4];
-    convolve<FORM>(chain.levels[l].size, taps, false, from, shared.stretches + first, acc);
+    convolve<FORM>(p.size[l], taps, false, from, shared.stretches + first, acc);
     apply_gelu<T>(acc);
     if (l + 1 < L) {
       store_step<FORM>(shared.stretches + first, acc, to);
@@ -302,14 +302,15 @@ std::optional<ImagesPlan> plan_images_fwd(const ContextForward& p) {
 }
 
 void run_context_fwd(const ContextForward& p, const ImagesPlan& plan, void* stream) {
-  const int L = p.chain.L, plane = CHANNELS * plan.layout.plane;
   Arguments arguments{p, plan.layout, plan.vectors, Offsets(p.chain, plan.layout), 1 / float(plan.layout.pixels)};
-  arguments.mean_step = L < 4 ? 4 : 1;
-  for (int l = 0; l < L; ++l) {
+  arguments.mean_step = p.chain.L < 4 ? 4 : 1;
+  const int plane = CHANNELS * plan.layout.plane;
+  for (int l = 0; l < p.chain.L; ++l) {
+    arguments.size[l] = int(p.chain.levels[l].size.kw);
     arguments.first_tap[l] = arguments.taps_stride;
     arguments.taps_stride += int(p.chain.levels[l].size.kt) * TAPS_ROW;
     arguments.from[l] = plane_of(l) * plane;
-    arguments.to[l] = (l + 1 < L ? plane_of(l + 1) : sum_plane(L)) * plane;
+    arguments.to[l] = plane_of(l + 1) * plane;  // but for the last, which leaves its sums alone
   }
   const auto run = [&](auto zero) {
     with_layout(plan.layout, [&](auto pitch, auto whole) {

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "cuda/device.h"
+#include "cuda/images_pixels.h"
 #include "cuda/mma.h"
 
 namespace focalnet::cuda {
@@ -51,13 +52,6 @@ __device__ constexpr int window_of(int window_row, int e) {
   return below >= 0 && below % rows == 0 && below / rows < WINDOWS<PITCH, K> ? below / rows : -1;
 }
 
-// So many bytes further on.
-template <class T>
-__device__ T* further(T* plane, int bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(plane) + bytes);
-}
-
 // A stretch: where it begins in a plane with zeros around the images, and in one without; what it has of the map.
 class alignas(8) Stretch {
   uint16_t padded_bytes, tight_bytes, its_rows, its_columns;
@@ -82,86 +76,22 @@ class alignas(8) Stretch {
   __device__ int pair() const { return tight_bytes / 4; }  // the first; rows begin at whole pairs
 };
 
-// Where some neighbours of a row lie, likewise, and of which of the block's images they are.
-class alignas(8) Place {
-  uint16_t padded_bytes, tight_pixel, of_image;
-
- public:
-  static constexpr int MOST_PADDED = 1 << 15, MOST_TIGHT = 1 << 15;  // elements; rows count them in bytes
-  Place() = default;
-  __device__ Place(int padded, int tight, int image)
-      : padded_bytes(uint16_t(2 * padded)), tight_pixel(uint16_t(tight)), of_image(uint16_t(image)) {}
-  __device__ int image() const { return of_image; }
-  __device__ int tight() const { return tight_pixel; }
-  template <class T>
-  __device__ T* in(T* plane) const {
-    return further(plane, padded_bytes);
+// f(std::integral_constant<int, i>()) for each i < N.
+template <int N, class F, int I = 0>
+__device__ void each_constant(const F& f) {
+  if constexpr (I < N) {
+    f(std::integral_constant<int, I>());
+    each_constant<N, F, I + 1>(f);
   }
-  __device__ void operator+=(const Place& on) {
-    padded_bytes += on.padded_bytes, tight_pixel += on.tight_pixel, of_image += on.of_image;
-  }
-};
-
-// Half i of two words, in one.
-__device__ inline uint32_t halves(uint32_t a, uint32_t b, int i) { return __byte_perm(a, b, i ? 0x7632 : 0x5410); }
-
-// N neighbouring pixels: 1, 2 or 4, in one access.
-template <class T, int N>
-struct Pixels {
-  uint32_t words[(N + 1) / 2];
-  __device__ float operator[](int i) const { return unpack<T>(words[i / 2], i % 2); }
-  // f(i) of each
-  template <class F>
-  __device__ void set(const F& f) {
-#pragma unroll
-    for (int j = 0; j < N; j += 2) words[j / 2] = pack<T>(f(j), j + 1 < N ? f(j + 1) : 0.0f);
-  }
-  // Part i of M of them.
-  template <int M>
-  __device__ Pixels<T, M> part(int i) const {
-    Pixels<T, M> few;
-#pragma unroll
-    for (int j = 0; j < (M + 1) / 2; ++j) few.words[j] = M == 1 ? words[i / 2] >> 16 * (i % 2) : words[i * M / 2 + j];
-    return few;
-  }
-  template <int M>
-  __device__ void set_part(int i, const Pixels<T, M>& few) {
-#pragma unroll
-    for (int j = 0; j < (M + 1) / 2; ++j) {
-      uint32_t& word = words[i * M / 2 + j];
-      word = M == 1 && i % 2 ? word | few.words[0] << 16 : few.words[j];
-    }
-  }
-};
-template <class T, int N>
-__device__ Pixels<T, N> load_pixels(const T* p) {
-  Pixels<T, N> pixels;
-  if constexpr (N == 1) {
-    pixels.words[0] = *reinterpret_cast<const uint16_t*>(p);
-  } else if constexpr (N == 2) {
-    pixels.words[0] = load_word(p);
-  } else {
-    const uint64_t words = *reinterpret_cast<const uint64_t*>(p);
-    pixels.words[0] = uint32_t(words), pixels.words[1] = uint32_t(words >> 32);
-  }
-  return pixels;
-}
-template <class T, int N>
-__device__ void store_pixels(T* p, const Pixels<T, N>& pixels) {
-  if constexpr (N == 1)
-    *reinterpret_cast<uint16_t*>(p) = uint16_t(pixels.words[0]);
-  else if constexpr (N == 2)
-    store_word(p, pixels.words[0]);
-  else
-    *reinterpret_cast<uint64_t*>(p) = pixels.words[0] | uint64_t(pixels.words[1]) << 32;  // a uint2 would become two
 }
 
-// Where this lane's row of an A matrix begins in `plane`, of two units of stretches: what load_matrices wants for a
-// convolution, or what load_transposed wants for the product over pixels that gives taps' gradients.
+// This lane's row of an A matrix in `plane`, of two units of stretches: what load_matrices wants for a convolution, or
+// what load_transposed wants for the product over pixels that gives taps' gradients.
 template <bool TRANSPOSED, class T>
-__device__ const T* window_in(const T* plane, const Stretch* units) {
-  const int lane = lane_again(), low = lane / 8 % 2, high = lane / 16;
-  return units[(TRANSPOSED ? high : low) * EIGHT + lane % 8].in(plane + (TRANSPOSED ? low : high) * EIGHT);
+__device__ SharedRow window_in(const T* plane, const Stretch* units) {
+  const uint32_t lane = lane_again(), right = TRANSPOSED ? lane / EIGHT % 2 : lane / 16;
+  const Stretch& stretch = units[TRANSPOSED ? lane / 16 * EIGHT + lane % EIGHT : lane % 16];
+  return shared_row(stretch.in(plane + right * EIGHT));
 }
 
 // A lane's part of a unit: lane 4 g + q has columns 2 q and 2 q + 1 of stretch g. (A step of a warp is two units.)
@@ -170,14 +100,12 @@ class Part {
   static constexpr int PITCH = FORM::PITCH;
   int column;
   Stretch stretch;
-  bool has[2];  // columns
+  __device__ bool has(int i) const { return FORM::WHOLE || column + i < stretch.columns(); }
 
  public:
   __device__ explicit Part(const Stretch* unit) {
-    const int lane = lane_again();
-    column = lane % 4 * 2, stretch = unit[lane / 4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) has[i] = column + i < stretch.columns();
+    const uint32_t lane = lane_again();
+    column = int(lane % 4 * 2), stretch = unit[lane / 4];
   }
   // Its pixels of the stretch's first row, in a plane with zeros and in one without; the first pair in the latter.
   template <class T>
@@ -189,32 +117,36 @@ class Part {
     return stretch.in_tight(plane + column);
   }
   __device__ int pair() const { return stretch.pair() + column / 2; }
-  // Whether there is a row e. (Where there is none, another warp may have the row.)
-  __device__ bool has_row(int e) const { return e < stretch.rows(); }
+  // How many rows there are. (Beyond them, another warp may have the row.)
+  __device__ int rows() const { return stretch.rows(); }
   // zeros in place of pixels that are not inside the map's columns
   __device__ void mask(float (&pair)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) pair[i] = FORM::WHOLE || has[i] ? pair[i] : 0.0f;
+    for (int i = 0; i < 2; ++i) pair[i] = has(i) ? pair[i] : 0.0f;
   }
   template <class T>
-  __device__ uint32_t masked(float (&pair)[2]) const {
-    if constexpr (PITCH > EIGHT) mask(pair);
-    const uint32_t word = pack<T>(pair[0], pair[1]);
-    if constexpr (PITCH > EIGHT) return word;
-    return word & ((has[0] ? 0xffffu : 0) | (has[1] ? 0xffff0000u : 0));  // the same in all stretches
+  __device__ uint32_t masked(const float (&pair)[2]) const {
+    return pack<T>(pair[0], pair[1]) & ((has(0) ? 0xffffu : 0) | (has(1) ? 0xffff0000u : 0));
   }
 };
 
-// A level's band matrices as multiply_add's b, from TAPS_ROW elements for each of K rows; `flipped`: of the transposed
+// Where a lane's words of band matrices lie among a kernel row's diagonals, from where lane 0's do; those of the
+// transposed convolution lie as far in the other direction. With lane 4 g + q that is 2 q - g, of which the odd ones
+// are neighbours' words where the diagonals stand once more.
+__device__ inline int of_diagonals() {
+  const uint32_t lane = lane_again(), g = lane / 4;
+  return int(lane % 4 * 2) - int(g) - int(g % 2) * (DIAGONALS - 1);
+}
+
+// A level's band matrices as multiply_add's b, from TAPS_ROW elements for each of K rows; FLIPPED: of the transposed
 // convolution.
-template <int PITCH, int K, class T>
-__device__ void load_bands(const T* taps, bool flipped, uint2 (&bands)[WINDOWS<PITCH, K>]) {
+template <int PITCH, int K, bool FLIPPED, class T>
+__device__ void load_bands(const T* taps, int diagonals, uint2 (&bands)[WINDOWS<PITCH, K>]) {
   constexpr bool TWO_ROWS = window_rows(PITCH) == 2;
-  const int lane = threadIdx.x % 32, diagonal = lane % 4 * 2 - lane / 4 + DIAGONALS - 13 - border(PITCH);
-  const int first = flipped ? 21 - diagonal : diagonal;
-  taps += (flipped ? (K - 1) * TAPS_ROW : 0) + (first % 2 ? DIAGONALS + first - 1 : first);
-  const int row_step = flipped ? -TAPS_ROW : TAPS_ROW, column_step = flipped ? -EIGHT : EIGHT;
-  const uint32_t order = flipped ? 0x1032 : 0x3210;  // of two taps' bytes
+  constexpr int FIRST = DIAGONALS - 13 - border(PITCH), LAST = 2 * (DIAGONALS - 13) - 1 - FIRST;  // lane 0's: odd, even
+  taps += FLIPPED ? (K - 1) * TAPS_ROW + LAST - diagonals : DIAGONALS - 1 + FIRST + diagonals;
+  constexpr int row_step = FLIPPED ? -TAPS_ROW : TAPS_ROW, column_step = FLIPPED ? -EIGHT : EIGHT;
+  constexpr uint32_t order = FLIPPED ? 0x1032 : 0x3210;  // of two taps' bytes
 #pragma unroll
   for (int i = 0; i < WINDOWS<PITCH, K>; ++i) {
     const auto half = [&](int j) -> uint32_t {
@@ -225,24 +157,14 @@ __device__ void load_bands(const T* taps, bool flipped, uint2 (&bands)[WINDOWS<P
   }
 }
 
-// f(std::integral_constant<int, i>()) for each i < N.
-template <int N, class F, int I = 0>
-__device__ void each_constant(const F& f) {
-  if constexpr (I < N) {
-    f(std::integral_constant<int, I>());
-    each_constant<N, F, I + 1>(f);
-  }
-}
-
 // acc[e] += a level's convolution of row e of a step's stretches.
 template <int K, class FORM, class T>
-__device__ void convolve_stretches(const T* plane, const Stretch* units, const uint2 (&bands)[WINDOWS<FORM::PITCH, K>],
+__device__ void convolve_stretches(SharedRow windows, const uint2 (&bands)[WINDOWS<FORM::PITCH, K>],
                                    float (&acc)[FORM::ROWS][4]) {
   constexpr int PITCH = FORM::PITCH;
-  const SharedRow windows = shared_row(window_in<false>(plane - K / 2 * PITCH, units));
   each_constant<WINDOW_ROWS<FORM, K>>([&](auto row) {
     uint32_t a[4];
-    load_matrices<2 * PITCH * row>(a, windows);
+    load_matrices<2 * PITCH*(row - K / 2)>(a, windows);
 #pragma unroll
     for (int e = 0; e < FORM::ROWS; ++e) {
       const int i = window_of<PITCH, K>(row, e);
@@ -251,28 +173,39 @@ __device__ void convolve_stretches(const T* plane, const Stretch* units, const u
   });
 }
 
+// A number below 256 of each level, looked up by one instruction.
+class OfLevels {
+  uint32_t bytes = 0;
+
+ public:
+  void set(int l, int number) { bytes |= uint32_t(number) << EIGHT * l; }
+  __device__ int operator[](int l) const { return int(__byte_perm(bytes, 0, 0x4440 | l)); }
+};
+
 // f(std::integral_constant<int, K>()) with a level's kernel size.
 template <class F>
-__device__ void with_size(const Level& k, const F& f) {
-  with_constant<3, 5, 7, 9>(k.kw, f);
+__device__ void with_size(int size, const F& f) {
+  with_constant<3, 5, 7, 9>(size, f);
 }
 
 // acc[e] = a level's convolution of row e of a step's stretches. The size is looked up in every step: compiled around
 // what comes before and after, each would have its own of that too, and be more than twice as much code.
 template <class FORM, class T>
-__device__ void convolve(const Level& k, const T* taps, bool flipped, const T* plane, const Stretch* units,
+__device__ void convolve(int size, const T* taps, bool flipped, const T* plane, const Stretch* units,
                          float (&acc)[FORM::ROWS][4]) {
+  const SharedRow windows = window_in<false>(plane, units);
+  const int diagonals = of_diagonals();
 #pragma unroll
   for (int e = 0; e < FORM::ROWS; ++e)
 #pragma unroll
     for (int i = 0; i < 4; ++i) acc[e][i] = 0;
-  with_size(k, [&](auto K) {
+  with_size(size, [&](auto K) {
     uint2 bands[WINDOWS<FORM::PITCH, K>];
-    if (flipped)  // each compiled for itself: strides are constants so
-      load_bands<FORM::PITCH, K>(taps, true, bands);
+    if (flipped)
+      load_bands<FORM::PITCH, K, true>(taps, diagonals, bands);
     else
-      load_bands<FORM::PITCH, K>(taps, false, bands);
-    convolve_stretches<K, FORM>(plane, units, bands, acc);
+      load_bands<FORM::PITCH, K, false>(taps, diagonals, bands);
+    convolve_stretches<K, FORM, T>(windows, bands, acc);
   });
 }
 
@@ -291,13 +224,11 @@ __device__ void store_step(const Stretch* units, const float (&acc)[FORM::ROWS][
 #pragma unroll
   for (int u = 0; u < 2; ++u) {
     const Part<FORM> part(units + u * EIGHT);
-    T* const here = part.in(plane);
-#pragma unroll
-    for (int e = 0; e < FORM::ROWS; ++e) {
-      float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
-      const uint32_t word = part.template masked<T>(pair);
-      if (part.has_row(e)) store_word(here + e * FORM::PITCH, word);
-    }
+    const SharedRow here = shared_row(part.in(plane));
+    each_constant<FORM::ROWS>([&](auto e) {
+      const float pair[2] = {acc[e][2 * u], acc[e][2 * u + 1]};
+      store_shared_row<2 * FORM::PITCH * e, e>(here, part.rows(), part.template masked<T>(pair));
+    });
   }
 }
 
@@ -332,7 +263,7 @@ struct ImagesBlock {
 // The taps of CHANNELS channels from `channel` on, [channel][kernel row][TAPS_ROW], into zeros.
 template <int CHANNELS, class T>
 __device__ void load_taps(const LevelWeights& level, int64_t channel, T* to, int channel_stride) {
-  with_size(level.size, [&](auto size) {
+  with_size(int(level.size.kw), [&](auto size) {
     constexpr int K = size;
     for (int i = threadIdx.x; i < CHANNELS * K * K; i += blockDim.x) {
       const int c = i / (K * K), row = i / K % K, column = i % K;
@@ -365,92 +296,6 @@ inline __device__ void list_places(const Geometry& g, const ImagesLayout& layout
     pixels[i] =
         Place(padded(row, border(layout.pitch) + column), row * layout.tight_pitch + column, layout.rows.divide(row));
   }
-}
-
-// Access i to N pixels of a block's images: where they lie in planes, GROUP neighbours each, and in memory.
-template <int N, int GROUP>
-struct PixelsAt {
-  // of a plane without zeros; rows of an odd number of pixels do not follow one another
-  static constexpr int TIGHT_GROUP = GROUP > 1 ? N : 1;
-  Place places[N / GROUP];
-  int first, run, run_pixels;  // the first pixel, of all images; which run it is of, and how many one has
-  __device__ PixelsAt(const Place* all, int i, const ImagesLayout& layout, const Vectors& vectors)
-      : first(i * N), run(vectors.run.divide(i)), run_pixels(int(vectors.run.divisor) * N) {
-    const bool listed = layout.period == layout.images;
-    int periods = 0;
-    if (!listed) periods = vectors.period.divide(i), i -= periods * int(vectors.period.divisor);
-    if constexpr (N > GROUP) {
-#pragma unroll
-      for (int j = 0; j < N / GROUP; ++j) places[j] = all[i * (N / GROUP) + j];
-    } else if (layout.neighbours == N) {
-      places[0] = all[i];
-    } else {
-      const int column = i % layout.neighbours;
-      places[0] = all[i / layout.neighbours];
-      places[0] += Place(column, column, 0);
-    }
-    if (listed) return;
-    const int images = periods * layout.period;
-    const Place begin(images * layout.image_pitch, images * layout.tight_image, images);
-#pragma unroll
-    for (int j = 0; j < N / GROUP; ++j) places[j] += begin;
-  }
-  template <class T>
-  __device__ T* in(T* map, const MapView& v) const {
-    return map + run * (v.b - run_pixels) + first;
-  }
-  template <class T>
-  __device__ Pixels<T, N> load(const T* plane) const {
-    Pixels<T, N> pixels;
-#pragma unroll
-    for (int j = 0; j < N / GROUP; ++j) pixels.set_part(j, load_pixels<T, GROUP>(places[j].in(plane)));
-    return pixels;
-  }
-  template <class T>
-  __device__ void store(T* plane, const Pixels<T, N>& pixels) const {
-#pragma unroll
-    for (int j = 0; j < N / GROUP; ++j) store_pixels(places[j].in(plane), pixels.template part<GROUP>(j));
-  }
-  template <class T>
-  __device__ Pixels<T, N> load_tight(const T* plane) const {
-    Pixels<T, N> pixels;
-#pragma unroll
-    for (int j = 0; j < N / TIGHT_GROUP; ++j)
-      pixels.set_part(j, load_pixels<T, TIGHT_GROUP>(plane + places[j].tight()));
-    return pixels;
-  }
-  template <class T>
-  __device__ void store_tight(T* plane, const Pixels<T, N>& pixels) const {
-#pragma unroll
-    for (int j = 0; j < N / TIGHT_GROUP; ++j)
-      store_pixels(plane + places[j].tight(), pixels.template part<TIGHT_GROUP>(j));
-  }
-  // Of one whose pixels are `step` elements apart.
-  template <class T>
-  __device__ Pixels<T, N> load_tight(const T* plane, int step) const {
-    Pixels<T, N> pixels;
-#pragma unroll
-    for (int j = 0; j < N; ++j) pixels.set_part(j, load_pixels<T, 1>(plane + tight(j) * step));
-    return pixels;
-  }
-  __device__ int tight(int j) const { return GROUP > 1 ? places[0].tight() + j : places[j].tight(); }
-};
-
-// f(index) for each access to a block's pixels that is this thread's; f(N, GROUP) as constants.
-template <class F>
-__device__ void each_access(const ImagesLayout& layout, int images, int pixels, const F& f) {
-  for (int i = threadIdx.x; i < images * layout.pixels / pixels; i += blockDim.x) f(i);
-}
-template <bool WHOLE, class F>
-__device__ void with_vectors(const Vectors& vectors, const ImagesLayout& layout, const F& f) {
-  constexpr std::integral_constant<int, 1> ONE;
-  constexpr std::integral_constant<int, 4> FOUR;
-  if (vectors.pixels == 1)
-    f(ONE, ONE);
-  else if constexpr (WHOLE)
-    f(FOUR, FOUR);
-  else
-    with_constant<1, 2, 4>(layout.neighbours, [&](auto group) { f(FOUR, group); });
 }
 
 // N neighbouring sums, or what is to be added to those.

@@ -14,11 +14,37 @@ namespace focalnet::cuda {
 using SharedRow = uint32_t;
 __device__ inline SharedRow shared_row(const void* row) { return SharedRow(__cvta_generic_to_shared(row)); }
 
-// This lane, read anew: kept from use to use it would take a register all the while.
-__device__ inline int lane_again() {
-  int lane;
+// This lane, read anew: kept from use to use it would take a register all the while. (Unsigned, to be divided by
+// shifts.)
+__device__ inline uint32_t lane_again() {
+  uint32_t lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+
+// A word of shared memory, OFFSET bytes behind `at`. (Behind a pointer the compiler would add them anew for each.)
+template <int OFFSET>
+__device__ uint32_t load_shared(SharedRow at) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(word) : "r"(at), "n"(OFFSET) : "memory");
+  return word;
+}
+// The same of row ROW, where there are more rows than that, or zeros; and into it. (An `if` would be a branch for
+// each.)
+template <int OFFSET, int ROW>
+__device__ uint32_t load_shared_row(SharedRow at, int rows) {
+  uint32_t word = 0;
+  asm volatile("{.reg .pred %%has; setp.gt.s32 %%has, %2, %3; @%%has ld.shared.b32 %0, [%1+%4];}"
+               : "+r"(word)
+               : "r"(at), "r"(rows), "n"(ROW), "n"(OFFSET)
+               : "memory");
+  return word;
+}
+template <int OFFSET, int ROW>
+__device__ void store_shared_row(SharedRow at, int rows, uint32_t word) {
+  asm volatile("{.reg .pred %%has; setp.gt.s32 %%has, %1, %2; @%%has st.shared.b32 [%0+%3], %4;}" ::"r"(at), "r"(rows),
+               "n"(ROW), "n"(OFFSET), "r"(word)
+               : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lane i points to the 16 bytes of row i % 8 of matrix i

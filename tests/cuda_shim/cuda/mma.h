@@ -12,7 +12,22 @@ namespace focalnet::cuda {
 using SharedRow = const char*;
 inline SharedRow shared_row(const void* row) { return static_cast<SharedRow>(row); }
 
-inline int lane_again() { return focalnet_shim::lane(); }
+inline uint32_t lane_again() { return focalnet_shim::lane(); }
+
+template <int OFFSET>
+uint32_t load_shared(SharedRow at) {
+  uint32_t word;
+  std::memcpy(&word, at + OFFSET, 4);
+  return word;
+}
+template <int OFFSET, int ROW>
+uint32_t load_shared_row(SharedRow at, int rows) {
+  return rows > ROW ? load_shared<OFFSET>(at) : 0;
+}
+template <int OFFSET, int ROW>
+void store_shared_row(SharedRow at, int rows, uint32_t word) {
+  if (rows > ROW) std::memcpy(const_cast<char*>(at) + OFFSET, &word, 4);
+}
 
 struct MatrixRow {
   uint16_t elements[8];
