@@ -17,7 +17,7 @@ struct Arguments;
 
 // Where things begin in shared memory, in bytes.
 struct Offsets {
-  int grads, gates, taps, stretches, pixels, area, global, mean, biases, tap_sums, end;
+  int grads, gates, taps, stretches, pixels, area, means, biases, tap_sums, end;
   Offsets() = default;
   Offsets(const Arguments& p, const ImagesLayout& layout);
 };
@@ -57,10 +57,10 @@ struct Shared {
   T* taps;           // [CHANNELS][kernel rows][TAPS_ROW]
   Stretch* stretches;
   Place* pixels;
-  float* area;           // [warps][products at once][PRODUCT]; also [images][parts][AT_ONCE] sums for means
-  float *global, *mean;  // [images][AT_ONCE]: the scaled GELU of the mean; what reaches pixels through the mean
-  float* biases;         // of the tile's channels, and of the gates
-  float* tap_sums;       // [warps of a channel][CHANNELS][taps]
+  float* area;      // [warps][products at once][PRODUCT]; also [images][parts][AT_ONCE] sums for means
+  float2* means;    // [images][AT_ONCE]: the mean's scaled GELU, and what reaches pixels through the mean
+  float* biases;    // of the tile's channels, and of the gates
+  float* tap_sums;  // [warps of a channel][CHANNELS][taps]
   int plane, tight_plane;
   __device__ explicit Shared(const Arguments& p)
       : planes(shared_memory<T>()), plane(p.layout.plane), tight_plane(p.layout.tight_plane) {
@@ -69,8 +69,7 @@ struct Shared {
     };
     const Offsets& o = p.offsets;
     at(grads, o.grads), at(gates, o.gates), at(taps, o.taps), at(stretches, o.stretches);
-    at(pixels, o.pixels), at(area, o.area), at(global, o.global), at(mean, o.mean), at(biases, o.biases),
-        at(tap_sums, o.tap_sums);
+    at(pixels, o.pixels), at(area, o.area), at(means, o.means), at(biases, o.biases), at(tap_sums, o.tap_sums);
   }
   // What leaves level l - 1, of one of the channels.
   __device__ T* at(int l, int channel) const { return planes + (l * AT_ONCE + channel) * plane; }
@@ -89,8 +88,7 @@ Offsets::Offsets(const Arguments& p, const ImagesLayout& layout) {
   stretches = bytes.take(layout.all_listed(), sizeof(Stretch));
   pixels = bytes.take(layout.places, sizeof(Place));
   area = bytes.take(area_of(layout), 4);
-  global = bytes.take(at_once * layout.images, 4);
-  mean = bytes.take(at_once * layout.images, 4);
+  means = bytes.take(at_once * layout.images, sizeof(float2));
   biases = bytes.take(CHANNELS + LEVELS + 1, 4);
   tap_sums = bytes.take(layout.warps * CHANNELS * p.all_taps, 4);
   end = int(bytes.taken);
@@ -165,7 +163,7 @@ __device__ void mean_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
     const int parts = int(p.parts.divisor);
     for (int part = 0; part < parts; ++part) sum += shared.area[(image * parts + part) * AT_ONCE + channel];
     const float mean = p.call.mean[(block.first_image + image) * g.C + block.channel + first + channel];
-    shared.mean[i] = sum * p.call.chain.scale / float(p.layout.pixels) * gelu_slope<float>(mean);
+    shared.means[i].y = sum * p.call.chain.scale / float(p.layout.pixels) * gelu_slope<float>(mean);
   }
 }
 
@@ -213,13 +211,13 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
         slopes[j] = level.slope, levels[j] = gate[j] * level.value;
         sums[j] += gradient[j] * level.value;
       }
-      const auto of_image = [&](const float* values, int j) {
-        return values[at.places[j / GROUP].image() * AT_ONCE + c];
-      };
+      float2 means[N / GROUP];  // of each few neighbours' image
 #pragma unroll
-      for (int j = 0; j < N; ++j) of_mean[j] += gradient[j] * of_image(shared.global, j);
+      for (int j = 0; j < N / GROUP; ++j) means[j] = shared.means[at.places[j].image() * AT_ONCE + c];
+#pragma unroll
+      for (int j = 0; j < N; ++j) of_mean[j] += gradient[j] * means[j / GROUP].x;
       Pixels<T, N> dz;
-      dz.set([&](int j) { return (gate[j] * chain.scale * gradient[j] + of_image(shared.mean, j)) * slopes[j]; });
+      dz.set([&](int j) { return (gate[j] * chain.scale * gradient[j] + means[j / GROUP].y) * slopes[j]; });
       at.store(plane, dz);
       if (result.data) {
         for (int l = 0; l + 1 < L; ++l) {
@@ -229,7 +227,7 @@ __device__ void last_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shar
         }
         const Pixels<T, N> mean_gate = at.load_tight(shared.gate(L));
         Pixels<T, N> sum;
-        sum.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * of_image(shared.global, j); });
+        sum.set([&](int j) { return levels[j] * chain.scale + mean_gate[j] * means[j / GROUP].x; });
         store_pixels(out_here + c * result.c, sum);
       }
     }
@@ -295,7 +293,7 @@ __device__ void add_step(SharedRow windows, const uint2 (&dz)[FORM::ROWS], float
 // level's taps' gradients.
 template <class T, class FORM, int AT_ONCE>
 __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& shared, const Block<AT_ONCE>& block, int l,
-                               const T* taps, float* tap_sums) {
+                               const T* taps, int diagonals, float* tap_sums) {
   constexpr int PITCH = FORM::PITCH, ROWS = FORM::ROWS;
   const Chain& chain = p.call.chain;
   const int c = block.channel_here, tight_bytes = 2 * p.layout.tight_pitch;
@@ -314,7 +312,7 @@ __device__ void level_gradient(const Arguments& p, const Shared<T, AT_ONCE>& sha
     }
     if (l + 1 < chain.L) {
       float z[ROWS][4];
-      convolve<FORM>(p.size[l], taps, false, from, units, z);
+      convolve<FORM>(p.size[l], taps, diagonals, false, from, units, z);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const Part<FORM> part(units + u * EIGHT);
@@ -370,19 +368,20 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
 
   for (int i = threadIdx.x; i < AT_ONCE * block.images; i += blockDim.x) {
     const int64_t channel = block.channel + first + i % AT_ONCE;
-    shared.global[i] = gelu<float>(p.call.mean[(block.first_image + i / AT_ONCE) * g.C + channel]) * chain.scale;
+    shared.means[i].x = gelu<float>(p.call.mean[(block.first_image + i / AT_ONCE) * g.C + channel]) * chain.scale;
   }
   vectors([&](auto n, auto group) { load_images<T, n, group>(p, shared, block, first); });
   __syncthreads();
   sum_for_mean(p, shared, block.images);
   // the levels again, turns 0 to L - 1, and back, turns -L to -1, in one loop: so there is one convolution in the code
+  const int diagonals = of_diagonals();
   int turn = 0;
   do {
     const bool back = turn < 0;
     const int l = back ? ~turn : turn;
     if (back) {
       const int tap_sums = (block.part * CHANNELS + first + c) * p.all_taps + p.first_tap[l];
-      level_gradient<T, FORM>(p, shared, block, l, taps(l), shared.tap_sums + tap_sums);
+      level_gradient<T, FORM>(p, shared, block, l, taps(l), diagonals, shared.tap_sums + tap_sums);
       __syncthreads();
       if (l == 0 && !p.call.grad_ctx.data) return;
     }
@@ -391,7 +390,7 @@ __device__ __forceinline__ void run_images(const Arguments& p, const Shared<T, A
     block.each_step(layout, [&](int first) {
       const Stretch* const units = shared.stretches + first;
       float acc[FORM::ROWS][4];
-      convolve<FORM>(p.size[l], taps(l), back, from, units, acc);
+      convolve<FORM>(p.size[l], taps(l), diagonals, back, from, units, acc);
       if (!back && l + 1 < L) apply_gelu<T>(acc);
       store_step<FORM>(units, acc, to);
     });

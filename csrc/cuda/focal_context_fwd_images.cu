@@ -177,7 +177,7 @@ __device__ void run_level(const Arguments& p, const Shared<T>& shared, const Blo
   T* const to = shared.planes + c * shared.plane + p.to[l];
   block.each_step(p.layout, [&](int first) {
     float acc[FORM::ROWS][4];
-    convolve<FORM>(p.size[l], taps, false, from, shared.stretches + first, acc);
+    convolve<FORM>(p.size[l], taps, of_diagonals(), false, from, shared.stretches + first, acc);
     apply_gelu<T>(acc);
     if (l + 1 < L) {
       store_step<FORM>(shared.stretches + first, acc, to);

@@ -191,10 +191,9 @@ __device__ void with_size(int size, const F& f) {
 // acc[e] = a level's convolution of row e of a step's stretches. The size is looked up in every step: compiled around
 // what comes before and after, each would have its own of that too, and be more than twice as much code.
 template <class FORM, class T>
-__device__ void convolve(int size, const T* taps, bool flipped, const T* plane, const Stretch* units,
+__device__ void convolve(int size, const T* taps, int diagonals, bool flipped, const T* plane, const Stretch* units,
                          float (&acc)[FORM::ROWS][4]) {
   const SharedRow windows = window_in<false>(plane, units);
-  const int diagonals = of_diagonals();
 #pragma unroll
   for (int e = 0; e < FORM::ROWS; ++e)
 #pragma unroll
