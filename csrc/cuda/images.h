@@ -146,7 +146,8 @@ __device__ void load_bands(const T* taps, int diagonals, uint2 (&bands)[WINDOWS<
   constexpr int FIRST = DIAGONALS - 13 - border(PITCH), LAST = 2 * (DIAGONALS - 13) - 1 - FIRST;  // lane 0's: odd, even
   taps += FLIPPED ? (K - 1) * TAPS_ROW + LAST - diagonals : DIAGONALS - 1 + FIRST + diagonals;
   constexpr int row_step = FLIPPED ? -TAPS_ROW : TAPS_ROW, column_step = FLIPPED ? -EIGHT : EIGHT;
-  constexpr uint32_t order = FLIPPED ? 0x1032 : 0x3210;  // of two taps' bytes
+  // Of two taps' bytes. (Left out where it changes nothing, ptxas 13.0 spills in the forward.)
+  constexpr uint32_t order = FLIPPED ? 0x1032 : 0x3210;
 #pragma unroll
   for (int i = 0; i < WINDOWS<PITCH, K>; ++i) {
     const auto half = [&](int j) -> uint32_t {
