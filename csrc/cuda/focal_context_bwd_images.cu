@@ -33,7 +33,7 @@ struct Arguments {
   int part_pairs;                       // and pairs of pixels in each
 };
 
-// As many rows as registers allow.
+// As many rows as registers allow and images fill.
 __host__ __device__ constexpr int stretch_rows(int pitch) { return pitch == WIDEST || pitch == EIGHT ? SPACING : HALF; }
 
 // Products for a kernel's taps that a warp sums at once: two kernel rows, but one where shared memory is full.

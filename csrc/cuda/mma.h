@@ -22,15 +22,8 @@ __device__ inline uint32_t lane_again() {
   return lane;
 }
 
-// A word of shared memory, OFFSET bytes behind `at`. (Behind a pointer the compiler would add them anew for each.)
-template <int OFFSET>
-__device__ uint32_t load_shared(SharedRow at) {
-  uint32_t word;
-  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(word) : "r"(at), "n"(OFFSET) : "memory");
-  return word;
-}
-// The same of row ROW, where there are more rows than that, or zeros; and into it. (An `if` would be a branch for
-// each.)
+// A word of shared memory, OFFSET bytes behind `at`, of row ROW, where there are more rows than that, or zeros; and
+// into it. (An `if` would be a branch for each.)
 template <int OFFSET, int ROW>
 __device__ uint32_t load_shared_row(SharedRow at, int rows) {
   uint32_t word = 0;

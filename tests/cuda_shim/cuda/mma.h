@@ -14,15 +14,11 @@ inline SharedRow shared_row(const void* row) { return static_cast<SharedRow>(row
 
 inline uint32_t lane_again() { return focalnet_shim::lane(); }
 
-template <int OFFSET>
-uint32_t load_shared(SharedRow at) {
-  uint32_t word;
-  std::memcpy(&word, at + OFFSET, 4);
-  return word;
-}
 template <int OFFSET, int ROW>
 uint32_t load_shared_row(SharedRow at, int rows) {
-  return rows > ROW ? load_shared<OFFSET>(at) : 0;
+  uint32_t word = 0;
+  if (rows > ROW) std::memcpy(&word, at + OFFSET, 4);
+  return word;
 }
 template <int OFFSET, int ROW>
 void store_shared_row(SharedRow at, int rows, uint32_t word) {
