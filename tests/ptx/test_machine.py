@@ -7,6 +7,7 @@ import torch
 import focalnet_kernels as fk
 from focalnet_kernels.ops.triton.launch import INTERPRETED
 from focalnet_kernels.testing import make_context_inputs
+from ptx.targets import for_every_gpu
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of compiled kernels")
@@ -170,9 +171,8 @@ def with_program(launch, capability, program, seed=0):
         triton_kernels._compiled[key] = kept
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, id="sm_80", marks=pytest.mark.slow), pytest.param(90, id="sm_90")]
-)
+@pytest.mark.slow  # minutes, and test_cuda.py does the same with kernels of fewer barriers
+@for_every_gpu
 def test_every_barrier_counts(capability, seed):
     """Removed one at a time from a forward: a race, or else another barrier stands beside it."""
     inputs = make_context_inputs((3, 14, 14, 14), (3, 5, 7), dtype=torch.bfloat16, seed=seed)

@@ -5,7 +5,6 @@ What runs is the PTX of sm_80 and sm_90, through the real dispatch, plans and la
 
 import pytest
 import torch
-from ops.strategies import dtype_name
 
 import focalnet_kernels as fk
 from focalnet_kernels.ops.triton.launch import INTERPRETED
@@ -19,6 +18,7 @@ from focalnet_kernels.testing import (
     make_modulate_inputs,
     named_tensors,
 )
+from ptx.targets import for_every_gpu, for_every_gpu_and_dtype
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of compiled kernels")
@@ -48,8 +48,6 @@ CASES = {
     "branch": (fk.focal_branch, make_focal_branch_inputs, ((2, 9, 10, 24), (3, 5)), AROUND),
     "branch, post": (fk.focal_branch, make_focal_branch_inputs, ((2, 5, 7, 24), (3,)), AROUND | {"post_norm": True}),
 }  # fmt: skip
-for_every_gpu = pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
-for_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 
 
 def check(capability, op, inputs, seed):
@@ -63,8 +61,7 @@ def check(capability, op, inputs, seed):
     assert launches.results
 
 
-@for_every_gpu
-@for_16_bits
+@for_every_gpu_and_dtype
 @pytest.mark.parametrize("op, make, sizes, options", CASES.values(), ids=CASES)
 def test_ops(op, make, sizes, options, dtype, capability, seed):
     check(capability, op, make(*sizes, dtype=dtype, seed=seed, mean=0.25, **options), seed)
