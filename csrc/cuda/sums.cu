@@ -8,12 +8,14 @@ namespace {
 
 constexpr int THREADS = 256, MOST_LANES = 32, PARTS = 8;  // PARTS: of a lane, if there are no more lanes than that
 constexpr int64_t ENOUGH = 1 << 16;                       // threads: from there on a lane takes more parts instead
+constexpr int FOUR = 4, MOST_LANES_OF_FOURS = THREADS / 32;
 
-// Lanes add up the parts of an element: so many, as a power of two.
-int lanes_of(const SumJob& job) {
-  const int64_t elements = job.g.B * job.g.C * job.g.pixels();
+int64_t elements_of(const SumJob& job) { return job.g.B * job.g.C * job.g.pixels(); }
+
+// Lanes add up the parts of an element, or of a few neighbours: so many, as a power of two.
+int lanes_of(const SumJob& job, int64_t results, int most) {
   int power = 0;
-  while (1 << power < MOST_LANES && job.count > PARTS << power && elements << power < ENOUGH) ++power;
+  while (1 << power < most && job.count > PARTS << power && results << power < ENOUGH) ++power;
   return power;
 }
 
@@ -60,31 +62,56 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(Arguments arguments) {
   *element<T>(job.out, b, plane - b * g.C, t, m, of_t - m * g.W) = from_float<T>(sum);
 }
 
-// Large results: a thread has four neighbouring pixels, whose parts are few.
+struct PixelsSum {
+  SumJob job;
+  int lanes;  // 1 << lanes
+};
+
+// Many results, whose parts lie in a row: a lane adds up the parts of four neighbours.
 template <class T>
-__global__ void __launch_bounds__(THREADS) sum_pixels_kernel(SumJob job) {
+__global__ void __launch_bounds__(THREADS) sum_pixels_kernel(PixelsSum p) {
+  const SumJob& job = p.job;
   const Geometry& g = job.g;
-  const int64_t i = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * 4, pixels = g.pixels();
-  if (i >= g.B * g.C * pixels) return;
-  const int64_t plane = i / pixels, pixel = i % pixels;
-  const float* from = job.parts + plane * job.channel_stride + pixel;
-  float sum[4] = {};
-#pragma unroll 4
-  for (int64_t part = 0; part < job.count; ++part, from += job.stride) {
+  const int power = p.lanes, lanes = 1 << power, fours = THREADS >> power, x = threadIdx.x & (fours - 1),
+            lane = threadIdx.x / fours;
+  const int64_t first = (int64_t(blockIdx.x) * fours + x) * FOUR, pixels = g.pixels();
+  const bool is_there = first < g.B * g.C * pixels;
+  float sum[FOUR] = {};
+  const auto add = [&](const float* from) {
     const float4 four = *reinterpret_cast<const float4*>(from);
     sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+  };
+  if (is_there) {
+    const int64_t plane = quotient(first, pixels);
+    const float* from = job.parts + lane * job.stride + plane * job.channel_stride + (first - plane * pixels);
+    const int parts = (int(job.count) - lane + lanes - 1) >> power;  // of this lane
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part, from += lanes * job.stride) add(from);
   }
-  T* const to = static_cast<T*>(job.out.data) + plane / g.C * job.out.b + plane % g.C * job.out.c + pixel * job.out.w;
+  if (lanes > 1) {
+    float4* const others = shared_memory<float4>();
+    others[threadIdx.x] = float4{sum[0], sum[1], sum[2], sum[3]};
+    __syncthreads();
+    if (lane == 0)
+      for (int y = 1; y < lanes; ++y) add(reinterpret_cast<const float*>(others + y * fours + x));
+  }
+  if (!is_there || lane > 0) return;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) to[j * job.out.w] = from_float<T>(sum[j]);
+  for (int j = 0; j < FOUR; ++j) {
+    const int64_t plane = quotient(first + j, pixels), pixel = first + j - plane * pixels, b = quotient(plane, g.C);
+    static_cast<T*>(job.out.data)[b * job.out.b + (plane - b * g.C) * job.out.c + pixel * job.out.w] =
+        from_float<T>(sum[j]);
+  }
 }
 
 bool by_pixels(const SumJob& job) {
   const Geometry& g = job.g;
   const MapView& to = job.out;
-  const bool in_a_row = (g.T == 1 || to.t == g.M * g.W * to.w) && (g.M == 1 || to.m == g.W * to.w);
-  return in_a_row && g.pixels() % 4 == 0 && job.channel_stride % 4 == 0 && job.stride % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(job.parts) % 16 == 0 && g.B * g.C * g.pixels() >= (1 << 14);
+  const bool out_in_a_row = (g.T == 1 || to.t == g.M * g.W * to.w) && (g.M == 1 || to.m == g.W * to.w);
+  const bool fours = g.pixels() % FOUR == 0 && job.channel_stride % FOUR == 0;
+  const bool fours_of_all = job.channel_stride == g.pixels() && elements_of(job) % FOUR == 0;
+  return out_in_a_row && (fours || fours_of_all) && job.stride % FOUR == 0 &&
+         reinterpret_cast<uintptr_t>(job.parts) % 16 == 0 && elements_of(job) >= (1 << 14);
 }
 
 template <class T>
@@ -151,16 +178,19 @@ void run_sums(const SumJobs& all, void* stream) {
       sums.jobs[sums.n++] = job;
       continue;
     }
-    const int64_t blocks = (job.g.B * job.g.C * job.g.pixels() / 4 + THREADS - 1) / THREADS;
+    const int64_t fours = elements_of(job) / FOUR;
+    const PixelsSum p{job, lanes_of(job, fours, MOST_LANES_OF_FOURS)};
+    const int64_t blocks = ((fours << p.lanes) + THREADS - 1) / THREADS,
+                  shared = p.lanes ? THREADS * sizeof(float4) : 0;
     with_type(all.dtype,
-              [&](auto zero) { launch(sum_pixels_kernel<decltype(zero)>, blocks, THREADS, 0, stream, job); });
+              [&](auto zero) { launch(sum_pixels_kernel<decltype(zero)>, blocks, THREADS, shared, stream, p); });
   }
   Arguments arguments{sums};
   for (int j = 0; j < sums.n; ++j) {
-    const Geometry& g = sums.jobs[j].g;
-    const int power = lanes_of(sums.jobs[j]), elements = THREADS >> power;
+    const int64_t results = elements_of(sums.jobs[j]);
+    const int power = lanes_of(sums.jobs[j], results, MOST_LANES), elements = THREADS >> power;
     arguments.lanes[j] = power;
-    arguments.first_block[j + 1] = arguments.first_block[j] + (g.B * g.C * g.pixels() + elements - 1) / elements;
+    arguments.first_block[j + 1] = arguments.first_block[j] + (results + elements - 1) / elements;
   }
   with_type(sums.dtype, [&](auto zero) {
     launch(sum_kernel<decltype(zero)>, arguments.first_block[sums.n], THREADS, THREADS * 4, stream, arguments);

@@ -328,6 +328,14 @@ def test_layers_of_images(cuda_on_cpu, by_images, dtype, seed):
     assert_op_accurate(fk.focal_modulation, inputs, "cuda", grad_output)
 
 
+@pytest.mark.parametrize("channels", [8, 80], ids=["one-lane", "lanes"])
+def test_sums_of_many_gates(cuda_on_cpu, channels, seed):
+    """Added up four at a time, of two images where one has 49; by several lanes where channels leave many parts."""
+    inputs = make_context_inputs((168, channels, 7, 7), [3], dtype=torch.bfloat16, seed=seed, mean=0.5)
+    grad_output = torch.randn(inputs["ctx"].shape).bfloat16()
+    assert_op_accurate(fk.focal_context, inputs, "cuda", grad_output, wanted=["gates"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
 def test_order_of_threads_over_images(cuda_on_cpu, by_images, dtype, seed):
     shape, kernels = by_images
