@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from focalnet_kernels.ops.triton import launch as launching
+from focalnet_kernels.ops.triton import replay
 
 
 class Handed(NamedTuple):
@@ -67,6 +68,7 @@ def absent_gpu(launched: list[Handed] | None = None) -> Iterator[None]:
         patch.setattr(driver, "_active", _Driver(launched))
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
         patch.setattr(launching, "_built", {})
+        patch.setattr(replay, "_recipes", {})
         launching.multiprocessors.cache_clear()
         try:
             yield

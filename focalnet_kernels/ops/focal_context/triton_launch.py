@@ -12,6 +12,7 @@ from ..._namespace import OPS
 from .._autograd import bit_mask
 from ..triton.geometry import padded_size, strided_like, view
 from ..triton.launch import cdiv, exact_gelu, implement_triton, launch, why_not_triton
+from ..triton.replay import replayed
 from .triton_plan import make_plan, why_too_large
 
 
@@ -27,11 +28,13 @@ def focal_context_bwd(grad_out, ctx, gates, weights, mean, normalize, needed) ->
     return OPS.focal_context_bwd_triton(grad_out, ctx, gates, list(weights), mean, normalize, bit_mask(needed))
 
 
+@replayed
 def focal_context_fwd_impl(ctx, gates, weights, normalize):
     ctx_all = torch.empty_like(ctx)
     return ctx_all, context_fwd(ctx, gates, weights, normalize, ctx_all)
 
 
+@replayed
 def focal_context_bwd_impl(grad_out, ctx, gates, weights, mean, normalize, needed):
     grad_ctx = torch.empty_like(ctx) if needed & 1 else None
     grad_gates = torch.empty_like(gates) if needed & 2 else None

@@ -26,6 +26,7 @@ from ..modulate.triton_launch import (
 )
 from ..triton.geometry import strided_like, token_axes
 from ..triton.launch import cdiv, implement_triton, launch
+from ..triton.replay import replayed
 from .parameters import LayerParameters
 
 
@@ -86,6 +87,7 @@ def _linear_f(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int) -> Te
     return out
 
 
+@replayed
 def focal_modulation_fwd_impl(x, parameters, normalize, ln_eps, save):
     p = LayerParameters(parameters)
     C, tokens = x.shape[-1], x.numel() // x.shape[-1]

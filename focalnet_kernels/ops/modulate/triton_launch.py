@@ -11,12 +11,14 @@ from torch import Tensor
 from ..._namespace import OPS
 from ..triton.geometry import token_axes
 from ..triton.launch import cdiv, implement_triton, launch, multiprocessors, next_power_of_2, shared_memory
+from ..triton.replay import replayed
 
 
 def modulate_fwd(q: Tensor, ctx_all: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return OPS.modulate_fwd_triton(q, ctx_all, weight, bias)
 
 
+@replayed
 def modulate_fwd_impl(q, ctx_all, weight, bias):
     out = torch.empty_like(q)
     if q.dtype == torch.float32:  # `tl.dot` is no match for cuBLAS there

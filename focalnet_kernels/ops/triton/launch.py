@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -86,6 +87,11 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorder = previous
 
 
+def is_looked_at() -> bool:
+    """Whether somebody wants to see each launch of this thread as it comes."""
+    return _recorder is not None or getattr(_thread, "watch", None) is not None
+
+
 def launch(kernel, programs: int, device: torch.device, *args, **constants) -> None:
     """Run `programs` instances of a kernel on `device`'s current stream. All on grid axis 0, which reaches 2^31."""
     if programs == 0:
@@ -93,32 +99,56 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, args, constants))
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if _LOOKS_ANEW or kernel.pre_run_hooks:  # who has hooks counts on being called
-            if _LOOKS_ANEW:
+    watch = getattr(_thread, "watch", None)
+    with current(device):
+        if LOOKS_ANEW or kernel.pre_run_hooks:  # who has hooks counts on being called
+            if LOOKS_ANEW:
                 constants.pop("maxnreg", None)  # NVIDIA's alone
             kernel[(programs,)](*args, **constants, **_OPTIONS)
-            return
-        key = id(kernel), programs, device, _specialized(args), tuple(constants.values())
-        built = _built.get(key)
-        if built is not None:
-            run, values = built
-            run(*args, *values)
-            return
-        compiled = kernel[(programs,)](*args, **constants, **_OPTIONS)
-        if not hasattr(type(compiled), "__getitem__"):  # somebody's hook took it over, or it is still being compiled
-            return
-        if len(_built) == _MOST_BUILT:
-            _built.clear()
-        _built[key] = compiled[(programs, 1, 1)], tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+            built = None
+        else:
+            key = id(kernel), programs, device, _specialized(args), tuple(constants.values())
+            built = _built.get(key)
+            if built is not None:
+                run, values = built
+                run(*args, *values)
+            else:
+                built = _build(kernel, programs, args, constants)
+                if built is not None:
+                    if len(_built) == _MOST_BUILT:
+                        _built.clear()
+                    _built[key] = built
+    if watch is not None:
+        watch.launched(kernel, args, built)
 
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """In which launches go to that GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _build(kernel, programs: int, args: tuple, constants: dict) -> Built | None:
+    """Launches what Triton compiles. None: somebody's hook took it over, or it is still being compiled."""
+    compiled = kernel[(programs,)](*args, **constants, **_OPTIONS)
+    if not hasattr(type(compiled), "__getitem__"):
+        return None
+    return compiled[(programs, 1, 1)], tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+
+
+def tell(watch: Any) -> None:
+    """From now on `watch.launched(kernel, args, built)` hears of this thread's launches; None: nobody does."""
+    _thread.watch = watch
+
+
+_thread = threading.local()
 
 # not every default is the same in every Triton: say what we want
 _OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
-_LOOKS_ANEW = INTERPRETED or torch.version.hip is not None  # AMD's Triton looks at sizes of memory too
+LOOKS_ANEW = INTERPRETED or torch.version.hip is not None  # AMD's Triton looks at sizes of memory too
 # What runs the kernel that Triton compiled, and the constants after the arguments, by the grid and all that Triton
 # looks at when it compiles, but for its knobs: set them before the first launch. It would look at every argument anew.
-_built: dict[tuple, tuple[Any, tuple]] = {}
+Built = tuple[Callable[..., None], tuple]
+_built: dict[tuple, Built] = {}
 _MOST_BUILT = 4096
 
 
