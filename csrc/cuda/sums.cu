@@ -96,11 +96,18 @@ __global__ void __launch_bounds__(THREADS) sum_pixels_kernel(PixelsSum p) {
       for (int y = 1; y < lanes; ++y) add(reinterpret_cast<const float*>(others + y * fours + x));
   }
   if (!is_there || lane > 0) return;
+  const int64_t plane = quotient(first, pixels);
+  int64_t pixel = first - plane * pixels, b = quotient(plane, g.C), c = plane - b * g.C;
+  const auto at = [&] { return static_cast<T*>(job.out.data) + b * job.out.b + c * job.out.c + pixel * job.out.w; };
+  T* to = at();
 #pragma unroll
   for (int j = 0; j < FOUR; ++j) {
-    const int64_t plane = quotient(first + j, pixels), pixel = first + j - plane * pixels, b = quotient(plane, g.C);
-    static_cast<T*>(job.out.data)[b * job.out.b + (plane - b * g.C) * job.out.c + pixel * job.out.w] =
-        from_float<T>(sum[j]);
+    *to = from_float<T>(sum[j]);
+    to += job.out.w;
+    if (++pixel < pixels) continue;
+    pixel = 0;  // the next plane
+    if (++c == g.C) c = 0, ++b;
+    to = at();
   }
 }
 
