@@ -23,7 +23,7 @@ from toolkit import find_toolkit
 
 ROOT = Path(__file__).parents[1]
 MAJORS = ("12", "13")
-LARGEST = {"_cpu": 1 << 20, "_cuda": 11 << 20}  # bytes in the wheel; of CUDA four architectures take 10.2 MB
+LARGEST = {"_cpu": 1 << 20, "_cuda": 6 << 20}  # bytes in the wheel; of CUDA four architectures take 5.66 MB
 OF_TORCH = ("libtorch*.so*", "libc10*.so*", "libcudart.so*")
 
 
