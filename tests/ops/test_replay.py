@@ -144,6 +144,14 @@ def test_another_kind_has_a_recipe_of_its_own(change, seed):
         assert len(replay._recipes) == 4
 
 
+def test_a_tensor_elsewhere_is_of_another_kind(seed):
+    """Triton says so of a CPU's tensor; its address alone would be taken for a GPU's."""
+    implementation, (ctx, gates, weights, normalize) = context_call(seed)
+    elsewhere = [weights[0], weights[1].to("meta")]
+    kinds = [replay._told_apart(implementation, (ctx, gates, w, normalize))[1] for w in (weights, elsewhere)]
+    assert kinds[0] != kinds[1]
+
+
 def views_of_what_is_shared(seed):
     implementation, arguments = shared_call(seed)
     return replay.replayed(lambda ctx, *others: implementation(ctx.view_as(ctx), *others)), arguments

@@ -64,8 +64,12 @@ def _told_apart(implementation: Callable, args: tuple) -> tuple[list[Tensor | No
             others.append(len(arg))
         else:
             others.append(arg)
-    kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    return tensors, (implementation, args[0].device, *others, *kinds)
+    kinds = [
+        # (each one's device: an address does not say whose it is)
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
+        for t in tensors
+    ]
+    return tensors, (implementation, *others, *kinds)
 
 
 class _Pointer(NamedTuple):
