@@ -70,26 +70,30 @@ def flat(value):
 
 
 def named_addresses(launched, arguments, made, outputs):
-    """What launches were handed, with pointers as (whose memory, how far behind its beginning)."""
+    """What launches were handed, with pointers as (whose memory, its bytes, how far behind its beginning), where memory
+    that was made is numbered as it comes; and what came out."""
     tensors = [t for t in flat(arguments) if isinstance(t, torch.Tensor)]
-    named = [(f"input {i}", t) for i, t in enumerate(tensors)] + [(f"made {i}", t) for i, t in enumerate(made)]
+    begins = {t.untyped_storage().data_ptr(): ("made", t.untyped_storage().nbytes()) for t in made}
+    begins |= {t.untyped_storage().data_ptr(): (f"input {i}", None) for i, t in enumerate(tensors)}
+    numbers = {}
+
+    def place(address):
+        begin = max(begin for begin in begins if begin <= address)
+        kind, size = begins[begin]
+        assert size is None or address - begin < max(size, 1)
+        return kind, size, address - begin, None if size is None else numbers.setdefault(begin, len(numbers))
+
     found = []
     for one in launched:
         for value in flat(one.args):
             address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if isinstance(address, int) and address > 1 << 24:
-                owner, tensor = max(
-                    ((n, t) for n, t in named if t.untyped_storage().data_ptr() <= address),
-                    key=lambda pair: pair[1].untyped_storage().data_ptr(),
-                )
-                address = owner, address - tensor.untyped_storage().data_ptr()
-                assert address[1] < tensor.untyped_storage().nbytes()
-            found.append((one.kernel, one.grid, address))
-    return found, [(t.shape, t.stride(), t.dtype) for t in flat(outputs)]
+            is_pointer = isinstance(address, int) and address > 1 << 24
+            found.append((one.kernel, one.grid, place(address) if is_pointer else address))
+    return found, [(t.shape, t.stride(), t.dtype, t.numel() and place(t.data_ptr())) for t in flat(outputs)]
 
 
 class Made(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the tensors that are allocated and used: in the order in which they are made."""
+    """Keeps the tensors that are allocated, so that no two have the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -123,6 +127,46 @@ def test_a_later_call_launches_the_same_over_its_own_tensors(call, seed):
         expected = run(implementation.__wrapped__, arguments)
         assert len(replay._recipes) == 1
     assert kept and len(replayed[0]) > 20 and replayed == expected
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_results_are_no_views(call, seed):
+    """Which may not be changed in place where gradients are wanted."""
+    implementation, arguments = call(seed)
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, first):
+            return flat(implementation(first, *arguments[1:]))[0]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    with absent_gpu():
+        for _ in range(2):
+            y = Op.apply(arguments[0].detach().clone().requires_grad_())
+            assert not y._is_view()
+            y.add_(1)
+        assert None not in replay._recipes.values()
+
+
+def test_memory_is_taken_when_it_is_needed_and_no_longer(seed):
+    """What an implementation only looked at is not made again; scratch memory is free for what comes after it."""
+    with absent_gpu():
+        implementation, arguments = context_bwd_call(seed)
+        implementation(*arguments)
+        numbers = []
+        for function in (implementation, implementation.__wrapped__):
+            with Made() as made:
+                function(*arguments)
+            numbers.append(len(made.tensors))
+        assert numbers[0] < numbers[1]
+        implementation, arguments = layer_call(seed, save=True)
+        implementation(*arguments)
+        *_, recipe = replay._recipes.values()
+    assert [len(step.made) for step in recipe.steps] == [1, 3, 2]
+    assert [len(step.dropped) for step in recipe.steps] == [0, 1, 1], "scratch memory; then ctx_all"
 
 
 @pytest.mark.parametrize(
@@ -239,4 +283,4 @@ def test_one_within_another_is_told_to_whom_watches(seed):
         for _ in range(3):
             outer(*arguments)
         assert len(launched) == 5
-        assert [len(recipe.launches) for recipe in replay._recipes.values()] == [1, 1]
+        assert [len(recipe.steps) for recipe in replay._recipes.values()] == [1, 1]

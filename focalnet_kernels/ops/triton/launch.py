@@ -96,10 +96,12 @@ def launch(kernel, programs: int, device: torch.device, *args, **constants) -> N
     """Run `programs` instances of a kernel on `device`'s current stream. All on grid axis 0, which reaches 2^31."""
     if programs == 0:
         return
+    watch = getattr(_thread, "watch", None)
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, args, constants))
+        if watch is not None:  # of another thread's recorder
+            watch.launched(kernel, args, None)
         return
-    watch = getattr(_thread, "watch", None)
     with current(device):
         if LOOKS_ANEW or kernel.pre_run_hooks:  # who has hooks counts on being called
             if LOOKS_ANEW:

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import launch as launching
 
-_recipes: dict[tuple, _Recipe | None] = {}  # by implementation and kind of call; None: it is not launches alone
-_MOST_KEPT = 4096
+_recipes: dict[tuple, Any] = {}  # by implementation and kind of call; None: it is not launches alone
+_MOST_KEPT, _UNKNOWN = 4096, object()
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 
@@ -36,15 +36,13 @@ def replayed(implementation: Callable) -> Callable:
         if launching.is_looked_at():
             return implementation(*args)
         tensors, kind = _told_apart(implementation, args)
-        if kind in _recipes:
-            recipe = _recipes[kind]
-            if recipe is None or recipe.is_hooked():
-                return implementation(*args)
-            return recipe(tensors)
+        recipe = _recipes.get(kind, _UNKNOWN)
+        if recipe is not _UNKNOWN:
+            return implementation(*args) if recipe is None or recipe.is_hooked() else recipe(tensors)
         with _Watch(tensors) as watch:
             result = implementation(*args)
         if watch.is_sure:
-            if len(_recipes) == _MOST_KEPT:
+            if len(_recipes) >= _MOST_KEPT:
                 _recipes.clear()
             _recipes[kind] = watch.recipe(result)
         return result
@@ -77,13 +75,6 @@ class _Pointer(NamedTuple):
 
     tensor: int
     offset: int
-
-
-class _Output(NamedTuple):
-    """A tensor that was made, as it is or with another geometry: (size, strides, offset)."""
-
-    made: int
-    geometry: tuple | None
 
 
 class _Watch(TorchDispatchMode):
@@ -136,79 +127,143 @@ class _Watch(TorchDispatchMode):
         if not self.only_launches or not self.launches:
             return None
         try:
-            launches = [
-                (kernel, run, tree_map_only(Tensor, self._pointer, args)) for kernel, run, args in self.launches
-            ]
-            outputs = tree_map_only(Tensor, self._output, result)
+            launches = [(kernel, run, self._pointers_in(args)) for kernel, run, args in self.launches]
+            outputs = tree_map_only(Tensor, self._made_by, result)
         except LookupError:
             return None
-        return _Recipe(self.device, [(t.shape, t.stride(), t.dtype) for t in self.made], launches, outputs)
+        kept = dict(zip(tree_leaves(outputs), tree_leaves(result), strict=True))
+        if len(kept) != len(tree_leaves(outputs)):
+            return None  # two of one memory
+        # an output may have been made with other sizes: pointers do not mind, and views may not be changed in place
+        made = [(t.shape, t.stride(), t.dtype) for t in (kept.get(i, t) for i, t in enumerate(self.made))]
+        return _Recipe(self.device, self.incoming, made, launches, outputs)
+
+    def _pointers_in(self, args: tuple) -> tuple:
+        found = tree_map_only(Tensor, self._pointer, args)
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, tuple) and any(isinstance(value, Tensor) for value in leaf):
+                raise LookupError("tensors in what is no plain tuple")
+        return found
 
     def _pointer(self, tensor: Tensor) -> _Pointer:
         i = self.places.get(id(tensor))
-        return _Pointer(i, 0) if i is not None else self._pointer_into(tensor)
-
-    def _pointer_into(self, tensor: Tensor) -> _Pointer:
+        if i is not None:
+            return _Pointer(i, 0)
         owner = self.owners[_memory(tensor)]
         if owner is None:
             raise LookupError("which of several tensors it points into is not known")
-        return _Pointer(owner[0], tensor.data_ptr() - owner[1])
+        i, offset = owner[0], tensor.data_ptr() - owner[1]
+        if i < self.incoming and offset % 16:
+            raise LookupError("its alignment is not that of the tensor that it points into")
+        return _Pointer(i, offset)
 
-    def _output(self, tensor: Tensor) -> _Output:
+    def _made_by(self, tensor: Tensor) -> int:
+        """Which of those that were made an output is, or has all memory of."""
         for i, made in enumerate(self.made):
             if tensor is made:
-                return _Output(i, None)
-        i = self._pointer_into(tensor).tensor - self.incoming
-        if i < 0 or self.made[i].dtype != tensor.dtype:
-            raise LookupError("not a tensor that was made")
-        return _Output(i, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+                return i
+        owner = self.owners[_memory(tensor)]
+        i = owner[0] - self.incoming if owner else -1
+        if (
+            i < 0
+            or tensor.storage_offset()
+            or (tensor.dtype, tensor.numel()) != (self.made[i].dtype, self.made[i].numel())
+        ):
+            raise LookupError("an output that was not made here")
+        return i
 
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+class _Step(NamedTuple):
+    """A launch: tensors that are made before it, (size, strides, dtype) each; its arguments, of which `pointers` are or
+    hold pointers; and those that were made and that nobody needs after it."""
+
+    made: list[tuple]
+    run: Callable
+    args: tuple
+    pointers: list[int]
+    dropped: list[int]
+
+
 class _Recipe:
+    """`made`: by number, as pointers (beyond `incoming`) and `outputs` name them; here they are in order of use."""
+
     def __init__(
-        self, device: torch.device, made: list[tuple], launches: list[tuple[Any, Callable, tuple]], outputs: Any
+        self, device: torch.device, incoming: int, made: list[tuple],
+        launches: list[tuple[Any, Callable, tuple]], outputs: Any,
     ):  # fmt: skip
-        self.device, self.made, self.outputs = device, made, outputs
+        self.device = device
         self.kernels = list({id(kernel): kernel for kernel, *_ in launches}.values())
-        # with which arguments are, or hold, pointers
-        self.launches = [(run, args, [i for i, a in enumerate(args) if _has_pointers(a)]) for _, run, args in launches]
+        used = [{p.tensor - incoming for p in _pointers_of(args) if p.tensor >= incoming} for _, _, args in launches]
+        order = list(dict.fromkeys([i for of_launch in used for i in sorted(of_launch)] + tree_leaves(outputs)))
+        place = {i: at for at, i in enumerate(order)}
+        last = {i: step for step, of_launch in enumerate(used) for i in of_launch}
+        kept, known = set(tree_leaves(outputs)), 0
+        self.steps = []
+        for step, ((_, run, args), of_launch) in enumerate(zip(launches, used, strict=True)):
+            args = _renumbered(args, incoming, place)
+            until = max([known, *[place[i] + 1 for i in of_launch]])
+            dropped = [place[i] for i in of_launch if last[i] == step and i not in kept]
+            pointers = [i for i, arg in enumerate(args) if _pointers_of(arg)]
+            self.steps.append(_Step([made[i] for i in order[known:until]], run, args, pointers, dropped))
+            known = until
+        self.others = [made[i] for i in order[known:]]  # that no launch has: empty ones
+        self.outputs = tree_map_only(int, place.__getitem__, outputs)
 
     def is_hooked(self) -> bool:
         """Whether somebody counts on every launch going by Triton's own way."""
         return any([kernel.pre_run_hooks for kernel in self.kernels])
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Any:
-        made = [
-            torch.empty_strided(size, strides, dtype=dtype, device=self.device) for size, strides, dtype in self.made
-        ]
-        addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *made)]
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        made: list[Tensor | None] = []
+
+        def make(size, strides, dtype):
+            made.append(torch.empty_strided(size, strides, dtype=dtype, device=self.device))
+            addresses.append(made[-1].data_ptr())
+
         with launching.current(self.device):
-            for run, template, pointers in self.launches:
-                args = list(template)
-                for i in pointers:
+            for step in self.steps:
+                for geometry in step.made:
+                    make(*geometry)
+                args = list(step.args)
+                for i in step.pointers:
                     args[i] = _addressed(args[i], addresses)
-                run(*args)
-        return _built(self.outputs, made)
+                step.run(*args)
+                for i in step.dropped:
+                    made[i] = None
+        for geometry in self.others:
+            make(*geometry)
+        return _filled(self.outputs, made)
 
 
-def _has_pointers(value: Any) -> bool:
-    return isinstance(value, _Pointer) or (isinstance(value, tuple) and any(map(_has_pointers, value)))
+def _pointers_of(value: Any) -> list[_Pointer]:
+    if isinstance(value, _Pointer):
+        return [value]
+    return [p for inner in value for p in _pointers_of(inner)] if isinstance(value, tuple) else []
+
+
+def _renumbered(value: Any, incoming: int, place: dict[int, int]) -> Any:
+    if isinstance(value, _Pointer):
+        i = value.tensor
+        return value if i < incoming else _Pointer(incoming + place[i - incoming], value.offset)
+    if isinstance(value, tuple):
+        return tuple([_renumbered(inner, incoming, place) for inner in value])
+    return value
 
 
 def _addressed(value: Any, addresses: list[int]) -> Any:
     if type(value) is _Pointer:
         return addresses[value.tensor] + value.offset
     if isinstance(value, tuple):
-        return tuple([_addressed(v, addresses) for v in value])
+        return tuple([_addressed(inner, addresses) for inner in value])
     return value
 
 
-def _built(outputs: Any, made: list[Tensor]) -> Any:
-    if type(outputs) is _Output:
-        tensor = made[outputs.made]
-        return tensor if outputs.geometry is None else tensor.as_strided(*outputs.geometry)
-    return type(outputs)([_built(output, made) for output in outputs])
+def _filled(outputs: Any, made: list[Tensor | None]) -> Any:
+    if type(outputs) is int:
+        return made[outputs]
+    return type(outputs)([_filled(output, made) for output in outputs])
