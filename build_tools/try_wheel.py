@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("numpy", "pytest>=8", "hypothesis>=6.100")
+TESTS = ("numpy", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
 
 def run(*command: str | Path, path: Path, **options) -> str:
@@ -24,7 +24,8 @@ def run(*command: str | Path, path: Path, **options) -> str:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("FOCALNET", "CUDA", "PYTHON"))
     }
-    environment |= {"PATH": str(path), "CC": "none", "CXX": "none", "OMP_NUM_THREADS": "2"}
+    environment |= {"PATH": str(path), "CC": "none", "CXX": "none"}
+    environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([str(part) for part in command], env=environment, text=True, cwd=path, **options)
     if done.returncode:
         sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stdout or ''}")
@@ -49,7 +50,7 @@ def try_under(torch: str, wheel: Path) -> None:
             sys.exit(f"{tool} is in {binaries}")
     print(run(python, "-m", "focalnet_kernels", "info", path=binaries, stdout=subprocess.PIPE))
     run(binaries / "focalnet-kernels", "check", "--variant", "focalnet_tiny_lrf", "--batch", "1", path=binaries)
-    tests = ("-q", "-m", "not slow", "-k", "not cuda", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml")
+    tests = (*"-q -n auto -p no:cacheprovider -m".split(), "not slow", "-k", "not cuda", "-c", ROOT / "pyproject.toml")
     run(binaries / "pytest", *tests, "--rootdir", ROOT, ROOT / "tests/ops", path=binaries)
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "focalnet_kernels", path=binaries)
     if found := left_over(site) + left_over(binaries):
