@@ -172,8 +172,9 @@ __device__ float gelu_slope(float x) {
   return gelu_and_slope<T>(x).slope;
 }
 
-__device__ inline float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+// The sum over each `lanes` neighbours of a warp, a power of two, for every one of them.
+__device__ inline float warp_sum(float value, int lanes = 32) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
 

@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(THREADS) tokens_gradients_kernel(Gradients p) 
 #pragma unroll
   for (int l = 0; l <= MAX_LEVELS; ++l) {
     if (l >= L && l < MAX_LEVELS) continue;
-    float sum = dots[l];
-    for (int offset = p.lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    const float sum = warp_sum(dots[l], p.lanes);
     if (valid && lane == 0) *element<T>(p.grad_gates, b, l < L ? l : L, t, m, w) = from_float<T>(sum * chain.scale);
   }
 }

@@ -15,11 +15,6 @@ struct Arguments {
   int lanes;  // that share a row, a power of two
 };
 
-__device__ inline float sum_lanes(float value, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 template <class T, int N>
 __device__ void load_values(const Elements& e, int64_t at, float (&to)[N]) {
   const T* const from = static_cast<const T*>(e.data) + at;
@@ -83,7 +78,7 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
 #pragma unroll
       for (int i = 0; i < V; ++i) sum += x[j][i];
     }
-    const float mean = sum_lanes(sum, a.lanes) / C;
+    const float mean = warp_sum(sum, a.lanes) / C;
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
@@ -91,7 +86,7 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(Arguments a) {
         const float off = x[j][i] - mean;
         squares += (lane + j * a.lanes) * V < C ? off * off : 0.0f;
       }
-    const float rstd = 1.0f / sqrtf(sum_lanes(squares, a.lanes) / C + p.eps);
+    const float rstd = 1.0f / sqrtf(warp_sum(squares, a.lanes) / C + p.eps);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int c = (lane + j * a.lanes) * V;

@@ -83,9 +83,7 @@ __global__ void __launch_bounds__(THREADS) residual_fwd_kernel(ResidualForward p
 // The sum over the lanes that share a row, for every one of them; `area`: a float per warp where lanes are several
 // warps.
 __device__ inline float sum_lanes(float value, int lanes, float* area) {
-  if (lanes > 32) return group_sum(value, area, lanes);
-  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
+  return lanes > 32 ? group_sum(value, area, lanes) : warp_sum(value, lanes);
 }
 
 // Adds up the four sums of threads that are `lanes` apart; the first `lanes` of a block have them.
