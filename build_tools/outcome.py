@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE = "_not_built.json"  # beside the libraries, read by _libraries.py: why each that is missing is
+_TOO_OLD = "; GCC 10, clang 14 or later is needed"
 _ERROR = re.compile(r"\berror(?: C\d+)?:|(?:: |command )not found", re.I)
 
 
@@ -38,7 +39,8 @@ def captured(kept: list[str]) -> Iterator[None]:
 
 def first_error(output: str, error: BaseException) -> str:
     """The compiler's first line about an error; without one, what was raised says."""
-    return next((line.strip() for line in output.splitlines() if _ERROR.search(line)), str(error).splitlines()[0])
+    line = next((line.strip() for line in output.splitlines() if _ERROR.search(line)), str(error).splitlines()[0])
+    return line + _TOO_OLD if "-std=c++20" in line else line
 
 
 def record(folder: Path, reasons: dict[str, str | None]) -> None:

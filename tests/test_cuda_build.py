@@ -305,6 +305,18 @@ def test_the_first_error_is_said_and_kept(tree):
     assert build(tree, "cpu")[2] == ["_cpu"] and set(not_built(tree)) == {"cuda"}
 
 
+@needs_sh
+def test_a_compiler_that_is_too_old(tree):
+    """What GCC 9 says of the flag that torch sets."""
+    old = tree / "g++-9"
+    old.write_text("#!/bin/sh\necho \"g++-9: error: unrecognized command line option '-std=c++20'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    status, said, libraries, output = build(tree, "auto", CXX=str(old), FOCALNET_KERNELS_CUDA="1")
+    assert status == 0 and not libraries, output
+    (line,) = [line for line in said if "_cpu" in line]
+    assert line.endswith("'-std=c++20'; GCC 10, clang 14 or later is needed"), output
+
+
 def test_build_without_a_compiler(tree):
     status, said, libraries, output = build(tree, "auto", PATH=str(tree), CXX="none", CC="none")
     assert status == 0 and not libraries, output
