@@ -22,10 +22,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/python -m focalnet_kernels demo $(ARGS)
 
-# a process per core, of two threads each, for kernels share their work out; who waits sleeps, or it would take the others'
-# time
+# a process per core, of one thread each; tests/ops/conftest.py has two where kernels share their work out, and who waits
+# sleeps, or it would take the others' time
 JOBS ?= auto
-PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 test: install
 	$(call PYTEST,$(BIN)) -m 'not slow' $(ARGS)

@@ -25,7 +25,7 @@ def run(*command: str | Path, path: Path, **options) -> str:
         name: value for name, value in os.environ.items() if not name.startswith(("FOCALNET", "CUDA", "PYTHON"))
     }
     environment |= {"PATH": str(path), "CC": "none", "CXX": "none"}
-    environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([str(part) for part in command], env=environment, text=True, cwd=path, **options)
     if done.returncode:
         sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stdout or ''}")

@@ -17,6 +17,7 @@ def load_compare():
     return module
 
 
+@pytest.mark.slow  # it installs two trees
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
 def test_a_slower_tree_is_noticed(tmp_path, monkeypatch):
     clone = tmp_path / "clone"

@@ -170,8 +170,10 @@ def test_layers(tmp_path):
 def test_model_and_roofline(tmp_path, monkeypatch):
     command = sys.modules["focalnet_kernels.cli.bench"]  # cli.bench is the click command
     monkeypatch.setattr(command, "ceilings", lambda *args: roofline.ceilings(*args, small=True))
-    options = ("--level", "model", "--target", "focalnet_tiny_srf", "--mode", "forward", "--roofline")
-    rows, _ = rows_of(tmp_path, *options, "--provider", "authors*", "--provider", "timm*", "--provider", "ours*")
+    options = ["--level", "model", "--target", "focalnet_tiny_srf", "--mode", "forward", "--roofline"]
+    for provider in ("authors' form", "timm", "timm channels_last", "ours cpu"):
+        options += ["--provider", provider]
+    rows, _ = rows_of(tmp_path, *options)
     assert {row["case"] for row in rows if row["level"] == "ceiling"} == {"copy", "product"}
     timed = {row["provider"]: row for row in rows if row["level"] == "model" and not row["skipped"]}
     assert set(timed) >= {"authors' form", "timm", "timm channels_last"}

@@ -20,8 +20,8 @@ from focalnet_kernels.testing import (
 OPS = torch.ops.focalnet_kernels
 SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of the raw ops' names
 
-RARE = ("channels_last", "expanded", "permuted", "offset")
-SLOW = pytest.mark.slow if INTERPRETED else ()  # the interpreter takes its time for each
+RARE = ("contiguous", "channels_last", "expanded", "permuted", "offset")
+SLOW = pytest.mark.slow if INTERPRETED else ()  # the interpreter takes its time for each; 16 bits are contiguous
 
 
 def raw_op(name, backend):

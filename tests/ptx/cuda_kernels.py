@@ -110,7 +110,7 @@ class Programs(dict):
     def __init__(self, capability: int):
         super().__init__()
         self.entries: dict[str, tuple[str, str]] = {}
-        for text in _compile(capability):
+        for text in compiled(capability):
             entries = re.findall(r"\.entry\s+(\w+)\s*\(", text)
             for entry, name in zip(entries, demangled(entries), strict=True):
                 self.entries[name] = text, entry
@@ -121,7 +121,7 @@ class Programs(dict):
         return self[name]
 
 
-def _compile(capability: int) -> list[str]:
+def compiled(capability: int) -> list[str]:
     """The sources as PTX; of the same source and headers once."""
     found = toolkit.find_toolkit(torch.version.cuda)
     assert not isinstance(found, str), found

@@ -194,10 +194,10 @@ def test_planted_faults_are_noticed(plant, least, seed):
     inputs = make_context_inputs((3, 14, 14, 14), (3, 5, 7), dtype=torch.bfloat16, seed=seed)
     (launch, *_), y = recorded(fk.focal_context, inputs, 80)
     right, program = y.clone(), triton_kernels.compiled(launch, 80)[0]
-    places = list(faults.planted(program, plant, triton_kernels.run_launch(launch, 80).issued, most=8))
+    places = list(faults.planted(program, plant, triton_kernels.run_launch(launch, 80).issued, most=4))
     noticed = 0
     for _, faulty in places:
         y.fill_(float("nan"))
         noticed += bool(with_program(launch, 80, faulty)) or not torch.equal(y, right)
-    assert len(places) == 8 and noticed >= least * len(places), f"{noticed} of {len(places)}"
+    assert len(places) == 4 and noticed >= least * len(places), f"{noticed} of {len(places)}"
     assert not with_program(launch, 80, program) and torch.equal(y, right)

@@ -67,7 +67,11 @@ def test_ops(op, make, sizes, options, dtype, capability, seed):
     check(capability, op, make(*sizes, dtype=dtype, seed=seed, mean=0.25, **options), seed)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# the strangest of them; the interpreter has all
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in ("expanded", "permuted") else pytest.mark.slow) for name in LAYOUTS],
+)
 @pytest.mark.parametrize("name", ["context", "modulate", "layer", "mlp", "branch"])
 def test_strides(name, layout, seed):
     op, make, sizes, options = CASES[name]
