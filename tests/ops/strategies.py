@@ -9,6 +9,8 @@ from focalnet_kernels.testing import LAYOUTS
 
 # Triton's interpreter computes bfloat16 wrongly
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+# for sweeps: compiled kernels run in float16 in tests/ptx, and here where nothing is swept
+SWEPT_DTYPES = [pytest.param(d, marks=pytest.mark.slow_interpreted if d == torch.float16 else ()) for d in DTYPES]
 
 
 def skip_what_cannot_run(backend, dtype):

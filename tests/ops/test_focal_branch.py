@@ -5,7 +5,7 @@ import torch
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_focal_branch_inputs, named_tensors
-from ops.strategies import DTYPES, by_name, dtype_name
+from ops.strategies import DTYPES, SWEPT_DTYPES, by_name, dtype_name
 
 ALL = {"norm": True, "gamma": True, "drop_path": True}
 
@@ -33,14 +33,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, kernels_", by_name(SHAPES, ("long-sums",)))
 def test_shapes(backend, shape, kernels_, dtype, post, seed):
     check(backend, shape, kernels_, seed, dtype=dtype, post_norm=post, postln=post, **ALL)
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, kernels_", [*SHAPES.values(), ((3, 16, 12, 17), (3,))], ids=[*SHAPES, "more-than-few"])
 def test_inference(backend, one_thread, shape, kernels_, dtype, post, seed):
     options = {"dtype": dtype, "post_norm": post, "postln": post, "mean": 0.5}
@@ -75,7 +75,7 @@ def test_one_gradient_alone(backend, wanted, post, seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 6, 7, 18), (3,), seed, dtype=dtype, layout=layout, grad_layout=layout, **ALL)
 

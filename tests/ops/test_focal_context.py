@@ -7,7 +7,7 @@ from hypothesis import given
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_context_inputs
 from ops import golden
-from ops.strategies import DTYPES, by_name, context_cases, dtype_name, seeds, skip_what_cannot_run
+from ops.strategies import DTYPES, SWEPT_DTYPES, by_name, context_cases, dtype_name, seeds, skip_what_cannot_run
 
 
 def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, mean=0.0, **options):
@@ -63,14 +63,14 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, kernels", by_name(SHAPES, ("tiny-model-stage", "odd-channels", "detection")))
 def test_shapes(backend, shape, kernels, dtype, seed):
     check(backend, shape, kernels, seed, dtype=dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 18, 7, 9), [3, 5], seed, dtype=dtype, layout=layout, grad_layout=layout)
 

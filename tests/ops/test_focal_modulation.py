@@ -7,7 +7,7 @@ from hypothesis import given
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_layer_inputs, map_tensors, run
 from ops import golden
-from ops.strategies import DTYPES, by_name, dtype_name, layer_cases, seeds, skip_what_cannot_run
+from ops.strategies import DTYPES, SWEPT_DTYPES, by_name, dtype_name, layer_cases, seeds, skip_what_cannot_run
 
 
 def check(backend, shape, kernels, seed, grad_layout="contiguous", normalize=False, mean=0.0, **options):
@@ -71,7 +71,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, kernels", by_name(SHAPES, ("tiny-model-stage", "odd-channels", "detection")))
 def test_shapes(backend, shape, kernels, dtype, seed):
     check(backend, shape, kernels, seed, dtype=dtype)
@@ -105,7 +105,7 @@ def test_options(backend, bias, postln, normalize, seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 def test_layouts(backend, dtype, layout, seed):
     check(backend, (2, 7, 9, 18), [3, 5], seed, dtype=dtype, layout=layout, grad_layout=layout, postln=True)
 

@@ -5,7 +5,7 @@ import torch
 
 import focalnet_kernels as fk
 from focalnet_kernels.testing import LAYOUTS, assert_op_accurate, draw, make_mlp_branch_inputs
-from ops.strategies import DTYPES, dtype_name
+from ops.strategies import DTYPES, SWEPT_DTYPES, dtype_name
 
 ALL = {"norm": True, "gamma": True, "drop_path": True}
 
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("dtype", SWEPT_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape, hidden", SHAPES.values(), ids=SHAPES)
 def test_shapes(backend, shape, hidden, dtype, post, seed):
     check(backend, shape, hidden, seed, dtype=dtype, post_norm=post, **ALL)
