@@ -218,7 +218,8 @@ FK_INLINE void store_two(bf16* p, vf a, vf b) {
 #ifdef FK_AVX512_BF16
 // sum + the products of both bfloat16 in each 32-bit lane of x and y.
 FK_INLINE vf add_pair_products(vf sum, __m512i x, __m512i y) {
-#if defined(__clang__) && __clang_major__ == 16  // which crashes where its intrinsic's operands were integers
+#if defined(__clang__) && (__clang_major__ == 16 || __clang_major__ == 17)
+  // they crash where the intrinsic's operands were integers
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
   return sum;
 #else
