@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,7 +121,7 @@ class Programs(dict):
         return self[name]
 
 
-def compiled(capability: int) -> list[str]:
+def compiled(capability: int, sources: Sequence[Path] = cuda_shim.KERNELS) -> list[str]:
     """The sources as PTX; of the same source and headers once."""
     found = toolkit.find_toolkit(torch.version.cuda)
     assert not isinstance(found, str), found
@@ -140,7 +140,7 @@ def compiled(capability: int) -> list[str]:
         return target.read_text()
 
     with cuda_shim.locked(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile, cuda_shim.KERNELS))
+        return list(pool.map(compile, sources))
 
 
 @functools.cache
