@@ -74,16 +74,16 @@ __global__ void __launch_bounds__(THREADS) sum_pixels_kernel(PixelsSum p) {
   const Geometry& g = job.g;
   const int power = p.lanes, lanes = 1 << power, fours = THREADS >> power, x = threadIdx.x & (fours - 1),
             lane = threadIdx.x / fours;
-  const int64_t first = (int64_t(blockIdx.x) * fours + x) * FOUR, pixels = g.pixels();
-  const bool is_there = first < g.B * g.C * pixels;
+  const int64_t first = (int64_t(blockIdx.x) * fours + x) * FOUR, pixels = g.pixels(), plane = quotient(first, pixels);
+  const bool is_there = plane < g.B * g.C;
+  int64_t pixel = first - plane * pixels;
   float sum[FOUR] = {};
   const auto add = [&](const float* from) {
     const float4 four = *reinterpret_cast<const float4*>(from);
     sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
   };
   if (is_there) {
-    const int64_t plane = quotient(first, pixels);
-    const float* from = job.parts + lane * job.stride + plane * job.channel_stride + (first - plane * pixels);
+    const float* from = job.parts + lane * job.stride + plane * job.channel_stride + pixel;
     const int parts = (int(job.count) - lane + lanes - 1) >> power;  // of this lane
 #pragma unroll 4
     for (int part = 0; part < parts; ++part, from += lanes * job.stride) add(from);
@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(THREADS) sum_pixels_kernel(PixelsSum p) {
       for (int y = 1; y < lanes; ++y) add(reinterpret_cast<const float*>(others + y * fours + x));
   }
   if (!is_there || lane > 0) return;
-  const int64_t plane = quotient(first, pixels);
-  int64_t pixel = first - plane * pixels, b = quotient(plane, g.C), c = plane - b * g.C;
+  int64_t b = quotient(plane, g.C), c = plane - b * g.C;
   const auto at = [&] { return static_cast<T*>(job.out.data) + b * job.out.b + c * job.out.c + pixel * job.out.w; };
   T* to = at();
 #pragma unroll
