@@ -382,7 +382,7 @@ def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
     fwd = torch.ops.focalnet_kernels.focal_modulation_fwd_cuda
     few = (5, 4, 8)
     calls = [(few, [3], True), *((few, kernels, False) for kernels in ([3], [3, 5], [15], [(3, 5)], [3] * 5))]
-    shapes = ((5, 4, 6), (5, 4, 12), (5, 57, 8), (64, 52, 8), (9, 8), (3, 4, 5, 8))
+    shapes = ((5, 4, 6), (5, 4, 12), (5, 48, 8), (5, 52, 8), (5, 56, 8), (5, 57, 8), (64, 52, 8), (9, 8), (3, 4, 5, 8))
     calls += [*((shape, [3], False) for shape in shapes), ((3, 1, 5, 8), [(3, 1, 3)], False)]
     for (shape, kernels, postln), dtype in itertools.product(calls, DTYPES):
         inputs = make_layer_inputs((2, *shape), kernels, postln=postln, dtype=dtype)
