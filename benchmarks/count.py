@@ -7,10 +7,8 @@
 
 FocalNet-T's stages (k = 3, 5, 7), bfloat16, per op, direction and backend. Few images run, and twice as many, as a
 device of one multiprocessor cuts them, which is how a large one cuts 128; what 128 take lies on the line through both.
-CUDA's chain takes each channel alike: 96 run at every stage, laid out as the layer has them, of as many images as
-fill its blocks and let the gates' sums go by the kernel that sums 128's. (Not so in the layer as a whole, where all
-channels run: there `sum_kernel` has some 70 instructions of a backward too many at stages 2 to 4, and blocks are not
-full.)
+CUDA's kernels of the chain and of the layer take each channel alike: 96 run at every stage, laid out as the layer has
+them, of as many images as fill the chain's blocks and let the gates' sums go by the kernel that sums 128's.
 Counts are per 128 outputs; times in microseconds are what 128 images take at least on an H100 SXM of issuing, of the
 special functions, of shared memory and of the tensor cores, and the bytes that the op cannot avoid. The largest binds,
 but for latency: on a GPU kernels took up to three times as long (ops/focal_context/README.md).
@@ -47,7 +45,7 @@ from focalnet_kernels.testing import make_context_inputs, make_layer_inputs, mak
 RESULTS = Path(__file__).parent / "results" / "counted"
 BATCH, KERNELS, BFLOAT16 = 128, (3, 5, 7), {"dtype": torch.bfloat16}
 STAGES = {1: (96, 56, 1), 2: (192, 28, 1), 3: (384, 14, 2), 4: (768, 7, 8)}  # channels, pixels a side, images that run
-CHAIN_CHANNELS, CHAIN_IMAGES = 96, {1: 2, 2: 6, 3: 40, 4: 96}  # of CUDA's focal_context
+CUDA_CHANNELS, CUDA_IMAGES = 96, {1: 2, 2: 6, 3: 40, 4: 96}  # but of mlp_branch, which has no blocks of images
 OPS = {  # and the inputs, of (channels, pixels a side, images)
     "focal_context": (fk.focal_context, lambda C, N, B: make_context_inputs((B, C, N, N), KERNELS, **BFLOAT16)),
     "mlp_branch": (
@@ -85,7 +83,7 @@ class Counted:
 def sizes(op: str, stage: int, backend: str) -> tuple[int, int]:
     """Channels and images that run."""
     C, _, images = STAGES[stage]
-    return (CHAIN_CHANNELS, CHAIN_IMAGES[stage]) if (op, backend) == ("focal_context", "cuda") else (C, images)
+    return (CUDA_CHANNELS, CUDA_IMAGES[stage]) if backend == "cuda" and op != "mlp_branch" else (C, images)
 
 
 def measure(op: str, stage: int, backend: str, target: str, times: int) -> dict[str, dict[str, Counted]]:
