@@ -143,6 +143,11 @@ __global__ void __launch_bounds__(256) context_finish_kernel(Arguments arguments
 
 }  // namespace
 
+bool takes_rows(const Chain& chain) {
+  constexpr int64_t WIDEST = 384, MOST_LEVELS = 4;  // of 13 x 13: rings and bands of 86 KB
+  return chain.g.T >= STEP && chain.g.W <= WIDEST && chain.L <= MOST_LEVELS && lay_out_rows(chain).has_value();
+}
+
 std::optional<RowsForwardPlan> plan_rows_fwd(const Chain& chain) {
   const std::optional<RowsLayout> layout = lay_out_rows(chain);
   if (!layout) return std::nullopt;

@@ -7,9 +7,10 @@ namespace focalnet::cuda {
 
 namespace {
 
-// Planes for the kernels of whole images and those over planes, and where a LayerNorm follows.
+// Planes for the kernels of whole images, of rows and over planes, and where a LayerNorm follows. Rows issue a third of
+// what tokens do forward, a fifth backward: see ops/focal_context/README.md.
 bool lies_by_tokens(const Chain& chain, bool normalized) {
-  return !normalized && takes_tokens(chain) && !takes_images(chain);
+  return !normalized && takes_tokens(chain) && !takes_images(chain) && !takes_rows(chain);
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

@@ -157,6 +157,7 @@ struct RowsForwardPlan {
   int64_t scratch_bytes() const { return 4 * strip_sums; }
 };
 
+bool takes_rows(const Chain& chain);  // of maps that lie as planes, on any GPU, and at their best
 std::optional<RowsForwardPlan> plan_rows_fwd(const Chain& chain);
 void run_context_fwd(const ContextForward& p, const RowsForwardPlan& plan, void* stream);
 

@@ -328,6 +328,23 @@ def test_layers_of_images(cuda_on_cpu, by_images, dtype, seed):
     assert_op_accurate(fk.focal_modulation, inputs, "cuda", grad_output)
 
 
+# too wide or of too large kernels to be taken as whole images: lines, a channel more than fours, strips
+ROWS = {
+    "wide": ((2, 5, 60, 8), [3, 5]),
+    "large-kernels": ((1, 9, 20, 12), [9, 11, 13]),
+    "few-channels": ((2, 6, 7, 5), [3, 5]),
+    "strips": ((1, 60, 58, 4), [3, 5, 7]),
+    "as-wide-as-may-be": ((1, 4, 384, 4), [3, 5, 7, 9]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+@pytest.mark.parametrize("shape, kernels", ROWS.values(), ids=list(ROWS))
+def test_layers_of_rows(cuda_on_cpu, shape, kernels, dtype, seed):
+    inputs = make_layer_inputs(shape, kernels, dtype=dtype, seed=seed, mean=0.5)
+    assert_op_accurate(fk.focal_modulation, inputs, "cuda", torch.randn(shape).to(dtype))
+
+
 @pytest.mark.parametrize("channels", [8, 80], ids=["one-lane", "lanes"])
 def test_sums_of_many_gates(cuda_on_cpu, channels, seed):
     """Added up four at a time, of two images where one has 49; by several lanes where channels leave many parts."""
@@ -384,6 +401,8 @@ def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
     calls = [(few, [3], True), *((few, kernels, False) for kernels in ([3], [3, 5], [15], [(3, 5)], [3] * 5))]
     shapes = ((5, 4, 6), (5, 4, 12), (5, 48, 8), (5, 52, 8), (5, 56, 8), (5, 57, 8), (64, 52, 8), (9, 8), (3, 4, 5, 8))
     calls += [*((shape, [3], False) for shape in shapes), ((3, 1, 5, 8), [(3, 1, 3)], False)]
+    calls += [((rows, columns, 8), [3], False) for rows, columns in ((4, 384), (4, 385), (3, 60), (4, 60))]
+    calls += [(few, [11, 13], False), ((5, 60, 8), [3] * 5, False)]
     for (shape, kernels, postln), dtype in itertools.product(calls, DTYPES):
         inputs = make_layer_inputs((2, *shape), kernels, postln=postln, dtype=dtype)
         arguments = [*layer_tensors(inputs), False, 1e-5, True]

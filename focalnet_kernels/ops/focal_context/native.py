@@ -37,6 +37,14 @@ def by_images(dtype: torch.dtype, C: int, kernels: Sequence[Sequence[int]], size
     return dtype != torch.float32 and C % 8 == 0 and 1 <= len(levels) <= 4 and square and fits
 
 
+def by_rows(dtype: torch.dtype, kernels: Sequence[Sequence[int]], sizes: Sizes) -> bool:
+    """Whether backend "cuda" takes maps whose pixels are adjacent row by row, on any GPU: `takes_rows` in csrc/cuda."""
+    (H, M, W), *levels = [_three_axes(axes) for axes in (sizes, *kernels)]
+    small = all([km == 1 and max(kt, kw) <= 13 for kt, km, kw in levels])
+    fits = M == 1 and 4 <= H <= 2**20 and W <= 384
+    return dtype != torch.float32 and 1 <= len(levels) <= 4 and small and fits
+
+
 def _three_axes(sizes: Sequence[int]) -> Sequence[int]:
     """(T, M, W): see csrc/common/geometry.h."""
     return sizes if len(sizes) == 3 else (sizes[0] if len(sizes) == 2 else 1, 1, sizes[-1])

@@ -18,9 +18,9 @@ from .parameters import LayerParameters
 
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
     """Whether the matrices of backend "cuda" lie as tokens: `Layer` in csrc/cuda/focal_modulation.cpp."""
-    C, kernels = x.shape[-1], [w.shape[2:] for w in focal_weights]
-    whole = context.by_images(x.dtype, C, kernels, x.shape[1:-1])
-    return ln_weight is None and context.by_tokens(C, kernels) and not whole
+    C, sizes, kernels = x.shape[-1], x.shape[1:-1], [w.shape[2:] for w in focal_weights]
+    by_planes = context.by_images(x.dtype, C, kernels, sizes) or context.by_rows(x.dtype, kernels, sizes)
+    return ln_weight is None and context.by_tokens(C, kernels) and not by_planes
 
 
 def new_tokens(x: Tensor, rows: int, tokens: int) -> Tensor:
