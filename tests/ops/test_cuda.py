@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import focalnet_kernels as fk
 from focalnet_kernels.ops import token_rows
+from focalnet_kernels.ops.focal_modulation.native import by_tokens as by_tokens_of_layer
 from focalnet_kernels.testing import (
     assert_op_accurate,
     layer_tensors,
@@ -410,6 +412,15 @@ def test_matrices_lie_as_dispatch_is_told(cuda_on_cpu):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = fwd(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         assert [(t.shape, t.stride()) for t in tree_leaves(fake)] == [(t.shape, t.stride()) for t in tree_leaves(real)]
+
+
+def test_a_dynamic_width_stays_so():
+    """Whether a map is 56 columns wide decides nothing where rows are taken too: one compiled graph for many widths."""
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3 + [DimDynamic.STATIC])
+    real = torch.empty(2, 20, 56, 8, dtype=torch.bfloat16)
+    x = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(real, symbolic_context=dynamic)
+    assert not by_tokens_of_layer(x, [torch.empty(8, 1, 3, 3)], None)
+    assert all(size.node.maybe_as_int() is None for size in x.shape[:3])
 
 
 def assert_order_does_not_matter(seed_threads, op, inputs, grad_output, seed):

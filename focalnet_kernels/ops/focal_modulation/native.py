@@ -19,7 +19,8 @@ from .parameters import LayerParameters
 def by_tokens(x: Tensor, focal_weights: Sequence[Tensor], ln_weight: Tensor | None) -> bool:
     """Whether the matrices of backend "cuda" lie as tokens: `Layer` in csrc/cuda/focal_modulation.cpp."""
     C, sizes, kernels = x.shape[-1], x.shape[1:-1], [w.shape[2:] for w in focal_weights]
-    by_planes = context.by_images(x.dtype, C, kernels, sizes) or context.by_rows(x.dtype, kernels, sizes)
+    # rows first: by images a dynamic width is asked whether it is 56, and would be fixed at that
+    by_planes = context.by_rows(x.dtype, kernels, sizes) or context.by_images(x.dtype, C, kernels, sizes)
     return ln_weight is None and context.by_tokens(C, kernels) and not by_planes
 
 
