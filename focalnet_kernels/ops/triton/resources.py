@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -72,7 +72,10 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     if target.startswith("sm_"):
         built = triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
-        return Resources(built.metadata.shared, *_read_machine_code(built.asm["cubin"]))
+        cubin, ptx = built.asm["cubin"], built.asm["ptx"]
+        tensor_core = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx))
+        registers, stack = _registers_and_stack(cubin)
+        return Resources(built.metadata.shared, registers, stack, _instructions(cubin), tensor_core)
     options.pop("maxnreg", None)
     built = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
     return Resources(built.metadata.shared)
@@ -100,17 +103,22 @@ def _type(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _read_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     (tool,) = _nvidia_tools("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (_output(tool, what, file.name) for what in ("--dump-resource-usage", "--dump-sass"))
-    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.M)
-    count = collections.Counter(name.split(".")[0] for name in found)
-    tensor_core = sum(count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA"))
-    return registers, stack, sum(count.values()), tensor_core
+        usage = _output(tool, "--dump-resource-usage", file.name)
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    return int(registers), int(stack)
+
+
+def _instructions(cubin: bytes) -> int:
+    """Of 16 bytes, in an ELF file's executable sections. (To disassemble a kernel takes up to seconds.)"""
+    EXECUTABLE = 4
+    (at,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<QQQQ", cubin, at + i * size + 8) for i in range(count)]
+    return sum(length for flags, _, _, length in sections if flags & EXECUTABLE) // 16
 
 
 def _nvidia_tools(pattern: str) -> list[Path]:
