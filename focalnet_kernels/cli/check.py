@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from torch.utils._pytree import tree_leaves
 
 from ..bench.layers import DETECTION, PublishedLayer, published_layers
 from ..dispatch import use_backend
@@ -148,7 +149,7 @@ def _compile(console, layers, dtypes, targets) -> int:
         sent = [(k.fn.__module__, k.__name__, args, constants, target) for _, (k, _, args, constants), target in work]
         results = pool.map(_resources, sent)
         for (name, launch, target), found in track(zip(work, results, strict=True), total=len(work), console=console):
-            dtype = next(a.dtype for a in launch.args if isinstance(a, torch.Tensor))
+            dtype = next(a.dtype for a in tree_leaves(launch.args) if isinstance(a, torch.Tensor))  # in views too
             cells = [launch.kernel.__name__.removesuffix("_kernel"), name, str(dtype).removeprefix("torch."), target]
             if isinstance(found, str):
                 failures += 1
