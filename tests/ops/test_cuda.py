@@ -330,7 +330,7 @@ def test_layers_of_images(cuda_on_cpu, by_images, dtype, seed):
     assert_op_accurate(fk.focal_modulation, inputs, "cuda", grad_output)
 
 
-# too wide or of too large kernels to be taken as whole images: lines, a channel more than fours, strips
+# too wide, of too large kernels or of too few channels to be taken as whole images; strips
 ROWS = {
     "wide": ((2, 5, 60, 8), [3, 5]),
     "large-kernels": ((1, 9, 20, 12), [9, 11, 13]),
