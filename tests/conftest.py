@@ -1,6 +1,5 @@
 """Fixtures of all tests: poisoned memory, backends, instruction sets, seeds."""
 
-import contextlib
 import os
 
 import cuda_shim
@@ -95,9 +94,14 @@ def interpreted():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tiles_of_an_interpreter():
-    """Larger ones, for the form tap by tap."""
-    with tap_tiles(channels=16, segments=64) if INTERPRETED else contextlib.nullcontext():
+def quick_interpreter():
+    """With larger tiles than a GPU's, for the form tap by tap."""
+    if not INTERPRETED:
+        yield
+        return
+    from interpreter import hastened  # of triton, which need not be there
+
+    with hastened(), tap_tiles(channels=16, segments=64):
         yield
 
 
