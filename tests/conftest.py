@@ -30,9 +30,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow_interpreted"):
             item.add_marker(pytest.mark.slow)
-    chosen = [item for item in items if {"backend", "kernels", "interpreted"} & set(item.fixturenames)]
+    chosen = [
+        item for item in items if "interpreted" in item.fixturenames or _parameters(item).get("backend") == "triton"
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(scope="session", autouse=True)

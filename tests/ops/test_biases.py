@@ -207,7 +207,7 @@ def test_raw_ops(cpu_kernels, seed):
         torch.testing.assert_close(one, other)
 
 
-def test_gpu_s_kernels_leave_biases_to_the_reference(cuda_on_cpu, seed):
+def test_cuda_leaves_biases_to_the_reference(cuda_on_cpu, seed):
     inputs = context_inputs((2, 8, 6, 6), [3], seed)
     reason = fk.explain("focal_context", **inputs).reasons["cuda"]
     assert reason == "levels with biases are left to the reference on a GPU"
