@@ -19,17 +19,16 @@ def hastened():
 
 
 def _once_per_launch(exchange):
-    modules = []
+    modules = set()
 
     def once(function):
-        module = function.__globals__
-        if any(module is other for other in modules):
+        if function.__module__ in modules:
             return None
         scope = exchange(function)
         if not modules:  # the kernel itself, whose launch ends with this
             restore = scope.restore
             scope.restore = lambda: (modules.clear(), restore())
-        modules.append(module)
+        modules.add(function.__module__)
         return scope
 
     return once
